@@ -1,0 +1,7 @@
+"""`python -m moe_evo` is `moe-evo`."""
+
+import sys
+
+from moe_evo.cli import main
+
+sys.exit(main())

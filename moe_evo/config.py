@@ -1,0 +1,328 @@
+"""The config of a run: frozen dataclasses that hold every default once and check themselves.
+
+Each section goes to the part of the program that it is named after. The docstrings below are the
+help texts of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_evo.errors import ConfigError
+
+RouterMode = Literal["exported", "eep"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+TaskKind = Literal["auto", "choice", "generation", "perplexity", "distillation"]
+Metric = Literal[
+    "default", "accuracy", "accuracy_norm", "log_likelihood",
+    "exact_match", "contains", "f1", "first_option", "number_match", "negative_kl",
+]  # fmt: skip
+Algorithm = Literal["eep", "eep_release", "random"]
+FitnessRule = Literal["mean", "worst"]
+
+
+def _require(condition: bool, option: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{option}: got {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is searched, and how it is loaded.
+
+    Args:
+        path: Checkpoint folder or Hugging Face name; 'embedded' is the small Mixtral of this package.
+        revision: Branch, tag or commit of a Hugging Face name.
+        dtype: Number format of weights and evaluation; 'auto' takes the checkpoint's own.
+        device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', ...
+        router: 'exported' remaps router rows, which a stock checkpoint can hold; 'eep' remaps
+            probabilities after the softmax, as the paper does.
+        trust_remote_code: Run code that comes with the checkpoint. Only for sources that you trust.
+        self_check: Compare the unpruned view with the untouched model after loading.
+        merged_cache_gib: Memory for merged layers that are kept for the next genomes.
+    """
+
+    path: str = "embedded"
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    router: RouterMode = "exported"
+    trust_remote_code: bool = False
+    self_check: bool = True
+    merged_cache_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
+        _require(self.merged_cache_gib >= 0, "model.merged_cache_gib", self.merged_cache_gib, "0 or more")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task: where its examples are and how answers are scored.
+
+    Args:
+        name: Name in results; default: the data's file or folder name.
+        kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields.
+        data: A JSONL file, a folder of them, or the name of an embedded task. A folder holds
+            search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
+        metric: What counts; 'default' is accuracy (choice), exact_match (generation) or
+            log_likelihood (perplexity).
+        split_shares: Shares of search, validation and test where one file is split by hash.
+        num_search: Most examples of the search split that are used; 0 means all.
+        num_validation: The same for the validation split.
+        num_test: The same for the test split.
+        prefix: Text that is put before every prompt.
+        few_shot: JSONL file whose examples, with answers, are put before every prompt.
+        chat_template: Wrap the prompt as a user's turn with the tokenizer's chat template.
+        max_new_tokens: Longest answer that is generated.
+        stop: A generated answer ends before this text; default: the end of the line.
+        max_length: Longest prompt with answer, in tokens; longer prompts lose their beginning.
+    """
+
+    name: str = ""
+    kind: TaskKind = "auto"
+    data: str = ""
+    metric: Metric = "default"
+    split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
+    num_search: int = 0
+    num_validation: int = 0
+    num_test: int = 0
+    prefix: str = ""
+    few_shot: str | None = None
+    chat_template: bool = False
+    max_new_tokens: int = 32
+    stop: str = "\n"
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        where = f"tasks ({self.name or self.data or 'unnamed'})"
+        _require(bool(self.data), f"{where}.data", self.data, "a file, a folder or an embedded task")
+        shares_ok = min(self.split_shares) > 0 and abs(sum(self.split_shares) - 1) < 1e-6
+        _require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
+        for option in ("num_search", "num_validation", "num_test"):
+            _require(getattr(self, option) >= 0, f"{where}.{option}", getattr(self, option), "0 (all) or more")
+        _require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
+
+    def num_examples(self, split: str) -> int:
+        """Most examples of `split` that are used; 0 means all."""
+        return int(getattr(self, f"num_{split}"))
+
+
+@dataclass(frozen=True)
+class EEPConfig:
+    """Evolution of the EEP method (arXiv 2407.00945); see `eep_release` for the published values.
+
+    Args:
+        num_initial: Random prunings before evolution starts.
+        num_pruning: Evaluations, the initial ones included, after which merging starts; default: a
+            quarter of the budget (half of it where the budget is below 200). Give the budget itself
+            for a run that only prunes.
+        layer_rate: Probability that a layer group is mutated (pruning phase) and that one of its two
+            matrices is (merging phase).
+        swap_rate: Pruning phase: probability that a slot of a mutated layer takes another expert. At
+            least one slot always does.
+        entry_rate: Merging phase: probability that an entry of a mutated matrix changes.
+        sigma: Merging phase: standard deviation of the change.
+        crossover_rate: Probability that a child has two parents.
+        crossover_bias: Probability that a row (or an unmutated matrix) comes from the first parent.
+        pruning_crossover: Also cross prunings, with repair of experts chosen twice.
+        layer_crossover_rate: Share of crossovers that exchange whole layers in place of rows.
+        normalise_rate: Probability that the rows of a merged child are divided by their sums.
+        mutation_margin: Parents of a mutation are within so many units of the best.
+        mutation_parents: At least so many individuals may be parents of a mutation.
+        crossover_margin: Parents of a crossover are within so many units of the best.
+        crossover_parents: At least so many individuals may be parents of a crossover.
+        margin_unit: Unit of the two margins: 'standard_errors' of the best fitness, or 'fitness'.
+    """
+
+    num_initial: int = 31
+    num_pruning: int | None = None
+    layer_rate: float = 0.25
+    swap_rate: float = 0.15
+    entry_rate: float = 0.25
+    sigma: float = 0.065
+    crossover_rate: float = 0.3
+    crossover_bias: float = 0.6
+    pruning_crossover: bool = True
+    layer_crossover_rate: float = 0.0
+    normalise_rate: float = 0.1
+    mutation_margin: float = 0.25  # genomes share their examples: differences are surer than scores
+    mutation_parents: int = 2
+    crossover_margin: float = 0.25
+    crossover_parents: int = 6
+    margin_unit: Literal["standard_errors", "fitness"] = "standard_errors"
+
+    def __post_init__(self) -> None:
+        for option in ("num_initial", "mutation_parents", "crossover_parents"):
+            _require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
+        rates = (
+            "layer_rate", "swap_rate", "entry_rate", "crossover_rate", "crossover_bias",
+            "layer_crossover_rate", "normalise_rate",
+        )  # fmt: skip
+        for option in rates:
+            rate = getattr(self, option)
+            _require(0 <= rate <= 1, f"search.eep.{option}", rate, "a probability from 0 to 1")
+        _require(self.layer_rate > 0, "search.eep.layer_rate", self.layer_rate, "more than 0")
+        for option in ("sigma", "mutation_margin", "crossover_margin"):
+            _require(getattr(self, option) >= 0, f"search.eep.{option}", getattr(self, option), "0 or more")
+        _require(self.sigma > 0, "search.eep.sigma", self.sigma, "more than 0")
+        if self.num_pruning is not None:
+            _require(
+                self.num_pruning >= self.num_initial, "search.eep.num_pruning", self.num_pruning,
+                f"at least search.eep.num_initial ({self.num_initial})",
+            )  # fmt: skip
+
+
+EEP_RELEASE = EEPConfig(
+    num_initial=31,
+    num_pruning=101,
+    pruning_crossover=False,
+    mutation_margin=0.03,
+    crossover_margin=0.01,
+    margin_unit="fitness",
+)
+"""The values of the released search (README of `EEP_RELEASE`: 31 + 70 prunings, then 301 merges)."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is searched, by which algorithm, for how long.
+
+    Args:
+        algorithm: 'eep'; 'eep_release', the same with the published parameters; or 'random'.
+        num_kept: Experts kept in every MoE layer, or a list with one number a layer.
+        top_k: Experts active a token; default: the model's.
+        num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
+        multiple_of: num_kept must be a multiple of this (for expert-parallel serving).
+        evaluations: Budget.
+        seed: Candidate n depends on this seed, n and earlier outcomes, and on nothing else.
+        eep: Parameters of 'eep'.
+    """
+
+    algorithm: Algorithm = "eep"
+    num_kept: int | list[int] = 4
+    top_k: int | None = None
+    num_layer_groups: int | None = None
+    multiple_of: int = 1
+    evaluations: int = 402
+    seed: int = 0
+    eep: EEPConfig = field(default_factory=EEPConfig)
+
+    def __post_init__(self) -> None:
+        numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
+        _require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
+        _require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
+        _require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
+        _require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
+        _require(self.seed >= 0, "search.seed", self.seed, "0 or more")
+        _require(
+            self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
+            f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How genomes are scored.
+
+    Args:
+        fitness: Over several tasks: their 'mean' score or the 'worst' one.
+        batch_tokens: Most tokens, padding included, in one forward pass.
+        genomes_per_request: Genomes that the search proposes at once.
+        threads: Threads of torch on the CPU; default: one a core.
+    """
+
+    fitness: FitnessRule = "mean"
+    batch_tokens: int = 8192
+    genomes_per_request: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
+        _require(
+            self.genomes_per_request >= 1,
+            "evaluation.genomes_per_request",
+            self.genomes_per_request,
+            "1 or more",
+        )
+        _require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """What happens when the budget is spent.
+
+    Args:
+        finalists: The best so many by search fitness are scored on the validation split; the best
+            there is scored on the test split.
+        random_search: Also spend the same number of evaluations on random prunings (best of N).
+        frequency: Also score the pruning that keeps the most used experts of each layer.
+    """
+
+    finalists: int = 20
+    random_search: bool = False
+    frequency: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
+
+
+def _embedded_tasks() -> list[TaskConfig | str]:
+    return ["syll"]
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """What it takes to score a genome.
+
+    Args:
+        model: The model.
+        tasks: The tasks; a bare string is a task's data.
+        evaluation: How genomes are scored.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: list[TaskConfig | str] = field(default_factory=_embedded_tasks)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.tasks), "tasks", self.tasks, "at least one task")
+
+    @property
+    def task_configs(self) -> list[TaskConfig]:
+        """The tasks, those given by a bare string filled with defaults."""
+        return [TaskConfig(data=one) if isinstance(one, str) else one for one in self.tasks]
+
+
+@dataclass(frozen=True)
+class RunConfig(ScoringConfig):
+    """A whole run.
+
+    Args:
+        model: The model.
+        tasks: The tasks whose fitness is searched for; a bare string is a task's data.
+        evaluation: How genomes are scored.
+        search: The search.
+        selection: How the winner is chosen, and what stands beside it.
+        folder: Where the run is kept; default: runs/ and a name made of tasks, num_kept, algorithm and seed.
+    """
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    folder: str | None = None
+
+
+def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:
+    """Lines `key: old -> new` for every leaf in which two plain nested configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line for key in keys for line in difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for index, (a, b) in pairs for line in difference(a, b, f"{path}[{index}]")]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -1,0 +1,215 @@
+"""Genomes on disk: safetensors with the space, the lineage and the outcome as JSON in the metadata.
+
+The same bytes, compressed and without the extras, are what the journal keeps. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from moe_evo.errors import GenomeError
+from moe_evo.genome import Genome, LayerGenome, Matrix
+from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.space import ModelShape, SearchSpace, check_fits
+
+FORMAT = "moe_evo.genome"
+VERSION = 1
+_ADVICE = "give a genome file that moe_evo saved"
+
+
+def save_individual(
+    path: str | os.PathLike[str], individual: Individual, space: SearchSpace, provenance: Mapping[str, Any]
+) -> None:
+    """Write an individual as one safetensors file, whole or not at all.
+
+    provenance: whatever JSON can hold about where it comes from (config, model, versions).
+    """
+    candidate = individual.candidate
+    content = _to_bytes(
+        individual.genome,
+        space=space.to_json(),
+        lineage={
+            "number": candidate.number,
+            "operator": candidate.operator,
+            "parents": list(candidate.parents),
+        },
+        outcome=outcome_to_json(individual.outcome),
+        provenance=dict(provenance),
+    )
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_individual(path: str | os.PathLike[str]) -> Individual:
+    """The individual in a file of `save_individual`; raises GenomeError for anything else."""
+    content = _read(path)
+    with _malformed_is_genome_error(str(path)):
+        genome, metadata = _from_bytes(content, str(path))
+        lineage = metadata["lineage"]
+        numbers = tuple(int(parent) for parent in lineage["parents"])
+        candidate = Candidate(int(lineage["number"]), genome, str(lineage["operator"]), numbers)
+        return Individual(candidate, outcome_from_json(metadata["outcome"]))
+
+
+def load_genome(path: str | os.PathLike[str]) -> Genome:
+    """The genome in a genome file; raises GenomeError for anything else."""
+    content = _read(path)
+    with _malformed_is_genome_error(str(path)):
+        return _from_bytes(content, str(path))[0]
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What stands beside the genome: 'top_k', 'space', 'lineage', 'outcome' and 'provenance'."""
+    content = _read(path)
+    with _malformed_is_genome_error(str(path)):
+        return _from_bytes(content, str(path))[1]
+
+
+def genome_to_bytes(genome: Genome) -> bytes:
+    """A genome as compressed safetensors, small for one-hot matrices."""
+    return zlib.compress(_to_bytes(genome), level=1)
+
+
+def genome_from_bytes(content: bytes) -> Genome:
+    """The genome of `genome_to_bytes`; raises GenomeError for anything else."""
+    where = "stored genome"
+    with _malformed_is_genome_error(where):
+        return _from_bytes(zlib.decompress(content), where)[0]
+
+
+def genome_from_kept_json(text_or_path: str | os.PathLike[str], shape: ModelShape) -> Genome:
+    """The pruning that a JSON list names, e.g. '[[0, 3], [1, 2]]': the kept experts of each MoE layer.
+
+    text_or_path: the list itself, or a file that holds it. The model's own top_k is kept.
+    """
+    text, where = str(text_or_path), "kept experts"
+    if not text.lstrip().startswith("["):
+        where = text
+        text = _read(text_or_path).decode("utf-8", errors="replace")
+    expected = "a JSON list with one list of expert numbers a MoE layer, such as [[0, 3], [1, 2]]"
+    try:
+        kept = json.loads(text)
+    except ValueError as error:
+        raise GenomeError(f"{where}: not JSON ({error}), expected {expected}") from error
+    if not isinstance(kept, list) or not all(_is_int_list(layer) for layer in kept):
+        raise GenomeError(f"{where}: got {_shortened(text)}, expected {expected}")
+    if len(kept) != shape.num_layers:
+        raise GenomeError(f"{where}: got {len(kept)} lists, the model has {shape.num_layers} MoE layers")
+    try:
+        genome = Genome.from_kept(kept, shape.num_experts, shape.top_k)
+        check_fits(genome, shape)
+    except GenomeError as error:
+        raise GenomeError(f"{where}: {error}") from error
+    return genome
+
+
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain data, told apart by its 'type'."""
+    if isinstance(outcome, EvaluationFailure):
+        return {"type": "failure", **asdict(outcome)}
+    names = ("fitness", "tie_break", "standard_error", "num_examples", "duration_s")
+    numbers = {name: getattr(outcome, name) for name in names}
+    return {"type": "evaluation", **numbers, "metrics": dict(outcome.metrics)}
+
+
+def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
+    """The outcome of `outcome_to_json`; KeyError or TypeError where it is something else."""
+    fields = {name: value for name, value in data.items() if name != "type"}
+    kinds: dict[str, type[Outcome]] = {"failure": EvaluationFailure, "evaluation": Evaluation}
+    return kinds[data["type"]](**fields)
+
+
+def _to_bytes(genome: Genome, **extras: Mapping[str, Any]) -> bytes:
+    tensors: dict[str, Matrix] = {}
+    for index, layer in enumerate(genome.layers):
+        tensors[f"layers.{index}.expert_merging"] = layer.expert_merging
+        tensors[f"layers.{index}.router_mapping"] = layer.router_mapping
+    metadata = {"format": FORMAT, "version": str(VERSION), "top_k": json.dumps(genome.top_k)}
+    return save_tensors(tensors, metadata | {name: json.dumps(extra) for name, extra in extras.items()})
+
+
+def _from_bytes(content: bytes, where: str) -> tuple[Genome, dict[str, Any]]:
+    tensors = load_tensors(content)
+    header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data
+    metadata: dict[str, str] = json.loads(content[8 : 8 + header_size]).get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise GenomeError(f"{where}: safetensors without a moe_evo genome; {_ADVICE}")
+    if metadata.get("version") != str(VERSION):
+        raise GenomeError(
+            f"{where}: genome file of version {metadata.get('version')}, this moe_evo reads {VERSION}; "
+            "use the moe_evo that wrote it"
+        )
+    top_k = json.loads(metadata["top_k"])
+    if len(tensors) != 2 * len(top_k):
+        raise GenomeError(f"{where}: holds {len(tensors)} matrices, expected {2 * len(top_k)}; {_ADVICE}")
+    layers = tuple(
+        LayerGenome(
+            _matrix(tensors, f"layers.{index}.expert_merging", where),
+            _matrix(tensors, f"layers.{index}.router_mapping", where),
+            int(active),
+        )
+        for index, active in enumerate(top_k)
+    )
+    extras = {key: json.loads(text) for key, text in metadata.items() if key not in ("format", "version")}
+    return Genome(layers), extras
+
+
+def _matrix(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, where: str) -> Matrix:
+    if name not in tensors:
+        raise GenomeError(f"{where}: lacks the matrix {name}; {_ADVICE}")
+    matrix = tensors[name]
+    if matrix.dtype != np.float32:
+        raise GenomeError(f"{where}: {name} is {matrix.dtype}, expected float32; {_ADVICE}")
+    return matrix
+
+
+@contextmanager
+def _malformed_is_genome_error(where: str) -> Iterator[None]:
+    """The border to bytes from anywhere: what they can make the parsers raise becomes a GenomeError."""
+    try:
+        yield
+    except GenomeError as error:
+        message = str(error)
+        raise error if message.startswith(where) else GenomeError(f"{where}: {message}") from error
+    except (SafetensorError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise GenomeError(f"{where}: not a genome file ({reason}); {_ADVICE}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise GenomeError(f"{where}: damaged metadata ({reason}); {_ADVICE}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise GenomeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _is_int_list(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "..."

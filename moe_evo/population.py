@@ -1,0 +1,137 @@
+"""Candidates, their outcomes, and populations of evaluated individuals: frozen values.
+
+Fitness is higher-is-better everywhere. A failure is a type, never a sentinel number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_evo.genome import Genome
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A genome that a search proposes, with its lineage.
+
+    number: position in the search, from 0. operator: what made it. parents: candidate numbers.
+    """
+
+    number: int
+    genome: Genome
+    operator: str
+    parents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    fitness: the score that is searched for. tie_break: orders equal fitness (mean log-likelihood of
+    the right answers). standard_error: of the fitness over examples. metrics: `task/metric` -> value.
+    """
+
+    fitness: float
+    tie_break: float = 0.0
+    standard_error: float = 0.0
+    num_examples: int = 0
+    duration_s: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        assert math.isfinite(self.fitness), "a fitness that is not finite is an EvaluationFailure"
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    @property
+    def rank_key(self) -> tuple[float, float]:
+        return (self.fitness, self.tie_break)
+
+    def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:
+        numbers = (self.fitness, self.tie_break, self.standard_error, self.num_examples, self.duration_s)
+        return (Evaluation, (*numbers, dict(self.metrics)))
+
+
+@dataclass(frozen=True)
+class EvaluationFailure:
+    """An evaluation that gave no fitness; kind is a word to count by, reason a line to read."""
+
+    kind: str
+    reason: str
+    duration_s: float = 0.0
+
+
+Outcome = Evaluation | EvaluationFailure
+
+
+@dataclass(frozen=True)
+class Individual:
+    """A candidate with its outcome."""
+
+    candidate: Candidate
+    outcome: Outcome
+
+    @property
+    def genome(self) -> Genome:
+        return self.candidate.genome
+
+    @property
+    def number(self) -> int:
+        return self.candidate.number
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The outcome of an individual that is known to have succeeded."""
+        assert isinstance(self.outcome, Evaluation), f"candidate {self.number} failed"
+        return self.outcome
+
+
+@dataclass(frozen=True)
+class Population:
+    """The individuals that were evaluated with success, in the order in which they finished."""
+
+    individuals: tuple[Individual, ...] = ()
+
+    def with_outcomes(self, individuals: Iterable[Individual]) -> Population:
+        """This population and those of `individuals` that did not fail."""
+        succeeded = (one for one in individuals if isinstance(one.outcome, Evaluation))
+        return Population((*self.individuals, *succeeded))
+
+    def __len__(self) -> int:
+        return len(self.individuals)
+
+    def __iter__(self) -> Iterator[Individual]:
+        return iter(self.individuals)
+
+    def __getitem__(self, index: int) -> Individual:
+        return self.individuals[index]
+
+    @cached_property
+    def fitness(self) -> npt.NDArray[np.float64]:
+        """(N,) fitness in order of completion."""
+        return np.array([one.evaluation.fitness for one in self.individuals], dtype=np.float64)
+
+    @cached_property
+    def ranked(self) -> tuple[Individual, ...]:
+        """Best first: by fitness, then tie-break, then the earlier candidate."""
+        return tuple(sorted(self.individuals, key=_descending))
+
+    @property
+    def best(self) -> Individual:
+        return self.ranked[0]
+
+    @cached_property
+    def prunings(self) -> Population:
+        """The part of the population that only prunes."""
+        return Population(tuple(one for one in self.individuals if one.genome.is_pruning))
+
+
+def _descending(individual: Individual) -> tuple[float, float, int]:
+    fitness, tie_break = individual.evaluation.rank_key
+    return (-fitness, -tie_break, individual.number)

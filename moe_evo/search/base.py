@@ -1,0 +1,75 @@
+"""`Search`: what proposes candidates and hears of their outcomes, and `Archive`, what one remembers.
+
+A search has no hidden state: candidate n depends on `default_rng([seed, n])` and on the archive, which
+a journal can rebuild.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from moe_evo.genome import Genome
+from moe_evo.population import Candidate, Individual, Population
+
+
+class Search(Protocol):
+    """Proposes candidates; no genome is proposed twice, nor one that was told.
+
+    ask: up to n candidates, fewer or none when the space is exhausted. tell: finished candidates, in
+    any order and any number at a time. restore: candidates that were asked before by a process that
+    died, in order; `tell` follows for the finished ones, and the search goes on as if uninterrupted.
+    """
+
+    @property
+    def population(self) -> Population: ...
+
+    @property
+    def phase(self) -> str: ...
+
+    def ask(self, n: int) -> list[Candidate]: ...
+
+    def tell(self, individuals: Iterable[Individual]) -> None: ...
+
+    def restore(self, candidates: Sequence[Candidate]) -> None: ...
+
+
+class Archive:
+    """What was asked and told so far: all the state that a search has.
+
+    next_number: of the next candidate. num_prunings: different prunings among the genomes seen.
+    """
+
+    def __init__(self) -> None:
+        self.population = Population()
+        self.next_number = 0
+        self.num_prunings = 0
+        self._numbers: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """Different genomes seen."""
+        return len(self._numbers)
+
+    def __contains__(self, genome: Genome) -> bool:
+        return genome.digest in self._numbers
+
+    def number_of(self, genome: Genome) -> int:
+        """The number of the candidate with this genome, which must have been seen."""
+        return self._numbers[genome.digest]
+
+    def add(self, candidate: Candidate) -> None:
+        """Remember a candidate that is asked now, or was before."""
+        self.next_number = max(self.next_number, candidate.number + 1)
+        self._see(candidate)
+
+    def tell(self, individuals: Iterable[Individual]) -> None:
+        """Remember outcomes; failures are seen, but do not join the population."""
+        told = list(individuals)
+        for individual in told:
+            self._see(individual.candidate)
+        self.population = self.population.with_outcomes(told)
+
+    def _see(self, candidate: Candidate) -> None:
+        if candidate.genome not in self:
+            self._numbers[candidate.genome.digest] = candidate.number
+            self.num_prunings += candidate.genome.is_pruning

@@ -1,0 +1,152 @@
+"""EEP (arXiv 2407.00945): evolve prunings, then untie and evolve the merging and routing matrices.
+
+Steady state: every candidate is one child of the individuals told so far, there are no generations and
+nobody dies. Where this departs from the released search, the comment says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moe_evo.config import EEP_RELEASE, EEPConfig, SearchConfig
+from moe_evo.genome import Genome
+from moe_evo.operators import (
+    gaussian_mutation,
+    layer_crossover,
+    normalise_rows,
+    parent_pool,
+    random_pruning,
+    row_crossover,
+    swap_mutation,
+)
+from moe_evo.population import Candidate, Individual, Population
+from moe_evo.search.base import Archive
+from moe_evo.search.enumeration import num_prunings, unseen_pruning
+from moe_evo.space import SearchSpace
+
+_TRIES = 16
+_SMALL_BUDGET = 200
+
+
+def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
+    """How many candidates are initial ones, and after how many, those included, merging starts."""
+    num_pruning = eep.num_pruning
+    num_initial = eep.num_initial
+    if num_pruning is None:
+        num_pruning = evaluations // 2 if evaluations < _SMALL_BUDGET else max(evaluations // 4, num_initial)
+    num_pruning = min(max(num_pruning, 1), evaluations)
+    if evaluations < _SMALL_BUDGET:  # half of the pruning phase is left to evolution
+        num_initial = min(num_initial, max(num_pruning // 2, 1))
+    return min(num_initial, num_pruning), num_pruning
+
+
+class EEPSearch:
+    """Both phases of EEP over a space; `config.algorithm` 'eep_release' takes the published values.
+
+    Where every expert is kept there is nothing to prune: the search starts from the identity and
+    merges from the first candidate on.
+    """
+
+    def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
+        self.space = space
+        self.eep = EEP_RELEASE if config.algorithm == "eep_release" else config.eep
+        self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
+        self._seed = config.seed
+        self._num_prunings = num_prunings(space)
+        self._archive = Archive()
+
+    @property
+    def population(self) -> Population:
+        return self._archive.population
+
+    @property
+    def phase(self) -> str:
+        """'pruning' or 'merging': what the next candidate belongs to."""
+        prunes = self.space.can_prune and self._archive.next_number < self.num_pruning
+        return "pruning" if prunes and not self._all_pruned else "merging"
+
+    def ask(self, n: int) -> list[Candidate]:
+        candidates: list[Candidate] = []
+        while len(candidates) < n and (candidate := self._next()) is not None:
+            self._archive.add(candidate)
+            candidates.append(candidate)
+        return candidates
+
+    def tell(self, individuals: Iterable[Individual]) -> None:
+        self._archive.tell(individuals)
+
+    def restore(self, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            self._archive.add(candidate)
+
+    @property
+    def _all_pruned(self) -> bool:
+        return self._archive.num_prunings >= self._num_prunings
+
+    def _next(self) -> Candidate | None:
+        number = self._archive.next_number
+        rng = np.random.default_rng([self._seed, number])
+        # Redraw a child that was seen before; where the parents' neighbourhood is used up, take a child
+        # of anybody, then an immigrant, then walk through what is left.
+        for draw in (self._child, self._child_of_anybody, self._immigrant):
+            for _ in range(_TRIES):
+                candidate = draw(number, rng)
+                if candidate.genome not in self._archive:
+                    return candidate
+        genome = unseen_pruning(self.space, self._archive, rng)
+        return None if genome is None else Candidate(number, genome, "random_pruning")
+
+    def _child(self, number: int, rng: np.random.Generator) -> Candidate:
+        eep, merges = self.eep, self.phase == "merging"
+        parents = self.population if merges else self.population.prunings
+        initial = number < self.num_initial and not self._all_pruned
+        # Parents lack where candidates are asked ahead of outcomes, or where all failed.
+        if initial or len(parents) < min(eep.mutation_parents, self.num_initial):
+            return self._immigrant(number, rng)
+        crosses = rng.random() < eep.crossover_rate and (merges or eep.pruning_crossover)
+        if crosses and len(parents) >= 2:
+            pool = parent_pool(parents, eep.crossover_margin, max(eep.crossover_parents, 2), eep.margin_unit)
+            first, second = (pool[index] for index in rng.choice(len(pool), 2, replace=False))
+            genome, operator = self._crossed(first.genome, second.genome, rng)
+            return Candidate(number, self._mutated(genome, rng), operator, (first.number, second.number))
+        pool = parent_pool(parents, eep.mutation_margin, eep.mutation_parents, eep.margin_unit)
+        return self._mutant(number, pool, rng)
+
+    def _child_of_anybody(self, number: int, rng: np.random.Generator) -> Candidate:
+        parents = self.population if self.phase == "merging" else self.population.prunings
+        if not len(parents):
+            return self._immigrant(number, rng)
+        return self._mutant(number, parents.ranked, rng)
+
+    def _immigrant(self, number: int, rng: np.random.Generator) -> Candidate:
+        """A random pruning (the identity, if K = E); where all were asked, a mutant of one."""
+        if self._all_pruned and len(self.population):
+            return self._mutant(number, self.population.ranked, rng)
+        genome = random_pruning(self.space, rng)
+        if not self._all_pruned:
+            return Candidate(number, genome, "random_pruning" if self.space.can_prune else "identity")
+        parent = self._archive.number_of(genome)
+        return Candidate(number, self._mutated(genome, rng), "gaussian_mutation", (parent,))
+
+    def _mutant(self, number: int, pool: Sequence[Individual], rng: np.random.Generator) -> Candidate:
+        parent = pool[int(rng.integers(len(pool)))]
+        operator = "gaussian_mutation" if self.phase == "merging" else "swap_mutation"
+        return Candidate(number, self._mutated(parent.genome, rng), operator, (parent.number,))
+
+    def _mutated(self, genome: Genome, rng: np.random.Generator) -> Genome:
+        eep = self.eep
+        if self.phase == "pruning":
+            rates = {"layer_rate": eep.layer_rate, "swap_rate": eep.swap_rate}
+            return swap_mutation(genome, self.space, rng, **rates)
+        rates = {"layer_rate": eep.layer_rate, "entry_rate": eep.entry_rate, "sigma": eep.sigma}
+        child = gaussian_mutation(genome, self.space, rng, **rates)
+        return normalise_rows(child) if rng.random() < eep.normalise_rate else child
+
+    def _crossed(self, first: Genome, second: Genome, rng: np.random.Generator) -> tuple[Genome, str]:
+        eep = self.eep
+        if rng.random() < eep.layer_crossover_rate:
+            return layer_crossover(first, second, self.space, rng, bias=eep.crossover_bias), "layer_crossover"
+        rates = {"layer_rate": eep.layer_rate, "bias": eep.crossover_bias}
+        return row_crossover(first, second, self.space, rng, **rates), "row_crossover"

@@ -1,0 +1,54 @@
+"""Random search: prunings drawn uniformly without repeats, the honest control of every evolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moe_evo.operators import random_pruning
+from moe_evo.population import Candidate, Individual, Population
+from moe_evo.search.base import Archive
+from moe_evo.search.enumeration import unseen_pruning
+from moe_evo.space import SearchSpace
+
+_TRIES = 32
+
+
+class RandomSearch:
+    """Best of N: every candidate is a random pruning, until the space holds no other."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self.space = space
+        self._seed = seed
+        self._archive = Archive()
+
+    @property
+    def population(self) -> Population:
+        return self._archive.population
+
+    @property
+    def phase(self) -> str:
+        return "random"
+
+    def ask(self, n: int) -> list[Candidate]:
+        candidates: list[Candidate] = []
+        while len(candidates) < n and (candidate := self._next()) is not None:
+            self._archive.add(candidate)
+            candidates.append(candidate)
+        return candidates
+
+    def tell(self, individuals: Iterable[Individual]) -> None:
+        self._archive.tell(individuals)
+
+    def restore(self, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            self._archive.add(candidate)
+
+    def _next(self) -> Candidate | None:
+        number = self._archive.next_number
+        rng = np.random.default_rng([self._seed, number])
+        draws = (random_pruning(self.space, rng) for _ in range(_TRIES))
+        genome = next((one for one in draws if one not in self._archive), None)
+        genome = genome or unseen_pruning(self.space, self._archive, rng)
+        return None if genome is None else Candidate(number, genome, "random_pruning")
