@@ -1,0 +1,70 @@
+"""Pruning by frequency of use: keep the experts that the task's prompts are most often routed to.
+
+The counts are the router's own choices on the full model (#A_j, as REAP's `frequency`); padding never
+counts, and every example's prompt counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_evo.genome import Genome
+from moe_evo.models.view import MoEModel
+from moe_evo.space import SearchSpace
+from moe_evo.tasks.base import ForwardBatch, Task
+
+Counts = Sequence[npt.NDArray[np.float64]]
+
+
+class Observed(Protocol):
+    """What is needed of an `Evaluator`, which stands above the criteria and is not imported here."""
+
+    @property
+    def model(self) -> MoEModel: ...
+
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor: ...
+
+
+def routing_counts(evaluator: Observed, split: str = "search") -> Counts:
+    """Tokens routed to each expert, (E,) a MoE layer, over the prompts of all tasks."""
+    with torch.inference_mode(), evaluator.model.observe_routing() as counts:
+        for task in evaluator.tasks:
+            for batch in task.prompt_batches(split):
+                placed = batch.to(evaluator.model.device)
+                counts.mask = placed.attention_mask
+                evaluator.forward(placed)
+    return counts.layers
+
+
+def frequency_pruning(evaluator: Observed, space: SearchSpace, split: str = "search") -> Genome:
+    """The pruning of `space` that keeps the most used experts; the lower number wins a tie.
+
+    Layers that share genes keep what is most used in all of them together, and a group-limited
+    router keeps the best of each of its groups.
+    """
+    counts = routing_counts(evaluator, split)
+    kept: list[list[int]] = [[] for _ in counts]
+    for group, layers in enumerate(space.layer_groups):
+        used = np.sum([counts[layer] for layer in layers], axis=0)
+        experts = _most_used(used, space, group)
+        for layer in layers:
+            kept[layer] = experts
+    return Genome.from_kept(kept, space.shape.num_experts, space.top_k)
+
+
+def _most_used(used: npt.NDArray[np.float64], space: SearchSpace, group: int) -> list[int]:
+    """The best unused expert for each slot among those that the slot may keep."""
+    kept: list[int] = []
+    for slot in range(space.num_kept[space.layer_groups[group][0]]):
+        free = [expert for expert in space.expert_group(group, slot) if expert not in kept]
+        kept.append(max(free, key=lambda expert: (used[expert], -expert)))
+    return sorted(kept)

@@ -1,0 +1,70 @@
+"""How a generated text is compared with the right answers: pure functions of strings, 0.0 to 1.0."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from moe_evo.tasks.examples import Example, numbers_in
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def exact_match(text: str, example: Example) -> float:
+    """The text is an answer, up to case and spacing."""
+    return float(normalised(text) in set(map(normalised, example.answers)))
+
+
+def contains(text: str, example: Example) -> float:
+    """An answer stands somewhere in the text, up to case and spacing."""
+    return float(any(normalised(answer) in normalised(text) for answer in example.answers))
+
+
+def f1(text: str, example: Example) -> float:
+    """Best F1 of shared words over the answers, without punctuation and articles (as SQuAD's)."""
+    return max(_word_f1(_words(text), _words(answer)) for answer in example.answers)
+
+
+def first_option(text: str, example: Example) -> float:
+    """The choice that stands first in the text, as whole words, is an answer."""
+    found = [
+        (match.start(), -len(choice), choice)
+        for choice in map(normalised, example.choices)
+        if (match := re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", normalised(text)))
+    ]
+    return float(bool(found) and min(found)[2] in set(map(normalised, example.answers)))
+
+
+def number_match(text: str, example: Example) -> float:
+    """The last number in the text equals the last number of an answer."""
+    numbers = numbers_in(text)
+    rights = {found[-1] for found in map(numbers_in, example.answers) if found}
+    return float(bool(numbers) and numbers[-1] in rights)
+
+
+ANSWER_METRICS: dict[str, Callable[[str, Example], float]] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "f1": f1,
+    "first_option": first_option,
+    "number_match": number_match,
+}
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _word_f1(got: Sequence[str], right: Sequence[str]) -> float:
+    if not got or not right:
+        return float(list(got) == list(right))
+    shared = sum((Counter(got) & Counter(right)).values())
+    return 2 * shared / (len(got) + len(right))

@@ -1,0 +1,253 @@
+"""A task's data: which files, which split each example stands in, and a hash of what was read.
+
+`check_tasks` reads and checks everything before a model is loaded; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from moe_evo.config import TaskConfig
+from moe_evo.errors import ConfigError, TaskError
+from moe_evo.tasks.examples import METRICS, Example, kind_of, parse_row
+
+SPLITS = ("search", "validation", "test")
+MIN_EXAMPLES = 2  # a standard error needs two
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The checked examples of one task.
+
+    kind and metric are resolved, never 'auto' or 'default'. hash: sha256 of the bytes read.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    splits: Mapping[str, tuple[Example, ...]]
+    few_shot: tuple[Example, ...]
+    hash: str
+
+
+def embedded_task_names() -> list[str]:
+    """The tasks that come with this package."""
+    folder = _embedded_folder()
+    return sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
+
+
+def task_name(config: TaskConfig) -> str:
+    """The name given, or that of the data's file or folder."""
+    return config.name or Path(config.data).expanduser().absolute().name.removesuffix(".jsonl")
+
+
+def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
+    """Read and check the data of all tasks; raises TaskError or ConfigError."""
+    names = [task_name(config) for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"tasks: got the name {name!r} twice, expected distinct ones; set tasks.name")
+    return tuple(map(read_task, configs))
+
+
+def data_hash(config: TaskConfig) -> str:
+    """sha256 of the bytes of the task's files."""
+    files = [*_split_files(config).values(), *_few_shot_files(config)]
+    return _hash([file.content for file in files])
+
+
+def read_task(config: TaskConfig) -> TaskData:
+    """Read, check and split one task's data; raises TaskError or ConfigError."""
+    _check_metric(config)
+    files, few_shot_files = _split_files(config), _few_shot_files(config)
+    kind = config.kind if config.kind != "auto" else _kind(next(iter(files.values())))
+    metric = _metric(config, kind)
+    parts = {name: tuple(_examples(file, kind, metric)) for name, file in files.items()}
+    few_shot = tuple(example for file in few_shot_files for example in _shots(file, kind))
+    _check_options(config, kind, [*few_shot, *(example for part in parts.values() for example in part)])
+    splits = parts if "" not in parts else _split_by_hash(parts[""], config.split_shares)
+    _check_disjoint(config, splits, few_shot)
+    for split in SPLITS:
+        _check_size(config, splits, split)
+    limited = {split: _limit(splits[split], config.num_examples(split)) for split in SPLITS}
+    hashed = _hash([file.content for file in (*files.values(), *few_shot_files)])
+    return TaskData(task_name(config), kind, metric, MappingProxyType(limited), few_shot, hashed)
+
+
+@dataclass(frozen=True)
+class _File:
+    shown: str
+    content: bytes
+
+
+def _embedded_folder() -> Traversable:
+    return resources.files("moe_evo").joinpath("data", "tasks")
+
+
+def _split_files(config: TaskConfig) -> dict[str, _File]:
+    """The files by split; one file that is still to be split stands under ''."""
+    where = f"task {task_name(config)}"
+    # a bare name is an embedded task even where a folder of that name lies about: write ./name for that
+    if config.data in embedded_task_names():
+        folder: Traversable = _embedded_folder().joinpath(config.data)
+    else:
+        folder = Path(config.data).expanduser()
+    if folder.is_file():
+        return {"": _read(folder, config.data)}
+    if not folder.is_dir():
+        raise TaskError(
+            f"{where}: data: got {config.data!r}, which is no file, no folder and no embedded task; "
+            f"embedded tasks are {', '.join(embedded_task_names()) or 'none'}"
+        )
+    missing = [f"{split}.jsonl" for split in SPLITS if not folder.joinpath(f"{split}.jsonl").is_file()]
+    if missing:
+        raise TaskError(
+            f"{where}: data: folder {config.data!r} has no {' and no '.join(missing)}; give all of "
+            "search.jsonl, validation.jsonl and test.jsonl, or one file that is split by hash"
+        )
+    names = {split: f"{split}.jsonl" for split in SPLITS}
+    return {split: _read(folder.joinpath(name), f"{config.data}/{name}") for split, name in names.items()}
+
+
+def _few_shot_files(config: TaskConfig) -> list[_File]:
+    if config.few_shot is None:
+        return []
+    path = Path(config.few_shot).expanduser()
+    if not path.is_file():
+        raise TaskError(f"task {task_name(config)}: few_shot: no file {config.few_shot!r}")
+    return [_read(path, config.few_shot)]
+
+
+def _read(file: Traversable, shown: str) -> _File:
+    try:
+        return _File(shown, file.read_bytes())
+    except OSError as error:
+        raise TaskError(f"{shown}: cannot be read: {error.strerror}") from error
+
+
+def _rows(file: _File) -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of each line that is not blank."""
+    for number, line in enumerate(file.content.split(b"\n"), start=1):
+        where = f"{file.shown}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                yield where, json.loads(text)
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise TaskError(
+                f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
+            ) from error
+
+
+def _examples(file: _File, kind: str, metric: str) -> Iterator[Example]:
+    empty = True
+    for where, row in _rows(file):
+        empty = False
+        yield parse_row(row, kind, metric, where)
+    if empty:
+        raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
+
+
+def _shots(file: _File, kind: str) -> Iterator[Example]:
+    """Few-shot examples: as the task's own, or, where those have no answers, any that have one."""
+    shot_kind = _kind(file) if kind == "distillation" else kind
+    if shot_kind == "perplexity":
+        raise TaskError(f"{file.shown}: few-shot examples have texts, expected prompts with answers")
+    return _examples(file, shot_kind, "default")
+
+
+def _kind(file: _File) -> str:
+    for where, row in _rows(file):
+        if not isinstance(row, dict):
+            raise TaskError(f"{where}: got {type(row).__name__}, expected a JSON object")
+        return kind_of(row, where)
+    raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
+
+
+def _check_metric(config: TaskConfig) -> None:
+    """Refuse a metric of another kind before any file is read, where the kind is known."""
+    if config.kind != "auto":
+        _metric(config, config.kind)
+
+
+def _metric(config: TaskConfig, kind: str) -> str:
+    allowed = METRICS[kind]
+    if config.metric == "default":
+        return allowed[0]
+    if config.metric not in allowed:
+        raise ConfigError(
+            f"tasks ({task_name(config)}).metric: got {config.metric!r}, "
+            f"expected {', '.join(allowed)} or default for a task of kind {kind}"
+        )
+    return config.metric
+
+
+def _check_options(config: TaskConfig, kind: str, examples: Sequence[Example]) -> None:
+    """Refuse options of the prompt where there are texts and no prompts."""
+    for option in ("prefix", "few_shot", "chat_template"):
+        if getattr(config, option) and any(example.text for example in examples):
+            raise ConfigError(
+                f"tasks ({task_name(config)}).{option}: got {getattr(config, option)!r}, expected none, as the "
+                f"task's examples are texts without prompts (kind {kind})"
+            )
+
+
+def _split_by_hash(examples: Sequence[Example], shares: tuple[float, float, float]) -> dict[str, tuple[Example, ...]]:
+    """The same prompt always lands in the same split, in any file and on any machine."""
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for example in examples:
+        position = int(example.digest[:13], 16) / 16**13
+        search_end, validation_end = shares[0], shares[0] + shares[1]
+        split = "search" if position < search_end else "validation" if position < validation_end else "test"
+        splits[split].append(example)
+    return {split: tuple(part) for split, part in splits.items()}
+
+
+def _check_disjoint(config: TaskConfig, splits: Mapping[str, Sequence[Example]], few_shot: Sequence[Example]) -> None:
+    """No input stands in two splits, or both in a split and among the few-shot examples."""
+    seen: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
+    for split, examples in (("few_shot", few_shot), *splits.items()):
+        for example in examples:
+            other, where = seen.setdefault(example.key, (split, example.where))
+            if other != split:
+                raise TaskError(
+                    f"task {task_name(config)}: {example.where} ({split}) repeats the input of {where} "
+                    f"({other}); expected each input in one of them only; remove one of the two lines"
+                )
+
+
+def _check_size(config: TaskConfig, splits: Mapping[str, Sequence[Example]], split: str) -> None:
+    got, limit = len(splits[split]), config.num_examples(split)
+    sizes = ", ".join(f"{name} {len(splits[name])}" for name in SPLITS)
+    if got < MIN_EXAMPLES:
+        raise TaskError(
+            f"task {task_name(config)}: split {split} has {got} examples ({sizes}), expected at least "
+            f"{MIN_EXAMPLES}; give more examples or other split_shares"
+        )
+    if 0 < limit < MIN_EXAMPLES:
+        raise TaskError(
+            f"task {task_name(config)}: num_{split}: got {limit}, expected at least {MIN_EXAMPLES} or 0 for all"
+        )
+
+
+def _limit(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:
+    """The `limit` examples of smallest hash, in the file's order: a fair sample even of a sorted file."""
+    if limit == 0 or limit >= len(examples):
+        return examples
+    order = sorted(range(len(examples)), key=lambda index: examples[index].digest)
+    return tuple(examples[index] for index in sorted(order[:limit]))
+
+
+def _hash(contents: Sequence[bytes]) -> str:
+    parts = b"".join(hashlib.sha256(content).digest() for content in contents)
+    return hashlib.sha256(parts).hexdigest()

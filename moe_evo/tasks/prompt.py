@@ -1,0 +1,116 @@
+"""From an example to tokens: prefix, few-shot examples, chat template, and where the answer begins.
+
+Prompt and answer are cut as lm-evaluation-harness cuts them: both are tokenised together, the
+answer's tokens are what comes after the prompt's, and spaces at the prompt's end go to the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_evo.config import TaskConfig
+from moe_evo.errors import TaskError
+from moe_evo.tasks.data import TaskData
+from moe_evo.tasks.examples import Example
+
+SHOT_SEPARATOR = "\n\n"
+
+Tokens = tuple[int, ...]
+
+
+def answer_text(example: Example) -> str:
+    """The right answer as it is shown after the prompt of a few-shot example."""
+    return example.choices[example.label] if example.label is not None else example.answers[0]
+
+
+def shot_text(example: Example) -> str:
+    """A few-shot example with its answer: a choice as it is written, others at least a space apart."""
+    prompt, answer = example.prompt, answer_text(example)
+    apart = example.label is not None or prompt[-1:].isspace() or answer[:1].isspace()
+    return prompt + answer if apart else f"{prompt} {answer}"
+
+
+class PromptFormat:
+    """How one task's prompts look to the model, and the tokens they become."""
+
+    def __init__(self, config: TaskConfig, data: TaskData, tokenizer: Any) -> None:
+        self._config = config
+        self._data = data
+        self._tokenizer = tokenizer
+        limit = getattr(tokenizer, "model_max_length", None) or config.max_length
+        self.max_length = min(config.max_length, int(limit))
+        if config.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise TaskError(
+                f"task {data.name}: chat_template: got true, but the model's tokenizer has no chat template; "
+                "set chat_template to false or use a model tuned for chat"
+            )
+
+    def prompt(self, example: Example) -> str:
+        """The whole text before the answer."""
+        shots = self._data.few_shot
+        if not self._config.chat_template:
+            return "".join([self._config.prefix, *(shot_text(shot) + SHOT_SEPARATOR for shot in shots), example.prompt])
+        turns = [(shot.prompt, answer_text(shot).strip()) for shot in shots]
+        contents = [text for turn in turns for text in turn] + [example.prompt]
+        contents[0] = self._config.prefix + contents[0]
+        messages = [
+            {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
+        ]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+    def prompt_tokens(self, example: Example, room: int = 0) -> Tokens:
+        """Tokens of the prompt, cut from the left so that `room` more fit into max_length."""
+        return self._shortened(self._encode(self.prompt(example)), room, example)
+
+    def pair_tokens(self, example: Example, answers: tuple[str, ...]) -> tuple[Tokens, list[Tokens]]:
+        """Tokens of the prompt, and of each answer after it; the prompt is the same for all."""
+        prompt = self.prompt(example)
+        bare = prompt.rstrip()
+        spaces = prompt[len(bare) :]
+        context = self._encode(bare)
+        # the assistant's turn begins afresh, so a space that parts prompt and answer is out of place
+        texts = [answer.lstrip() if self._config.chat_template else answer for answer in answers]
+        tokens = [self._after(bare, context, spaces + text, example) for text in texts]
+        return self._shortened(context, max(map(len, tokens)), example), tokens
+
+    def text_tokens(self, example: Example) -> Tokens:
+        """Tokens of a text, cut at the right."""
+        return self._encode(example.text)[: self.max_length]
+
+    def decode(self, tokens: Any) -> list[str]:
+        """The text of each row of tokens."""
+        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def _encode(self, text: str) -> Tokens:
+        # a chat template writes its own special tokens
+        tokens = self._tokenizer(text, add_special_tokens=not self._config.chat_template)["input_ids"]
+        eos, eos_text = self._tokenizer.eos_token_id, self._tokenizer.eos_token
+        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(eos_text):
+            tokens = tokens[:-1]  # some tokenizers end every text, but nothing comes after an end
+        return tuple(tokens)
+
+    def _after(self, bare: str, context: Tokens, answer: str, example: Example) -> Tokens:
+        whole = self._encode(bare + answer)
+        if whole[: len(context)] == context and len(whole) > len(context):
+            return whole[len(context) :]
+        # a token spans the seam: the model reads the prompt's own tokens, then the answer's
+        tokens = tuple(self._tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if not tokens:
+            raise TaskError(f"{example.where}: the answer {answer!r} has no tokens, expected at least one")
+        return tokens
+
+    def _shortened(self, context: Tokens, room: int, example: Example) -> Tokens:
+        if not context:
+            raise TaskError(f"{example.where}: the prompt has no tokens, expected at least 1")
+        keep = self.max_length - room
+        bos = self._tokenizer.bos_token_id
+        begins = context[:1] if bos is not None and context[0] == bos else ()
+        if keep < len(begins) + 1:
+            raise TaskError(
+                f"{example.where}: an answer of {room} tokens leaves no room for the prompt in max_length "
+                f"{self.max_length}; raise max_length or shorten the answer"
+            )
+        if len(context) <= keep:
+            return context
+        return begins + context[len(context) - keep + len(begins) :]

@@ -1,0 +1,153 @@
+"""Tiny tokenizers, models and data for the tests of tasks, evaluation and criteria."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from moe_evo.config import TaskConfig
+from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.tasks.base import Batch, ForwardBatch, Task, TaskScores
+from moe_evo.tasks.registry import build_task
+
+CORPUS = [
+    "the capital of france is paris", "the capital of japan is tokyo", "one two three four five six",
+    "question: what is the sum of 12 and 30? answer: 42", "a cat and a dog are animals", "yes no good bad maybe",
+]  # fmt: skip
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer(*, bos: bool = False, chat: bool = False) -> Any:
+    """Byte-level BPE with a few merges; with `bos`, every text begins with <s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    if chat:
+        wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+SIZES = {
+    "vocab_size": 350,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.5,  # so that different tokens and places give clearly different logits
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def tiny_mixtral(num_experts: int = 4) -> Any:
+    torch.manual_seed(1)
+    config = MixtralConfig(**SIZES, num_local_experts=num_experts, num_experts_per_tok=2, sliding_window=None)
+    return MixtralForCausalLM(config).eval()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_splits(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """A folder whose search split holds all rows; the other two hold two rows each of the same form."""
+    write_rows(folder / "search.jsonl", rows)
+    for split in ("validation", "test"):
+        others = [{**row, _input(row): f"{split} {row[_input(row)]}"} for row in rows[:2]]
+        write_rows(folder / f"{split}.jsonl", others)
+    return str(folder)
+
+
+def _input(row: dict[str, Any]) -> str:
+    return "prompt" if "prompt" in row else "text"
+
+
+def make_task(
+    folder: Path, rows: list[dict[str, Any]], tokenizer: Any, *, batch_tokens: int = 64, **options: Any
+) -> Task:
+    config = TaskConfig(data=write_splits(folder, rows), **options)
+    return build_task(config, tokenizer, batch_tokens)
+
+
+@torch.inference_mode()
+def forward(model: Any, batch: ForwardBatch) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.logits_to_keep,
+    ).logits
+    return logits
+
+
+@torch.inference_mode()
+def run_task(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    *,
+    reference_model: Any = None,
+    split: str = "search",
+    indices: list[int] | None = None,
+) -> TaskScores:
+    """What an evaluator does, without genomes: forward or generate, score, combine."""
+    batches, partials = task.batches(split, indices), []
+    for batch in batches:
+        reference = None
+        if task.needs_reference:
+            assert isinstance(batch, ForwardBatch)
+            reference = task.reference(batch, forward(reference_model, batch))
+        partials.append(task.score(batch, _output(model, tokenizer, batch), reference))
+    return task.combine(split, batches, partials)
+
+
+def _output(model: Any, tokenizer: Any, batch: Batch) -> torch.Tensor:
+    return forward(model, batch) if isinstance(batch, ForwardBatch) else generate_greedily(model, tokenizer, batch)
+
+
+@torch.inference_mode()
+def alone(model: Any, tokens: list[int]) -> torch.Tensor:
+    """(T, V) log-probabilities of one sequence, without padding, cache or batch."""
+    log_probs: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    return log_probs
+
+
+def answer_log_likelihood(model: Any, context: list[int], answer: list[int]) -> float:
+    """Brute force: one row, one token after the other."""
+    log_probs = alone(model, context + answer)
+    return sum(float(log_probs[len(context) - 1 + place, token]) for place, token in enumerate(answer))
