@@ -1,0 +1,243 @@
+"""The command line: parsing, printing and exit codes. Nothing heavy is imported before it is needed.
+
+Exit codes: 0 done; 2 the input was wrong (one line says how); 130 interrupted; 1 a defect of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_evo.errors import ConfigError, MoeEvoError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_USAGE = "moe-evo {search,evaluate,show,export} ...  (--help after each for its options)"
+_DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model a task needs; export the smaller model.
+
+  moe-evo search                              try it on the embedded model and task
+  moe-evo search CONFIG.yaml --search.num_kept 4
+  moe-evo show RUN                            what a run found, as table and picture
+  moe-evo evaluate CONFIG.yaml --genome RUN   score a genome on any split
+  moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
+"""
+
+
+def _search_parser() -> ArgumentParser:
+    from moe_evo.config import RunConfig
+    from moe_evo.config_file import config_parser
+
+    parser = config_parser(
+        "search",
+        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
+        "Search which experts to keep and merge. The same command again goes on where it stood.",
+        RunConfig,
+    )
+    parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    from moe_evo.config import ScoringConfig
+    from moe_evo.config_file import config_parser
+
+    parser = config_parser(
+        "evaluate",
+        "moe-evo evaluate [CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
+        "Score one genome on one split, with the model and tasks of a config (or of a run: --config RUN).",
+        ScoringConfig,
+    )
+    parser.add_argument(
+        "--genome",
+        type=str,
+        default="full",
+        help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
+        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model",
+    )
+    splits = ("search", "validation", "test")
+    parser.add_argument("--split", choices=splits, default="validation", help="which examples")
+    return parser
+
+
+def _show_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="moe-evo show", description="Table, kept experts and files of a run.", exit_on_error=False
+    )
+    parser.add_argument("run", type=str, help="folder of a run, finished or not")
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="moe-evo export",
+        description="Write the smaller checkpoint of a finished run, then reload it with stock transformers and "
+        "compare its logits with what was evaluated.",
+        exit_on_error=False,
+    )
+    parser.add_argument("run", type=str, help="folder of a finished run")
+    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--which", choices=("best", "best_pruning"), default="best", help="the winner, or the best that only prunes"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    return parser
+
+
+def _with_config_flag(argv: Sequence[str]) -> list[str]:
+    """`search x.yaml ...` means `search --config x.yaml ...`; a run's folder means its config."""
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--config")
+    for index, word in enumerate(words[:-1]):
+        if word == "--config" and (Path(words[index + 1]) / "config.yaml").is_file():
+            words[index + 1] = str(Path(words[index + 1]) / "config.yaml")
+    return words
+
+
+def _search(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo import commands
+    from moe_evo.config import RunConfig
+    from moe_evo.config_file import config_of, parse
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments = parse(_search_parser(), _with_config_flag(argv))
+    if arguments.resume is not None:
+        if len(argv) > 2:
+            raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
+        config = commands.resumed_config(arguments.resume)
+    else:
+        config = config_of(arguments, RunConfig)
+    with TerminalTracker() as tracker:
+        folder = commands.search(config, tracker)
+    _print_run(str(folder.path), as_json=as_json)
+
+
+def _show(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config_file import parse
+
+    _print_run(parse(_show_parser(), argv).run, as_json=as_json)
+
+
+def _print_run(run: str, *, as_json: bool) -> None:
+    from moe_evo import commands
+    from moe_evo.run_folder import RunFolder
+
+    folder = RunFolder.existing(run)
+    result = commands.show(folder)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        from moe_evo.report.terminal import print_run
+
+        print_run(folder, result)
+
+
+def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo import commands
+    from moe_evo.config import ScoringConfig
+    from moe_evo.config_file import config_of, parse, scoring_part
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    words = _with_config_flag(argv)
+    for index, word in enumerate(words[:-1]):
+        if word == "--config":
+            words[index + 1] = scoring_part(Path(words[index + 1]))
+    arguments = parse(_evaluate_parser(), words)
+    with TerminalTracker() as tracker:
+        scores = commands.evaluate(config_of(arguments, ScoringConfig), arguments.genome, arguments.split, tracker)
+    if as_json:
+        print(json.dumps(scores))
+    else:
+        from moe_evo.report.terminal import print_scores
+
+        print_scores(scores)
+
+
+def _export(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo import commands
+    from moe_evo.config_file import parse
+    from moe_evo.run_folder import RunFolder
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments = parse(_export_parser(), argv)
+    folder = RunFolder.existing(arguments.run)
+    with TerminalTracker() as tracker:
+        report = commands.export(
+            folder, Path(arguments.to), arguments.which, overwrite=arguments.overwrite, tracker=tracker
+        )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from moe_evo.report.terminal import print_export
+
+        print_export(report)
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
+    "search": (_search, _search_parser),
+    "evaluate": (_evaluate, _evaluate_parser),
+    "show": (_show, _show_parser),
+    "export": (_export, _export_parser),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; answers the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = _take(words, "--debug")
+    as_json = _take(words, "--json")
+    try:
+        return _dispatch(words, as_json=as_json)
+    except MoeEvoError as error:
+        return _fail(f"error: {' '.join(str(error).split())}", 2, debug=debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; all finished evaluations are kept, the same command goes on", 130, debug=debug)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered must not raise at exit
+        return 0
+    except Exception as error:  # noqa: BLE001 - the border of the process: a defect still ends in one line
+        message = f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
+        return _fail(message, 1, debug=debug)
+
+
+def _take(words: list[str], flag: str) -> bool:
+    found = flag in words
+    words[:] = [word for word in words if word != flag]
+    return found
+
+
+def _dispatch(words: list[str], *, as_json: bool) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {_USAGE}\n\n{_DESCRIPTION}\nWith every command: --json prints the result as JSON, --debug shows "
+              "the traceback of an error.")  # fmt: skip
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("moe_evo"))
+        return 0
+    if words[0] not in _COMMANDS:
+        raise ConfigError(f"unknown command {words[0]!r}, expected one of: {', '.join(_COMMANDS)}")
+    run, parser = _COMMANDS[words[0]]
+    if "-h" in words or "--help" in words:
+        parser().print_help()
+        return 0
+    run(words[1:], as_json=as_json)
+    return 0
+
+
+def _fail(message: str, code: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"moe-evo: {message}", file=sys.stderr)
+    return code

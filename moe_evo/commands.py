@@ -1,0 +1,265 @@
+"""What each command of `moe-evo` does, as functions from checked config to plain data.
+
+Everything that can be wrong with the input is found before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, ScoringConfig, SearchConfig, TaskConfig
+from moe_evo.config_file import read_config
+from moe_evo.errors import GenomeError, RunError
+from moe_evo.genome import Genome
+from moe_evo.genome_file import genome_from_kept_json, load_genome, save_individual
+from moe_evo.journal import Journal
+from moe_evo.population import EvaluationFailure, Individual
+from moe_evo.run_folder import RunFolder, default_folder
+from moe_evo.space import ModelShape, SearchSpace, check_fits
+from moe_evo.tasks.data import TaskData, check_tasks
+from moe_evo.tracking.terminal import TerminalTracker
+
+if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.result import Row
+
+
+def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
+    """The space that a config asks for on a model of this shape; raises ConfigError."""
+    return SearchSpace.build(
+        shape,
+        num_kept=config.num_kept,
+        top_k=config.top_k,
+        num_layer_groups=config.num_layer_groups,
+        multiple_of=config.multiple_of,
+    )
+
+
+def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
+    """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures."""
+    folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
+    config = replace(config, folder=str(folder.path))
+    data = check_tasks(config.task_configs)
+    from moe_evo.models.loading import model_hash, read_shape, resolve_device
+
+    resolve_device(config.model.device)
+    space = build_space(read_shape(config.model), config.search)
+    folder.claim(config)
+    with folder.open_journal() as journal:
+        _check_inputs(journal, {"model": model_hash(config.model), **{one.name: one.hash for one in data}})
+        if folder.result.is_file():
+            tracker.message(f"{folder.path}: this run is finished")
+            return folder
+        _run(config, space, journal, folder, data, tracker)
+    return folder
+
+
+def _check_inputs(journal: Journal, hashes: dict[str, str]) -> None:
+    """A run goes on only with the very model and data that it began with."""
+    new = {}
+    for name, found in hashes.items():
+        known = journal.meta(f"hash/{name}")
+        if known is None:
+            new[f"hash/{name}"] = found
+        elif known != found:
+            raise RunError(
+                f"{journal.path.parent}: {name} has changed since this run began; bring back the old files, "
+                "or start anew with another --folder"
+            )
+    journal.set_meta(new)
+
+
+def _run(
+    config: RunConfig,
+    space: SearchSpace,
+    journal: Journal,
+    folder: RunFolder,
+    data: Sequence[TaskData],
+    tracker: TerminalTracker,
+) -> None:
+    from moe_evo.driver import MAIN, RANDOM, run_search
+    from moe_evo.evaluation.pool import LocalPool
+    from moe_evo.report.figure import kept_figure, search_figure
+
+    started = time.monotonic()
+    evaluator = load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
+    pool = LocalPool(evaluator, config.evaluation.genomes_per_request)
+    rows = run_search(config, space, journal, pool, tracker)
+    result = _result(config, space.shape, journal, data, rows, time.monotonic() - started)
+    winners = {"best": folder.best, "best_pruning": folder.best_pruning}
+    for row in rows:
+        if row.key in winners:
+            outcome = journal.outcomes(MAIN, "search")[row.candidate.number]
+            individual = Individual(row.candidate, outcome)
+            provenance = {"model": result["model"], "tasks": result["tasks"], "row": row.to_json()}
+            save_individual(winners[row.key], individual, space, provenance)
+    search_figure(
+        folder.figure,
+        journal.individuals(MAIN),
+        journal.individuals(RANDOM),
+        rows[0].scores["search"].fitness,
+        rows[-1].candidate.genome,
+    )
+    kept_figure(folder.kept_figure, rows[-1].candidate.genome)
+    folder.write_result(result)  # last: a run with a result is finished
+
+
+def load_evaluator(
+    model: ModelConfig, tasks: Sequence[TaskConfig], evaluation: EvaluationConfig, tracker: TerminalTracker
+) -> Evaluator:
+    """The model and the tasks, ready to score genomes."""
+    from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.models.loading import load_model
+    from moe_evo.tasks.registry import build_task
+
+    tracker.message(f"loading {model.path}")
+    moe = load_model(model)
+    return Evaluator(moe, [build_task(one, moe.tokenizer, evaluation.batch_tokens) for one in tasks], evaluation)
+
+
+def _result(
+    config: RunConfig,
+    shape: ModelShape,
+    journal: Journal,
+    data: Sequence[TaskData],
+    rows: Sequence[Row],
+    duration_s: float,
+) -> dict[str, Any]:
+    from moe_evo.driver import MAIN
+    from moe_evo.result import RESULT_VERSION, software_versions
+
+    outcomes = journal.outcomes(MAIN, "search")
+    failures = [one for one in outcomes.values() if isinstance(one, EvaluationFailure)]
+    return {
+        "version": RESULT_VERSION,
+        "software": software_versions(),
+        "model": {"path": config.model.path, "hash": journal.meta("hash/model"), **asdict(shape)},
+        "tasks": [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "metric": one.metric,
+                "hash": one.hash,
+                "examples": {split: len(examples) for split, examples in one.splits.items()},
+            }
+            for one in data
+        ],
+        "fitness": config.evaluation.fitness,
+        "router": config.model.router,
+        "search": {
+            "algorithm": config.search.algorithm,
+            "seed": config.search.seed,
+            "evaluations": len(outcomes),
+            "failures": len(failures),
+            "failure_reasons": sorted({one.reason for one in failures}),
+            "evaluation_s": sum(one.duration_s for one in outcomes.values()),
+        },
+        "duration_s": duration_s,
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def resumed_config(folder: str) -> RunConfig:
+    """The config of the run in `folder`, wherever the folder lies now."""
+    return replace(read_config(RunFolder.existing(folder).config), folder=folder)
+
+
+def named_genome(text: str, shape: ModelShape) -> Genome:
+    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'."""
+    if text == "full":
+        return shape.identity()
+    path = Path(text)
+    if path.is_dir():
+        return load_genome(RunFolder.existing(path).best)
+    if text.lstrip().startswith("[") or path.suffix == ".json":
+        return genome_from_kept_json(text, shape)
+    if path.suffix == ".pth":
+        from moe_evo.models.eep_coefficients import load_eep_coefficients
+
+        return load_eep_coefficients(path, shape)
+    if not path.exists():
+        raise GenomeError(
+            f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
+            "such as [[0,3],[1,2]], or 'full'"
+        )
+    return load_genome(path)
+
+
+def evaluate(config: ScoringConfig, genome_name: str, split: str, tracker: TerminalTracker) -> dict[str, Any]:
+    """Score one genome on one split."""
+    check_tasks(config.task_configs)
+    from moe_evo.models.loading import read_shape, resolve_device
+    from moe_evo.result import Score
+
+    resolve_device(config.model.device)
+    shape = read_shape(config.model)
+    genome = named_genome(genome_name, shape)
+    check_fits(genome, shape)
+    evaluator = load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
+    outcome = evaluator.evaluate([genome], split)[0]
+    if isinstance(outcome, EvaluationFailure):
+        raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
+    return {
+        "genome": genome_name,
+        "digest": genome.digest,
+        "num_kept": list(genome.num_kept),
+        "top_k": list(genome.top_k),
+        "split": split,
+        "duration_s": outcome.duration_s,
+        **asdict(Score.of(outcome)),
+    }
+
+
+def export(folder: RunFolder, target: Path, which: str, *, overwrite: bool, tracker: TerminalTracker) -> dict[str, Any]:
+    """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
+    result = folder.read_result()
+    genome_file = folder.best if which == "best" else folder.best_pruning
+    if not genome_file.is_file():
+        raise RunError(f"{folder.path}: has no {genome_file.name}; this run merged nothing, export 'best'")
+    genome = load_genome(genome_file)
+    row = next(row for row in result["rows"] if row["key"] == which)
+    from moe_evo.models.export import export_checkpoint
+    from moe_evo.models.loading import load_model
+    from moe_evo.models.target_folder import check_target
+
+    config = resumed_config(str(folder.path))
+    check_target(target, Path(config.model.path), overwrite=overwrite)
+    tracker.message(f"loading {config.model.path}")
+    moe = load_model(config.model)
+    tracker.message(f"writing and checking {target}")
+    provenance = {"model": result["model"], "tasks": result["tasks"], "search": result["search"], "row": row}
+    report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=provenance)
+    return {**asdict(report), "folder": str(report.folder), "which": which}
+
+
+def show(folder: RunFolder) -> dict[str, Any]:
+    """The result of a finished run, or how far an unfinished one has come."""
+    if folder.result.is_file():
+        return folder.read_result()
+    from moe_evo.driver import MAIN
+
+    config = yaml.safe_load(folder.config.read_text("utf-8"))
+    with folder.open_journal(read_only=True) as journal:
+        individuals = journal.individuals(MAIN)
+        proposed = len(journal.candidates(MAIN))
+    from moe_evo.population import Population
+
+    population = Population().with_outcomes(individuals)
+    best = population.best if len(population) else None
+    return {
+        "unfinished": True,
+        "evaluations": len(individuals),
+        "of": config["search"]["evaluations"],
+        "under_way": proposed - len(individuals),
+        "failures": len(individuals) - len(population),
+        "best_fitness": best.evaluation.fitness if best else None,
+        "best_kept": [list(layer) for layer in best.genome.kept] if best else None,
+        "config": json.loads(json.dumps(config)),
+    }

@@ -1,0 +1,198 @@
+"""A run from its config to its final table: ask, write down, submit, collect, write down, tell.
+
+The journal is written before anybody hears of an outcome, so whenever this process dies the next one
+goes on from where the journal stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from moe_evo.config import RunConfig
+from moe_evo.errors import ModelError, RunError
+from moe_evo.evaluation.pool import Pool, Request
+from moe_evo.journal import Journal
+from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome, Population
+from moe_evo.result import Row, Score
+from moe_evo.search import build_search
+from moe_evo.search.base import Search
+from moe_evo.search.random_search import RandomSearch
+from moe_evo.space import SearchSpace
+from moe_evo.tasks.data import SPLITS
+from moe_evo.tracking.terminal import TerminalTracker
+
+MAIN, RANDOM, REFERENCE = "search", "random", "reference"
+"""The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
+
+
+class Run:
+    """Evaluations of one run: through the pool, into the journal, once for every digest and split."""
+
+    def __init__(self, journal: Journal, pool: Pool, tracker: TerminalTracker) -> None:
+        self._journal = journal
+        self._pool = pool
+        self._tracker = tracker
+        self._known: dict[tuple[str, str], Outcome] = {}
+        for name in (MAIN, RANDOM, REFERENCE):
+            genomes = {one.number: one.genome for one in journal.candidates(name)}
+            for split in SPLITS:
+                for number, outcome in journal.outcomes(name, split).items():
+                    self._known[genomes[number].digest, split] = outcome
+
+    def evolve(self, name: str, title: str, search: Search, evaluations: int) -> Population:
+        """Run `search` until `evaluations` candidates are evaluated or it finds nothing new."""
+        asked, finished = self._journal.candidates(name), self._journal.individuals(name)
+        search.restore(asked)
+        search.tell(finished)
+        done = {one.number for one in finished}
+        waiting = {one.number: one for one in asked if one.number not in done}
+        self._tracker.stage(title, evaluations, done=len(finished))
+        self._submit(name, "search", waiting.values())
+        num_asked = len(asked)
+        while True:
+            wanted = min(self._pool.free_slots, evaluations - num_asked)
+            candidates = search.ask(wanted) if wanted > 0 else []
+            self._journal.propose(name, candidates)
+            num_asked += len(candidates)
+            for candidate in candidates:
+                outcome = self._known.get((candidate.genome.digest, "search"))
+                if outcome is None:
+                    waiting[candidate.number] = candidate
+                    self._submit(name, "search", [candidate])
+                else:
+                    self._journal.record(name, candidate.number, "search", outcome)
+                    self._tell(search, Individual(candidate, outcome))
+            if waiting:
+                request, outcome = self._collect()
+                self._tell(search, Individual(waiting.pop(request.number), outcome))
+            elif not candidates:
+                return search.population
+
+    def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
+        """Evaluate candidates, each given with its search, on `split`; answers in the given order."""
+        outcomes = {
+            (name, number): outcome
+            for name in {name for name, _ in entries}
+            for number, outcome in self._journal.outcomes(name, split).items()
+        }
+        missing = {(name, one.number): one for name, one in entries if (name, one.number) not in outcomes}
+        if missing:
+            self._tracker.stage(title, len(missing))
+        for (name, number), candidate in list(missing.items()):
+            known = self._known.get((candidate.genome.digest, split))
+            if known is None:
+                self._submit(name, split, [candidate])
+            else:
+                self._journal.record(name, number, split, known)
+                outcomes[name, number] = known
+                self._tracker.evaluated(Individual(missing.pop((name, number)), known), None, "")
+        while missing:
+            request, outcome = self._collect()
+            key = (request.search, request.number)
+            outcomes[key] = outcome
+            self._tracker.evaluated(Individual(missing.pop(key), outcome), None, "")
+        return [Individual(one, outcomes[name, one.number]) for name, one in entries]
+
+    def references(self, space: SearchSpace, *, frequency: bool) -> list[Candidate]:
+        """The full model and, where asked for, the pruning by frequency of use, as candidates."""
+        known = self._journal.candidates(REFERENCE)
+        if not known:
+            known = [Candidate(0, space.shape.identity(), "full")]
+            if frequency and space.can_prune:
+                self._tracker.message("counting how often each expert is used")
+                known.append(Candidate(1, self._pool.frequency_pruning(space), "frequency"))
+            self._journal.propose(REFERENCE, known)
+        return known
+
+    def _submit(self, name: str, split: str, candidates: Iterable[Candidate]) -> None:
+        self._pool.submit([Request(name, one.number, one.genome, split) for one in candidates])
+
+    def _collect(self) -> tuple[Request, Outcome]:
+        request, outcome = self._pool.next_outcome()
+        self._journal.record(request.search, request.number, request.split, outcome)
+        self._known[request.genome.digest, request.split] = outcome
+        return request, outcome
+
+    def _tell(self, search: Search, individual: Individual) -> None:
+        search.tell([individual])
+        best = search.population.best if len(search.population) else None
+        self._tracker.evaluated(individual, best, search.phase)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An individual that gets a row in the final table; `evaluations` were spent to find it."""
+
+    search: str
+    key: str
+    title: str
+    candidate: Candidate
+    evaluations: int = 0
+
+
+def run_search(
+    config: RunConfig, space: SearchSpace, journal: Journal, pool: Pool, tracker: TerminalTracker
+) -> list[Row]:
+    """Search, choose on the validation split, report on the test split."""
+    run = Run(journal, pool, tracker)
+    references = run.references(space, frequency=config.selection.frequency)
+    _require_success(run.score("full model", [(REFERENCE, references[0])], "search")[0])
+    search = build_search(space, config.search)
+    population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
+    contenders = [Contender(REFERENCE, one.operator, _TITLES[one.operator], one) for one in references]
+    if config.selection.random_search and config.search.algorithm != "random":
+        search = RandomSearch(space, config.search.seed)
+        random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
+        title = f"random, best of {len(random)}"
+        contenders.append(_winner(run, config, RANDOM, "random_search", title, random))
+    contenders += _winners(run, config, population)
+    return _rows(run, contenders)
+
+
+_TITLES = {"full": "full model", "frequency": "frequency pruning"}
+
+
+def _require_success(full: Individual) -> None:
+    if isinstance(full.outcome, EvaluationFailure):
+        raise ModelError(
+            f"the full model has no fitness ({full.outcome.reason}); check the checkpoint, and try model.dtype float32"
+        )
+
+
+def _winners(run: Run, config: RunConfig, population: Population) -> list[Contender]:
+    if config.search.algorithm == "random":
+        return [_winner(run, config, MAIN, "best", f"random, best of {len(population)}", population)]
+    prunings = population.prunings
+    if len(prunings) == len(population):
+        return [_winner(run, config, MAIN, "best", "EEP prune", population)]
+    best = _winner(run, config, MAIN, "best", "EEP prune + merge", population)
+    if not len(prunings):
+        return [best]
+    return [_winner(run, config, MAIN, "best_pruning", "EEP prune", prunings), best]
+
+
+def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, population: Population) -> Contender:
+    """The best on validation among the best few by search fitness."""
+    if not len(population):
+        raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
+    finalists = [one.candidate for one in population.ranked[: config.selection.finalists]]
+    scored = Population().with_outcomes(
+        run.score(f"validation: {title}", [(name, one) for one in finalists], "validation")
+    )
+    if not len(scored):
+        raise RunError(f"{title}: no finalist could be scored on the validation split")
+    return Contender(name, key, title, scored.best.candidate, len(population))
+
+
+def _rows(run: Run, contenders: Sequence[Contender]) -> list[Row]:
+    entries = [(one.search, one.candidate) for one in contenders]
+    scores: list[dict[str, Score]] = [{} for _ in contenders]
+    for split in SPLITS:
+        for found, individual in zip(scores, run.score(f"{split} split, final table", entries, split), strict=True):
+            if isinstance(individual.outcome, Evaluation):
+                found[split] = Score.of(individual.outcome)
+    return [
+        Row(one.key, one.title, one.candidate, one.evaluations, found)
+        for one, found in zip(contenders, scores, strict=True)
+    ]

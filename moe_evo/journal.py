@@ -1,0 +1,253 @@
+"""The journal of a run: one SQLite file, the truth on disk.
+
+Every candidate is written when it is proposed and every outcome, in a transaction of its own, before
+the search hears of it. One process writes (a lock file says so and dies with its process); any number
+may read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from moe_evo.errors import GenomeError, JournalError
+from moe_evo.genome_file import genome_from_bytes, genome_to_bytes
+from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+
+SCHEMA_VERSION = "1"
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE candidates (
+    search TEXT NOT NULL, number INTEGER NOT NULL, digest TEXT NOT NULL, operator TEXT NOT NULL,
+    parents TEXT NOT NULL, genome BLOB NOT NULL, PRIMARY KEY (search, number)
+);
+CREATE TABLE outcomes (
+    position INTEGER PRIMARY KEY, search TEXT NOT NULL, number INTEGER NOT NULL, split TEXT NOT NULL,
+    fitness REAL, tie_break REAL, standard_error REAL, num_examples INTEGER, metrics TEXT,
+    failure_kind TEXT, failure_reason TEXT, duration_s REAL NOT NULL, finished_at REAL NOT NULL,
+    UNIQUE (search, number, split),
+    FOREIGN KEY (search, number) REFERENCES candidates (search, number)
+);
+"""
+
+
+class Journal:
+    """An open journal; use as a context manager.
+
+    A run holds several named searches (`search`): the evolution itself and what is compared with it.
+    Within one, candidates are numbered from 0 and a candidate has at most one outcome a split.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._lock = None if read_only else _lock(path)
+        try:
+            self._database = self._open(read_only=read_only)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _open(self, *, read_only: bool) -> sqlite3.Connection:
+        existed = self.path.exists()
+        if read_only and not existed:
+            raise JournalError(f"{self.path}: no such journal; give the folder of a run")
+        with _explained(self.path):
+            uri = f"{self.path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
+            database.execute("PRAGMA foreign_keys = ON")
+            # FULL: an outcome is on disk when `record` returns. The rollback journal, not WAL, as
+            # run folders may lie on network storage.
+            database.execute("PRAGMA synchronous = FULL")
+            if existed and database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                self._check(database)
+            else:
+                with _transaction(database):
+                    for statement in _SCHEMA.split(";\n"):
+                        database.execute(statement)
+                    database.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION,))
+        return database
+
+    def _check(self, database: sqlite3.Connection) -> None:
+        verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise JournalError(f"{self.path}: the journal is damaged ({verdict}); {_RESTORE}")
+        row = database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+        if row is None or row[0] != SCHEMA_VERSION:
+            raise JournalError(
+                f"{self.path}: schema {row and row[0]}, expected {SCHEMA_VERSION}; "
+                "use the moe_evo version that wrote this run"
+            )
+
+    def close(self) -> None:
+        self._database.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def meta(self, key: str) -> str | None:
+        rows = self._fetch("SELECT value FROM meta WHERE key = ?", (key,))
+        return str(rows[0][0]) if rows else None
+
+    def set_meta(self, values: Mapping[str, str]) -> None:
+        if not values:
+            return
+        with self._write() as database:
+            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+
+    def propose(self, search: str, candidates: Sequence[Candidate]) -> None:
+        """Write the candidates of one `ask` in one transaction."""
+        rows = [
+            (
+                search,
+                one.number,
+                one.genome.digest,
+                one.operator,
+                json.dumps(one.parents),
+                genome_to_bytes(one.genome),
+            )
+            for one in candidates
+        ]
+        with self._write() as database:
+            database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def record(self, search: str, number: int, split: str, outcome: Outcome) -> None:
+        """Write one outcome; it is on disk when this returns."""
+        if isinstance(outcome, Evaluation):
+            metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
+            score = (
+                outcome.fitness,
+                outcome.tie_break,
+                outcome.standard_error,
+                outcome.num_examples,
+                metrics,
+            )
+            row: tuple[object, ...] = (*score, None, None)
+        else:
+            row = (None, None, None, None, None, outcome.kind, outcome.reason)
+        with self._write() as database:
+            database.execute(
+                "INSERT INTO outcomes (search, number, split, fitness, tie_break, standard_error, num_examples,"
+                " metrics, failure_kind, failure_reason, duration_s, finished_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (search, number, split, *row, outcome.duration_s, time.time()),
+            )
+
+    def candidates(self, search: str) -> list[Candidate]:
+        """All candidates of a search in the order of their numbers."""
+        rows = self._fetch(
+            "SELECT number, genome, operator, parents FROM candidates WHERE search = ? ORDER BY number",
+            (search,),
+        )
+        with self._readable():
+            return [
+                Candidate(number, genome_from_bytes(genome), operator, tuple(json.loads(parents)))
+                for number, genome, operator, parents in rows
+            ]
+
+    def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
+        """Outcomes by candidate number, in the order in which they finished."""
+        rows = self._fetch(
+            "SELECT number, fitness, tie_break, standard_error, num_examples, metrics, failure_kind,"
+            " failure_reason, duration_s FROM outcomes WHERE search = ? AND split = ? ORDER BY position",
+            (search, split),
+        )
+        return {row[0]: _outcome(row[1:]) for row in rows}
+
+    def individuals(self, search: str, split: str = "search") -> list[Individual]:
+        """Finished individuals of a search, in the order in which they finished."""
+        candidates = {one.number: one for one in self.candidates(search)}
+        return [Individual(candidates[number], outcome) for number, outcome in self.outcomes(search, split).items()]
+
+    def _fetch(self, query: str, arguments: tuple[object, ...]) -> list[Any]:
+        with _explained(self.path):
+            return self._database.execute(query, arguments).fetchall()
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (GenomeError, ValueError, zlib.error) as error:
+            raise JournalError(f"{self.path}: holds a genome that cannot be read ({error}); {_RESTORE}") from error
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with _explained(self.path), _transaction(self._database):
+            yield self._database
+
+
+_RESTORE = "restore the file from a copy, or start anew in another folder"
+
+
+def _outcome(row: Any) -> Outcome:
+    fitness, tie_break, standard_error, num_examples, metrics, kind, reason, duration_s = row
+    if kind is not None:
+        return EvaluationFailure(kind, reason, duration_s)
+    return Evaluation(fitness, tie_break, standard_error, num_examples, duration_s, json.loads(metrics))
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        database.rollback()
+        raise
+    database.commit()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite says into what the user can do."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise  # a candidate or an outcome written twice is a defect of ours, not of the file
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            advice = "another program holds it open; close that and run the same command again"
+        elif "full" in str(error) or "disk I/O" in str(error):
+            advice = "free space on that disk and run the same command again: all that was finished is kept"
+        else:
+            advice = "check that the folder exists and can be written"
+        raise JournalError(f"{path}: {error}; {advice}") from error
+    except sqlite3.DatabaseError as error:
+        raise JournalError(f"{path}: not a readable journal ({error}); {_RESTORE}") from error
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold `path`.lock for this process; the system lets go of it however the process ends."""
+    try:
+        lock = open(path.with_suffix(".lock"), "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise JournalError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise JournalError(
+            f"{path.parent}: process {owner} is working on this run; wait for it, end it, or use another folder"
+        ) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

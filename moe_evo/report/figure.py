@@ -1,0 +1,93 @@
+"""Pictures of a run as PNG: fitness against evaluations, and the experts that the winner keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from moe_evo.genome import Genome
+from moe_evo.population import Evaluation, Individual
+from moe_evo.report.table import expert_weights
+
+_COLOURS = {"pruning": "#0072B2", "merging": "#D55E00", "random": "#999999"}  # Okabe-Ito, safe for colour blindness
+
+
+def search_figure(
+    path: Path, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float, winner: Genome
+) -> None:
+    """Left: fitness of each individual and the best so far; right: the winner's experts, layer by layer."""
+    figure, (curve, experts) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
+    try:
+        _draw_curve(curve, individuals, random, full_fitness)
+        draw_experts(experts, winner)
+        experts.set_title("experts of the winner")
+        figure.savefig(path, dpi=130)
+    finally:
+        plt.close(figure)
+
+
+def _draw_curve(
+    axes: Axes, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float
+) -> None:
+    kinds: Mapping[str, Sequence[Individual]] = {
+        "pruning": [one for one in individuals if one.genome.is_pruning],
+        "merging": [one for one in individuals if not one.genome.is_pruning],
+    }
+    for kind, members in kinds.items():
+        points = [(one.number + 1, one.outcome.fitness) for one in members if isinstance(one.outcome, Evaluation)]
+        if points:
+            numbers, fitness = zip(*points, strict=True)
+            axes.scatter(numbers, fitness, s=9, alpha=0.5, color=_COLOURS[kind], label=kind)
+    _draw_best_so_far(axes, individuals, "black", "best so far")
+    _draw_best_so_far(axes, random, _COLOURS["random"], "random search, best so far")
+    axes.axhline(full_fitness, color="#009E73", linestyle="--", label="full model")
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("fitness (search split)")
+    axes.set_title("search")
+    axes.legend(fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str, label: str) -> None:
+    points = [one.outcome.fitness for one in individuals if isinstance(one.outcome, Evaluation)]
+    if points:
+        best = np.maximum.accumulate(points)
+        axes.step(np.arange(1, len(best) + 1), best, where="post", color=colour, label=label)
+
+
+def draw_experts(axes: Axes, genome: Genome) -> None:
+    """Heat map (layers, experts) of how much of each expert is kept."""
+    weights = expert_weights(genome)
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    rows, columns = weights.shape
+    axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#DDDDDD", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("expert (dark: kept, pale: merged in part, white: dropped)")
+    axes.set_ylabel("MoE layer")
+    axes.set_xticks(_few_ticks(weights.shape[1]))
+    axes.set_yticks(_few_ticks(weights.shape[0]))
+
+
+def _few_ticks(count: int) -> list[int]:
+    return list(range(0, count, max(1, count // 8)))
+
+
+def kept_figure(path: Path, genome: Genome) -> None:
+    """The experts of a genome alone."""
+    layers, experts = expert_weights(genome).shape
+    size = (min(3 + experts * 0.25, 16), min(2 + layers * 0.25, 12))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    try:
+        draw_experts(axes, genome)
+        figure.savefig(path, dpi=130)
+    finally:
+        plt.close(figure)

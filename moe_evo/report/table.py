@@ -1,0 +1,81 @@
+"""The final table of a run and its kept experts, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_evo.genome import Genome
+
+_SHADES = " ░▒▓█"
+
+
+def final_table(result: dict[str, Any]) -> Table:
+    """One line a contender: experts kept, evaluations spent (evals), validation and test with 95 % intervals."""
+    tasks = ", ".join(f"{task['name']} ({task['metric']})" for task in result["tasks"])
+    table = Table(
+        title=f"{result['fitness']} over {tasks}; higher is better",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("experts", "evals", "search", "validation", "test [95 % interval]"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            row["title"],
+            experts_label(row["num_kept"]),
+            str(row["evaluations"] or ""),
+            *(_score(row["scores"].get(split)) for split in ("search", "validation")),
+            _interval(row["scores"].get("test")),
+            style="bold" if row["key"] == "best" else "",
+        )
+    return table
+
+
+def experts_label(num_kept: Sequence[int]) -> str:
+    """`4` where all layers keep as many, else the mean and the range."""
+    if len(set(num_kept)) == 1:
+        return str(num_kept[0])
+    return f"{np.mean(num_kept):.1f} ({min(num_kept)}-{max(num_kept)})"
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    return f"{score['fitness']:.3f}" if score else "failed"
+
+
+def _interval(score: dict[str, Any] | None) -> str:
+    return f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" if score else "failed"
+
+
+def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(layers, E) share of each expert in what its layer keeps: max over slots of |W_EM|, at most 1.
+
+    Layers with fewer experts than the largest end in NaN.
+    """
+    weights = np.full((len(genome.layers), max(layer.num_experts for layer in genome.layers)), np.nan)
+    for index, layer in enumerate(genome.layers):
+        weights[index, : layer.num_experts] = np.abs(layer.expert_merging).max(axis=0).clip(max=1)
+    return weights
+
+
+def kept_picture(genome: Genome, decoder_layers: Sequence[int]) -> RenderableType:
+    """One line a MoE layer, one cell an expert: full block = kept whole, lighter = merged in part."""
+    picture = Text()
+    weights = expert_weights(genome)
+    picture.append("layer   experts 0 to " + f"{weights.shape[1] - 1}\n", style="dim")
+    for layer, decoder_layer, row in zip(genome.layers, decoder_layers, weights, strict=True):
+        cells = "".join(2 * (_SHADES[round(float(w) * 4)] if np.isfinite(w) else "-") for w in row)
+        picture.append(f"{decoder_layer:>5}   │{cells}│ keeps {layer.num_kept} of {layer.num_experts}")
+        picture.append(f", top-{layer.top_k}\n")
+    picture.append("█ kept   ▒ merged in part   blank: dropped", style="dim")
+    return picture

@@ -1,0 +1,66 @@
+"""What the commands print for people: tables, the picture of kept experts, and what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from moe_evo.genome_file import load_genome
+from moe_evo.report.table import experts_label, final_table, kept_picture
+from moe_evo.run_folder import RunFolder
+
+
+def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Table, kept experts, files and next commands of a run."""
+    console = Console()
+    if result.get("unfinished"):
+        best = result["best_fitness"]
+        console.print(
+            f"{folder.path}: {result['evaluations']} of {result['of']} evaluations done, {result['failures']} failed, "
+            f"best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
+            f"go on with: moe-evo search --resume {folder.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    console.print(final_table(result))
+    console.print(kept_picture(load_genome(folder.best), result["model"]["decoder_layers"]))
+    search = result["search"]
+    console.print(
+        f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
+        f"{result['duration_s']:.0f} s\n"
+        f"picture  {folder.figure}\n"
+        f"genome   {folder.best}\n"
+        f"result   {folder.result}\n"
+        f"next     moe-evo export {folder.path} --to {folder.path / 'checkpoint'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """One genome's scores on one split."""
+    console = Console()
+    console.print(
+        f"{scores['genome']}: {scores['fitness']:.4f} ({scores['low']:.4f} to {scores['high']:.4f}) on "
+        f"{scores['num_examples']} {scores['split']} examples, {experts_label(scores['num_kept'])} experts a layer",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, value in sorted(scores["metrics"].items()):
+        console.print(f"  {name}: {value:.4f}", highlight=False)
+
+
+def print_export(report: dict[str, Any]) -> None:
+    """Where the checkpoint is, how much smaller, how well it agrees."""
+    console = Console()
+    mib = 2**20
+    console.print(
+        f"checkpoint  {report['folder']} (loads with {report['loader']})\n"
+        f"parameters  {report['parameters_before']:,} -> {report['parameters_after']:,}\n"
+        f"on disk     {report['bytes_before'] / mib:.1f} MiB -> {report['bytes_after'] / mib:.1f} MiB\n"
+        f"reloaded    logits differ by at most {report['max_logit_difference']:.1e} from what was evaluated",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,70 @@
+"""Tables and pictures of a run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.report.figure import kept_figure, search_figure
+from moe_evo.report.table import expert_weights, experts_label, final_table, kept_picture
+
+PRUNING = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
+MERGED = Genome((LayerGenome([[1, 0.5, 0, 0], [0, 0, -2, 0]], np.eye(2, 4), 1), PRUNING.layers[1]))
+
+
+def printed(thing: object) -> str:
+    output = io.StringIO()
+    Console(file=output, width=100).print(thing)
+    return output.getvalue()
+
+
+def test_expert_weights_are_one_for_kept_experts_and_nan_where_a_layer_has_none() -> None:
+    mixed = Genome((MERGED.layers[0], LayerGenome.from_kept([1], 2, 1)))
+    expected = [[1, 0.5, 1, 0], [0, 1, np.nan, np.nan]]
+    np.testing.assert_array_equal(expert_weights(mixed), expected)
+
+
+def test_the_picture_of_kept_experts_has_a_line_a_layer_with_decoder_layer_numbers() -> None:
+    text = printed(kept_picture(MERGED, (1, 2)))
+    assert "1   │██▒▒██  │ keeps 2 of 4, top-1" in text
+    assert "2   │  ██  ██│ keeps 2 of 4, top-2" in text
+
+
+def test_experts_label_tells_the_range_where_layers_differ() -> None:
+    assert experts_label((4, 4)) == "4"
+    assert experts_label((2, 4)) == "3.0 (2-4)"
+
+
+def test_the_final_table_fits_eighty_columns_and_shows_a_failed_score() -> None:
+    score = {"fitness": 0.5, "low": 0.4, "high": 0.6}
+    rows = [
+        {"key": "full", "title": "full model", "num_kept": [8, 8], "evaluations": 0, "scores": {"test": score}},
+        {"key": "best", "title": "EEP prune + merge", "num_kept": [4, 4], "evaluations": 402,
+         "scores": dict.fromkeys(("search", "validation", "test"), score)},
+    ]  # fmt: skip
+    result = {"fitness": "mean", "tasks": [{"name": "nli", "metric": "accuracy"}], "rows": rows}
+    text = printed(final_table(result))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "mean over nli (accuracy); higher is better" in text
+    assert "EEP prune + merge        4    402" in text
+    assert "0.500 [0.400, 0.600]" in text
+    assert "failed" in text
+
+
+def test_figures_are_drawn_for_prunings_merges_failures_and_random(tmp_path: Path) -> None:
+    outcomes = [Evaluation(0.5), EvaluationFailure("non_finite", "NaN"), Evaluation(0.6)]
+    genomes = [PRUNING, PRUNING, MERGED]
+    individuals = [
+        Individual(Candidate(n, genome, "x"), outcome)
+        for n, (genome, outcome) in enumerate(zip(genomes, outcomes, strict=True))
+    ]
+    search_figure(tmp_path / "a.png", individuals, individuals[:1], 0.7, MERGED)
+    search_figure(tmp_path / "b.png", individuals[1:2], [], 0.7, PRUNING)
+    kept_figure(tmp_path / "c.png", PRUNING)
+    for name in "abc":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,323 @@
+"""The command line as a user meets it: help, results, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from moe_evo import cli
+from moe_evo.genome import Genome
+from moe_evo.genome_file import save_individual
+from moe_evo.population import Candidate, Evaluation, Individual
+from moe_evo.space import ModelShape, SearchSpace
+
+FAST = [
+    "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',
+    "--search.evaluations", "6", "--selection.finalists", "2", "--evaluation.threads", "1",
+]  # fmt: skip
+
+
+def moe_evo(*argv: str) -> int:
+    return cli.main(argv)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert moe_evo("search", *FAST, "--folder", str(folder), "--json") == 0
+    return folder
+
+
+def test_help_answers_in_under_half_a_second_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from moe_evo.cli import main as m; m(['--help']); m(['search', '--help']); print(*sys.modules)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    elapsed_s = time.monotonic() - started
+    modules = done.stdout.splitlines()[-1]
+    assert not {"torch", "ray", "wandb", "transformers", "matplotlib", "scipy"} & set(modules.split())
+    assert elapsed_s < 5  # the machine may be busy; the imports above are what makes it quick
+
+
+def test_importing_the_package_imports_neither_torch_nor_ray_nor_wandb() -> None:
+    program = "import sys, moe_evo; print({'torch', 'ray', 'wandb', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate", "show", "export"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"moe-evo {command}" in text
+    if command == "search":
+        for line in ("--search.num_kept", "Experts kept in every MoE layer", "--search.eep.sigma", "--resume"):
+            assert line in text
+
+
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("--version") == 0
+    assert moe_evo() == 0
+    assert "moe-evo export RUN --to DIR" in capsys.readouterr().out
+
+
+def test_show_prints_table_kept_experts_and_what_to_do_next(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("show", str(finished)) == 0
+    text = capsys.readouterr().out
+    for part in ("full model", "frequency pruning", "EEP prune", "keeps 4 of 8", "search.png", "moe-evo export"):
+        assert part in text
+
+
+def test_show_json_is_the_result_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("show", str(finished), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((finished / "result.json").read_text())
+
+
+@pytest.mark.parametrize("genome", ["full", "[[0,1],[2,3],[4,5],[6,7]]", "RUN", "FILE"])
+def test_evaluate_takes_every_kind_of_genome(genome: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"RUN": str(finished), "FILE": str(finished / "best.safetensors")}.get(genome, genome)
+    assert moe_evo("evaluate", str(finished), "--genome", named, "--split", "test", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["split"] == "test"
+    assert scores["num_examples"] == 8
+    if genome in ("RUN", "FILE"):
+        rows = json.loads((finished / "result.json").read_text())["rows"]
+        assert scores["fitness"] == rows[-1]["scores"]["test"]["fitness"]
+        assert scores["metrics"] == rows[-1]["scores"]["test"]["metrics"]
+
+
+def test_evaluate_prints_a_line_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("evaluate", str(finished)) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("full: 0.")
+    assert "8 validation examples, 8 experts a layer" in text
+    assert "syll/accuracy" in text
+
+
+def test_export_loads_with_stock_transformers_and_generates(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    assert moe_evo("export", str(finished), "--to", str(tmp_path / "small"), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bytes_after"] < 0.7 * report["bytes_before"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert model.config.num_local_experts == 4
+    tokens = model.generate(**tokenizer("word: table\nsyllables:", return_tensors="pt"), max_new_tokens=3)
+    assert tokens.shape[1] > 3
+    assert moe_evo("export", str(finished), "--to", str(tmp_path / "small")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert moe_evo("export", str(finished), "--to", str(tmp_path / "small"), "--overwrite") == 0
+
+
+def test_resume_of_a_finished_run_shows_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("search", "--resume", str(finished), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["search"]["evaluations"] == 6
+
+
+def test_a_search_from_a_yaml_file_with_flags_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump({"tasks": ["city"], "search": {"num_kept": 2, "evaluations": 50}}))
+    argv = ["search", str(config), *FAST, "--search.seed", "9", "--folder", str(tmp_path / "run"), "--json"]
+    assert moe_evo(*argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["search"]["seed"], result["search"]["evaluations"]) == (9, 6)
+    assert result["rows"][-1]["num_kept"] == [2, 2, 2, 2]
+    assert result["tasks"][0]["name"] == "syll"
+
+
+def test_sigint_ends_cleanly_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+    longer = ["--search.evaluations", "40", "--folder", str(tmp_path / "run")]
+    argv = [sys.executable, "-m", "moe_evo", "search", *FAST, *longer]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        journal = tmp_path / "run" / "journal.sqlite"
+        while process.poll() is None and not (journal.exists() and journal.stat().st_size > 40_000):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; all finished evaluations are kept" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    unfinished = subprocess.run([*argv[:3], "show", str(tmp_path / "run")], capture_output=True, text=True, check=True)
+    assert "of 40 evaluations done" in unfinished.stdout
+    done = subprocess.run([*argv, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["search"]["evaluations"] == 40
+    assert "done before" in done.stderr
+
+
+BadInput = Callable[[Path], list[str]]
+
+
+def _task(rows: object) -> BadInput:
+    def prepare(folder: Path) -> list[str]:
+        lines = rows if isinstance(rows, list) else [rows]
+        (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        return ["search", "--tasks", json.dumps([str(folder / "task.jsonl")])]
+
+    return prepare
+
+
+def _file(name: str, content: bytes, *argv: str) -> BadInput:
+    def prepare(folder: Path) -> list[str]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        return [word.format(folder=folder) for word in argv]
+
+    return prepare
+
+
+def _llama(folder: Path) -> list[str]:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["search", "--model.path", str(folder)]
+
+
+def _other_genome(folder: Path) -> list[str]:
+    shape = ModelShape("mixtral", (4, 4), (2, 2), (0, 1))
+    individual = Individual(Candidate(0, Genome.from_kept([[0, 1], [2, 3]], 4, 2), "random_pruning"), Evaluation(0.5))
+    save_individual(folder / "g.safetensors", individual, SearchSpace.build(shape, num_kept=2), {})
+    return ["evaluate", "--genome", str(folder / "g.safetensors")]
+
+
+def _plain_tensors(folder: Path) -> list[str]:
+    import numpy as np
+
+    save_file({"weight": np.zeros((2, 2), np.float32)}, folder / "g.safetensors")
+    return ["evaluate", "--genome", str(folder / "g.safetensors")]
+
+
+def _unwritable(folder: Path) -> list[str]:
+    (folder / "file").write_text("")
+    return ["search", "--folder", str(folder / "file" / "run")]
+
+
+def _foreign_folder(folder: Path) -> list[str]:
+    (folder / "thesis.tex").write_text("precious")
+    return ["search", "--folder", str(folder)]
+
+
+GOOD_ROW = {"prompt": "p", "choices": [" a", " b"], "label": 0}
+
+BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
+    "unknown command": (lambda _: ["serach"], "unknown command 'serach'"),
+    "unknown flag": (lambda _: ["search", "--serch.seed", "3"], "--serch.seed"),
+    "unknown key": (_file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"), "sed"),
+    "missing config of an evaluation": (lambda _: ["evaluate", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    "option of another command": (lambda _: ["evaluate", "--search.seed", "1"], "--search.seed"),
+    "unknown section": (_file("c.yaml", b"serch:\n  seed: 1\n", "evaluate", "{folder}/c.yaml"), "serch"),
+    "missing config": (lambda _: ["search", "nowhere.yaml"], "nowhere.yaml"),
+    "config is not YAML": (_file("c.yaml", b"a: [", "search", "{folder}/c.yaml"), "c.yaml"),
+    "wrong type": (lambda _: ["search", "--search.num_kept", "few"], "search.num_kept"),
+    "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
+    "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),
+    "options beside a preset": (
+        lambda _: ["search", "--search.algorithm", "eep_release", "--search.eep.sigma", "0.5"],
+        "use algorithm 'eep' to change them",
+    ),
+    "K above E": (lambda _: ["search", "--search.num_kept", "9"], "search.num_kept: got 9, MoE layer 0 has 8"),
+    "K below top_k": (lambda _: ["search", "--search.num_kept", "1"], "set search.top_k to 1"),
+    "K list of another length": (lambda _: ["search", "--search.num_kept", "[4,4]"], "the model has 4 MoE layers"),
+    "K not a multiple": (lambda _: ["search", "--search.multiple_of", "3"], "multiple of search.multiple_of 3"),
+    "too many groups": (lambda _: ["search", "--search.num_layer_groups", "5"], "search.num_layer_groups: got 5"),
+    "missing task": (lambda _: ["search", "--tasks", '["nowhere.jsonl"]'], "embedded tasks are arith"),
+    "no task": (lambda _: ["search", "--tasks", "[]"], "at least one task"),
+    "same task twice": (lambda _: ["search", "--tasks", '["nli", "nli"]'], "'nli' twice"),
+    "wrong field": (_task({"prompt": "p", "chioces": [" a", " b"], "label": 0}), "task.jsonl:1"),
+    "label out of range": (_task([GOOD_ROW, {**GOOD_ROW, "label": 2}]), "task.jsonl:2"),
+    "not JSON": (
+        _file("t.jsonl", b'{"prompt": \n', "search", "--tasks", '["{folder}/t.jsonl"]'),
+        "t.jsonl:1",
+    ),
+    "too few examples": (_task([GOOD_ROW]), "split"),
+    "metric of another kind": (
+        lambda _: ["search", "--tasks", '[{"data": "nli", "metric": "f1"}]'],
+        "f1",
+    ),
+    "not a MoE model": (_llama, "Mixture-of-Experts"),
+    "missing model": (lambda _: ["search", "--model.path", "/nowhere/model"], "/nowhere/model: no such folder"),
+    "pickled weights": (
+        _file("m/pytorch_model.bin", b"", "search", "--model.path", "{folder}/m"),
+        "config.json",
+    ),
+    "missing device": (lambda _: ["search", "--model.device", "cuda:7"], "model.device"),
+    "genome is missing": (lambda _: ["evaluate", "--genome", "nowhere.safetensors"], "no such file"),
+    "genome is a pickle": (
+        _file("g.safetensors", pickle.dumps({"a": 1}), "evaluate", "--genome", "{folder}/g.safetensors"),
+        "g.safetensors",
+    ),
+    "genome is other tensors": (_plain_tensors, "give a genome file that moe_evo saved"),
+    "genome of another model": (_other_genome, "made for 2 MoE layers of 4 experts, the model has 4 of 8"),
+    "coefficients are a pickle": (
+        _file("g.pth", pickle.dumps(print), "evaluate", "--genome", "{folder}/g.pth"),
+        "g.pth",
+    ),
+    "kept-list out of range": (lambda _: ["evaluate", "--genome", "[[0,8],[0,1],[0,1],[0,1]]"], "experts 0 to 7"),
+    "kept-list of another length": (lambda _: ["evaluate", "--genome", "[[0,1]]"], "MoE layers"),
+    "unknown split": (lambda _: ["evaluate", "--split", "train"], "split"),
+    "show of no run": (lambda folder: ["show", str(folder)], "not the folder of a run"),
+    "export of no run": (lambda folder: ["export", str(folder), "--to", "x"], "not the folder of a run"),
+    "export without target": (lambda folder: ["export", str(folder)], "required: to"),
+    "resume of no run": (lambda folder: ["search", "--resume", str(folder)], "not the folder of a run"),
+    "resume with other options": (
+        lambda folder: ["search", "--resume", str(folder), "--search.seed", "3"],
+        "a run keeps its config",
+    ),
+    "unwritable folder": (_unwritable, "choose another folder"),
+    "folder with other files": (_foreign_folder, "holds other files and no run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_clear_line_and_exit_code_two_before_any_model_is_loaded(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("moe_evo.models.loading.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    prepare, expected = BAD_INPUTS[case]
+    argv = prepare(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code = moe_evo(*argv)
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("moe-evo: error: ")
+    assert expected in err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("search", "--search.num_kept", "9", "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("moe-evo: error: search.num_kept")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert moe_evo("search", *FAST, "--folder", str(tmp_path / "locked" / "run")) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_output_to_a_closed_pipe_is_not_an_error(finished: Path) -> None:
+    command = f"{sys.executable} -m moe_evo show {finished} --json | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == '{"version"'
+    assert done.stderr == ""

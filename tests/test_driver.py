@@ -1,0 +1,272 @@
+"""A whole run on the embedded model: what it leaves behind, resuming, and surviving SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_evo import commands
+from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SearchConfig, SelectionConfig, TaskConfig
+from moe_evo.errors import ModelError, RunError
+from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.genome import Genome
+from moe_evo.genome_file import load_genome
+from moe_evo.journal import Journal
+from moe_evo.population import EvaluationFailure, Outcome
+from moe_evo.run_folder import RunFolder
+from moe_evo.tracking.terminal import TerminalTracker
+
+TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
+CONFIG = RunConfig(
+    model=ModelConfig(self_check=False),
+    tasks=[TASK],
+    search=SearchConfig(num_kept=4, evaluations=24, seed=3),
+    evaluation=EvaluationConfig(threads=1),
+    selection=SelectionConfig(finalists=3, random_search=True),
+)
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return commands.load_evaluator(CONFIG.model, CONFIG.task_configs, CONFIG.evaluation, TerminalTracker())
+
+
+@pytest.fixture
+def resident(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
+    """Runs of this test share one loaded model in place of loading it each time."""
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    return evaluator
+
+
+def run(folder: Path, config: RunConfig = CONFIG) -> RunFolder:
+    with TerminalTracker() as tracker:
+        return commands.search(replace(config, folder=str(folder)), tracker)
+
+
+Content = dict[str, list[tuple[object, ...]]]
+
+
+def content(folder: Path) -> Content:
+    """All that a journal says but for times."""
+    with Journal(folder / "journal.sqlite", read_only=True) as journal:
+        read = journal._database.execute
+        return {
+            "candidates": read(
+                "SELECT search, number, digest, operator, parents FROM candidates ORDER BY search, number"
+            ).fetchall(),
+            "outcomes": read(
+                "SELECT position, search, number, split, fitness, tie_break, standard_error, num_examples, metrics,"
+                " failure_kind, failure_reason FROM outcomes ORDER BY position"
+            ).fetchall(),
+        }
+
+
+@pytest.fixture(scope="module")
+def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """An uninterrupted run of CONFIG."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        yield run(tmp_path_factory.mktemp("finished") / "run")
+
+
+def test_a_finished_run_leaves_config_result_genomes_and_pictures(finished: RunFolder) -> None:
+    result = finished.read_result()
+    assert [row["key"] for row in result["rows"]] == ["full", "frequency", "random_search", "best_pruning", "best"]
+    for row in result["rows"]:
+        assert set(row["scores"]) == {"search", "validation", "test"}
+        test = row["scores"]["test"]
+        assert test["low"] <= test["fitness"] <= test["high"]
+        assert test["num_examples"] == 16
+    assert result["search"] == {**result["search"], "evaluations": 24, "failures": 0, "seed": 3, "algorithm": "eep"}
+    assert result["model"]["hash"]
+    assert result["tasks"][0]["hash"]
+    assert result["software"]["torch"]
+    assert load_genome(finished.best).digest == result["rows"][-1]["digest"]
+    assert load_genome(finished.best_pruning).is_pruning
+    for picture in (finished.figure, finished.kept_figure):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_written_config_runs_again_as_it_is(finished: RunFolder, resident: Evaluator, tmp_path: Path) -> None:
+    again = replace(commands.resumed_config(str(finished.path)), folder=str(tmp_path / "again"))
+    run(tmp_path / "again", again)
+    assert content(tmp_path / "again") == content(finished.path)
+
+
+def test_no_digest_is_evaluated_twice(
+    finished: RunFolder, resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    evaluate = resident.evaluate
+
+    def counting(genomes: list[Genome], split: str) -> list[Outcome]:
+        seen.extend((genome.digest, split) for genome in genomes)
+        return evaluate(genomes, split)
+
+    monkeypatch.setattr(resident, "evaluate", counting)
+    run(tmp_path / "run")
+    assert len(seen) == len(set(seen)) > 24
+    assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_the_search_and_the_choice_never_see_the_test_split(finished: RunFolder) -> None:
+    rows = content(finished.path)["outcomes"]
+    splits = [row[3] for row in rows]
+    assert set(splits[: splits.index("test")]) == {"search", "validation"}
+    assert set(splits[splits.index("test") :]) == {"test"}
+    assert splits.count("test") == 5
+
+
+def test_several_genomes_a_request_are_all_evaluated(resident: Evaluator, tmp_path: Path) -> None:
+    config = replace(CONFIG, evaluation=EvaluationConfig(threads=1, genomes_per_request=5))
+    result = run(tmp_path / "run", config).read_result()
+    assert result["search"]["evaluations"] == 24
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(finished: RunFolder, resident: Evaluator) -> None:
+    before = {path.name: path.read_bytes() for path in finished.path.iterdir() if path.name != "journal.lock"}
+    run(finished.path)
+    after = {path.name: path.read_bytes() for path in finished.path.iterdir() if path.name != "journal.lock"}
+    assert before == after
+
+
+def test_another_config_on_an_old_folder_is_refused_with_the_difference(finished: RunFolder) -> None:
+    other = replace(CONFIG, search=replace(CONFIG.search, seed=4, num_kept=2))
+    with pytest.raises(RunError, match=r"search.num_kept: 4 -> 2; search.seed: 3 -> 4.*--resume"):
+        run(finished.path, other)
+
+
+def test_changed_task_data_are_refused_on_resume(resident: Evaluator, tmp_path: Path) -> None:
+    rows = [{"prompt": f"verb: go{n}\npast:", "choices": [" went.", " goed."], "label": 0} for n in range(60)]
+    data = tmp_path / "task.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(CONFIG, tasks=[TaskConfig(data=str(data))])
+    stop = InterruptedRun(resident, after=0)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "load_evaluator", lambda *_: stop)
+        run(tmp_path / "run", config)
+    data.write_text(data.read_text().replace("goed", "wented"))
+    with pytest.raises(RunError, match="task has changed since this run began"):
+        run(tmp_path / "run", config)
+
+
+class InterruptedRun:
+    """An evaluator at which somebody presses Ctrl-C after so many evaluations."""
+
+    def __init__(self, evaluator: Evaluator, after: int) -> None:
+        self._evaluator = evaluator
+        self._left = after
+        self.model = evaluator.model
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._evaluator, name)
+
+    def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+        if self._left == 0:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return self._evaluator.evaluate(genomes, split)
+
+
+def test_an_interrupted_run_goes_on_where_it_stood(
+    finished: RunFolder, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for after in (0, 1, 10, 7, 20):
+        monkeypatch.setattr(commands, "load_evaluator", lambda *_, n=after: InterruptedRun(evaluator, n))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run")
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    run(tmp_path / "run")
+    assert content(tmp_path / "run") == content(finished.path)
+
+
+def _in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process, which has the model loaded already; answers its id."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_journal(
+    finished: RunFolder, resident: Evaluator, tmp_path: Path
+) -> None:
+    folder, kills, rng = tmp_path / "run", 0, np.random.default_rng(0)
+    started = time.monotonic()
+    run(tmp_path / "timed")
+    duration_s = time.monotonic() - started
+    deadline = time.monotonic() + 120
+    stood_at = set()
+    while kills < 20:
+        assert time.monotonic() < deadline
+        child = _in_child(partial(run, folder))
+        time.sleep(rng.uniform(0, duration_s / 10))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if (folder / "journal.sqlite").exists():
+            stood_at.add(len(content(folder)["outcomes"]))
+        if (folder / "result.json").exists():  # it was quicker than we: the remaining kills hit another run
+            assert content(folder) == content(finished.path)
+            folder = tmp_path / f"run-{kills}"
+    run(folder)
+    assert content(folder) == content(finished.path)
+    assert len(stood_at) >= 8  # the kills were spread over the run
+
+
+class FailingEvaluator(InterruptedRun):
+    """An evaluator that finds no fitness for some genomes, as a model with NaN logits does."""
+
+    def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+        failure = EvaluationFailure("non_finite", "logits are NaN")
+        return [failure if self._fails(genome) else self._evaluator.evaluate([genome], split)[0] for genome in genomes]
+
+    def _fails(self, genome: Genome) -> bool:
+        return self._left == 1 or (not genome.layers[0].is_identity and 0 in genome.layers[0].kept)
+
+
+def test_failed_genomes_are_kept_in_the_journal_and_never_win(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
+    config = replace(CONFIG, selection=SelectionConfig(finalists=3, frequency=False))
+    result = run(tmp_path / "run", config).read_result()
+    assert 0 < result["search"]["failures"] < 24
+    assert result["search"]["failure_reasons"] == ["logits are NaN"]
+    assert all(0 not in row["kept"][0] for row in result["rows"] if row["key"] != "full")
+
+
+def test_a_full_model_without_fitness_ends_the_run_with_one_message(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    with pytest.raises(ModelError, match="the full model has no fitness"):
+        run(tmp_path / "run")
+
+
+def test_a_small_space_ends_when_all_of_it_is_evaluated(resident: Evaluator, tmp_path: Path) -> None:
+    search = SearchConfig(algorithm="random", num_kept=7, num_layer_groups=1, evaluations=50)
+    result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
+    assert result["search"]["evaluations"] == 8
+    assert result["rows"][-1]["title"] == "random, best of 8"
+
+
+def test_a_run_that_keeps_all_experts_only_merges(resident: Evaluator, tmp_path: Path) -> None:
+    search = SearchConfig(num_kept=8, top_k=1, evaluations=8)
+    result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
+    assert result["rows"][-1]["num_kept"] == [8, 8, 8, 8]
+    assert result["rows"][-1]["top_k"] == [1, 1, 1, 1]

@@ -1,0 +1,54 @@
+"""Progress: a bar on a terminal, plain lines elsewhere, the same facts on both."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from moe_evo.genome import Genome
+from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.tracking import terminal
+from moe_evo.tracking.terminal import TerminalTracker
+
+BEST = Individual(Candidate(3, Genome.from_kept([[0]], 2, 1), "random_pruning"), Evaluation(0.75))
+FAILED = Individual(BEST.candidate, EvaluationFailure("non_finite", "NaN"))
+
+
+def text_of(*, is_terminal: bool) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=120, force_interactive=is_terminal)
+    with TerminalTracker(console) as tracker:
+        tracker.message("loading [embedded]")
+        tracker.stage("search", 3, done=1)
+        tracker.evaluated(BEST, BEST, "pruning")
+        tracker.evaluated(FAILED, BEST, "pruning")
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_shows_count_rate_time_left_best_phase_and_failures(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL_S", 0.0)
+    text = text_of(is_terminal=is_terminal)
+    for part in ("loading [embedded]", "search", "3/3", "/s", "pruning", "best 0.7500 (#3)", "1 failed"):
+        assert part in text
+
+
+def test_plain_lines_hold_no_control_codes_and_say_what_was_done_before() -> None:
+    text = text_of(is_terminal=False)
+    assert "\x1b" not in text
+    assert "search: 3 evaluations, 1 done before" in text
+    assert "0 s left" in text
+
+
+def test_plain_lines_come_at_intervals_not_at_every_evaluation() -> None:
+    output = io.StringIO()
+    with TerminalTracker(Console(file=output, width=120)) as tracker:
+        tracker.stage("search", 500)
+        for _ in range(500):
+            tracker.evaluated(BEST, BEST, "pruning")
+    assert len(output.getvalue().splitlines()) < 10
+    assert "500/500" in output.getvalue()
