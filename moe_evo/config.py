@@ -116,10 +116,9 @@ class EEPConfig:
     """Evolution of the EEP method (arXiv 2407.00945); see `eep_release` for the published values.
 
     Args:
-        num_initial: Random prunings before evolution starts.
-        num_pruning: Evaluations, the initial ones included, after which merging starts; default: a
-            quarter of the budget (half of it where the budget is below 200). Give the budget itself
-            for a run that only prunes.
+        num_initial: Random prunings before evolution starts; at most half of the default num_pruning.
+        num_pruning: Evaluations, the initial ones included, after which merging starts; default: half
+            of the budget. Give the budget itself for a run that only prunes.
         layer_rate: Probability that a layer group is mutated (pruning phase) and that one of its two
             matrices is (merging phase).
         swap_rate: Pruning phase: probability that a slot of a mutated layer takes another expert. At

@@ -61,8 +61,10 @@ class Journal:
         if read_only and not existed:
             raise JournalError(f"{self.path}: no such journal; give the folder of a run")
         with _explained(self.path):
-            uri = f"{self.path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            # A reader too must be able to roll back what a killed writer left half done, hence rw, not ro.
+            uri = f"{self.path.resolve().as_uri()}?mode={'rw' if read_only else 'rwc'}"
             database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
+            database.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
             database.execute("PRAGMA foreign_keys = ON")
             # FULL: an outcome is on disk when `record` returns. The rollback journal, not WAL, as
             # run folders may lie on network storage.

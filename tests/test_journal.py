@@ -150,6 +150,36 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
         Journal(tmp_path / "nowhere" / "journal.sqlite")
 
 
+def test_a_reader_writes_nothing(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.sqlite").close()
+    with (
+        Journal(tmp_path / "journal.sqlite", read_only=True) as reader,
+        pytest.raises(JournalError, match="readonly database"),
+    ):
+        reader.propose("search", [PRUNING])
+
+
+def test_a_reader_sees_the_last_whole_transaction_of_a_writer_that_was_killed_within_one(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, pathlib; from moe_evo.journal import Journal\n"
+        "journal = Journal(pathlib.Path(sys.argv[1]))\n"
+        "journal.set_meta({'key': 'whole'})\n"
+        "database = journal._database\n"
+        "database.execute('PRAGMA cache_size = 1'); database.execute('PRAGMA cache_spill = 1')\n"
+        "database.execute('BEGIN IMMEDIATE')\n"
+        "database.execute(\"UPDATE meta SET value = 'half' WHERE key = 'key'\")\n"
+        "rows = [(f'filler{n}', 'x' * 4000) for n in range(200)]\n"
+        "database.executemany('INSERT INTO meta VALUES (?, ?)', rows)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "journal.sqlite"
+    subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert path.with_name("journal.sqlite-journal").stat().st_size > 0  # hot: it must be rolled back
+    with Journal(path, read_only=True) as reader:
+        assert reader.meta("key") == "whole"
+        assert reader.meta("filler0") is None
+
+
 def test_reading_a_journal_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="no such journal"):
         Journal(tmp_path / "journal.sqlite", read_only=True)

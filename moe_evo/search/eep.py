@@ -27,19 +27,15 @@ from moe_evo.search.enumeration import num_prunings, unseen_pruning
 from moe_evo.space import SearchSpace
 
 _TRIES = 16
-_SMALL_BUDGET = 200
 
 
 def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
     """How many candidates are initial ones, and after how many, those included, merging starts."""
-    num_pruning = eep.num_pruning
-    num_initial = eep.num_initial
-    if num_pruning is None:
-        num_pruning = evaluations // 2 if evaluations < _SMALL_BUDGET else max(evaluations // 4, num_initial)
-    num_pruning = min(max(num_pruning, 1), evaluations)
-    if evaluations < _SMALL_BUDGET:  # half of the pruning phase is left to evolution
-        num_initial = min(num_initial, max(num_pruning // 2, 1))
-    return min(num_initial, num_pruning), num_pruning
+    if eep.num_pruning is not None:
+        num_pruning = min(eep.num_pruning, evaluations)
+        return min(eep.num_initial, num_pruning), num_pruning
+    num_pruning = max(evaluations // 2, 1)
+    return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is left to evolution
 
 
 class EEPSearch:

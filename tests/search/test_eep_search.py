@@ -34,22 +34,22 @@ def _candidates(search: EEPSearch, evaluations: int = 80, space: SearchSpace | N
 @pytest.mark.parametrize(
     ("eep", "evaluations", "expected"),
     [
-        (EEPConfig(), 402, (31, 100)),
+        (EEPConfig(), 402, (31, 201)),
         (EEP_RELEASE, 402, (31, 101)),
-        (EEPConfig(), 2000, (31, 500)),
+        (EEPConfig(), 2000, (31, 1000)),
         (EEPConfig(), 199, (31, 99)),
         (EEPConfig(), 100, (25, 50)),
         (EEPConfig(), 40, (10, 20)),
         (EEPConfig(), 2, (1, 1)),
         (EEPConfig(), 1, (1, 1)),
-        (EEPConfig(num_initial=150), 402, (150, 150)),
-        (EEPConfig(num_initial=500), 402, (402, 402)),
+        (EEPConfig(num_initial=150), 402, (100, 201)),
+        (EEPConfig(num_initial=500), 402, (100, 201)),
         (EEPConfig(num_pruning=402), 402, (31, 402)),
         (EEPConfig(num_pruning=500), 402, (31, 402)),
-        (EEP_RELEASE, 60, (30, 60)),
+        (EEP_RELEASE, 60, (31, 60)),
     ],
 )
-def test_a_quarter_of_the_budget_prunes_and_half_of_a_small_one(eep, evaluations, expected):
+def test_half_of_the_budget_prunes_and_explicit_numbers_are_kept(eep, evaluations, expected):
     assert schedule(eep, evaluations) == expected
 
 

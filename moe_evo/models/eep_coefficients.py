@@ -1,0 +1,84 @@
+"""Reading the coefficients that EEP publishes (`searched_coeff/{task}_budget_{K}.pth`).
+
+A file is a dict of (K, E) matrices: W_EM under `layers.G` and `others`, W_RM under `transfer.G` and
+`others_transfer`, where G is a layer or a range like `[0-7]` and `others` is every layer left over.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_evo.errors import GenomeError
+from moe_evo.genome import Genome, LayerGenome, Matrix
+from moe_evo.space import ModelShape, check_fits
+
+_GROUP = re.compile(r"(layers|transfer)\.(?:(\d+)|\[(\d+)-(\d+)\])")
+
+
+def load_eep_coefficients(path: str | Path, shape: ModelShape, top_k: int | None = None) -> Genome:
+    """The genome in the file, for a model of `shape`; top_k defaults to the model's.
+
+    The matrices are meant for router mode 'eep'. Raises GenomeError for a file that cannot be read
+    safely, is not in EEP's format, or does not fit the model.
+    """
+    matrices = _read(Path(path))
+    merging = _by_layer(matrices, "layers", "others", shape.num_layers, path)
+    mapping = _by_layer(matrices, "transfer", "others_transfer", shape.num_layers, path)
+    active = shape.top_k if top_k is None else (top_k,) * shape.num_layers
+    genome = Genome(tuple(map(LayerGenome, merging, mapping, active)))
+    check_fits(genome, shape)
+    return genome
+
+
+def _read(path: Path) -> dict[str, Matrix]:
+    try:
+        with warnings.catch_warnings():  # about pickles that are refused a moment later
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise GenomeError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise GenomeError(
+            f"{path}: holds more than tensors, or no tensors at all; it is not loaded, as it could run code"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise GenomeError(f"{path}: is not a torch file of EEP coefficients") from error
+    if not isinstance(content, dict) or not content:
+        raise GenomeError(f"{path}: holds {type(content).__name__}, expected a dict of matrices")
+    matrices = {}
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor) and value.ndim == 2):
+            raise GenomeError(f"{path}: entry {key!r} is not a matrix (num_kept, num_experts)")
+        matrices[key] = value.to(torch.float32).numpy()
+    return matrices
+
+
+def _by_layer(matrices: dict[str, Matrix], prefix: str, others: str, num_layers: int, path: str | Path) -> list[Matrix]:
+    """One matrix a layer, from the keys `prefix`.G and `others`."""
+    found: dict[int, Matrix] = {}
+    for key, matrix in matrices.items():
+        if key in ("others", "others_transfer"):
+            continue
+        match = _GROUP.fullmatch(key)
+        if match is None:
+            raise GenomeError(f"{path}: unknown entry {key!r}, expected layers.G, transfer.G and others")
+        if match[1] != prefix:
+            continue
+        first, last = (match[2], match[2]) if match[2] else (match[3], match[4])
+        for layer in range(int(first), int(last) + 1):
+            if layer >= num_layers or layer in found:
+                raise GenomeError(
+                    f"{path}: entry {key!r} names layer {layer}, "
+                    + ("which another entry names too" if layer in found else f"the model has {num_layers}")
+                )
+            found[layer] = matrix
+    missing = [layer for layer in range(num_layers) if layer not in found]
+    if missing and others not in matrices:
+        raise GenomeError(f"{path}: has no entry {prefix} for layer {missing[0]}, and no {others!r}")
+    return [found[layer] if layer in found else matrices[others] for layer in range(num_layers)]

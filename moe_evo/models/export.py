@@ -1,0 +1,220 @@
+"""Exporting a genome as a real, smaller checkpoint that computes what was scored.
+
+Write beside the target, reload with the loader that users will use, compare logits with the view, and
+only then move into place.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_evo.errors import ExportError
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.merging import is_selection
+from moe_evo.models.model_card import model_card
+from moe_evo.models.pruned import load_pruned, save_pruned
+from moe_evo.models.target_folder import check_target, written_beside
+from moe_evo.models.view import TOLERANCES, MoEModel, random_tokens, relative_difference
+from moe_evo.space import check_fits
+
+Loader = Literal["transformers", "moe_evo"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. Bytes are those of the weights in the exported dtype.
+
+    max_logit_difference: largest absolute difference between the reloaded checkpoint and the view on
+    random tokens. loader: who can load it, stock 'transformers' or 'moe_evo' (`load_pruned`).
+    """
+
+    folder: Path
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    max_logit_difference: float
+    loader: Loader
+
+    @property
+    def message(self) -> str:
+        """One line for the user."""
+        size = f"{self.folder}: {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"
+        if self.loader == "transformers":
+            return f"{size}; load it with transformers' AutoModelForCausalLM.from_pretrained"
+        return (
+            f"{size}; its layers differ in experts or top_k, which no stock config holds: load it with "
+            "moe_evo.load_pruned, or search with one num_kept and one top_k for all layers"
+        )
+
+
+def export_checkpoint(
+    moe: MoEModel,
+    genome: Genome,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any],
+) -> ExportReport:
+    """Write model, tokenizer, generation config and model card of `genome` into `folder`.
+
+    provenance: plain data for the model card and moe_evo.json (base model, scores, versions, ...).
+    Raises GenomeError for a genome of another model, and ExportError where the folder is taken, no
+    architecture can hold the genome, or the reloaded checkpoint computes something else.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_fits(genome, moe.shape)
+    _check_router(moe, genome)
+    check_target(folder, Path(moe.language_model.config.name_or_path), overwrite=overwrite)
+    is_uniform = len(set(genome.num_kept)) == 1 and len(set(genome.top_k)) == 1
+    loader: Loader = "transformers" if is_uniform else "moe_evo"
+    with written_beside(folder) as temporary, quiet():
+        before = _size(moe.language_model.state_dict())
+        after = _write(moe, genome, temporary, loader)
+        difference = _verify(moe, genome, temporary, loader)
+        report = ExportReport(folder, before[0], after[0], before[1], after[1], difference, loader)
+        _write_card(moe, genome, temporary, report, provenance)
+    return report
+
+
+def _check_router(moe: MoEModel, genome: Genome) -> None:
+    """Refuse genomes whose mapped probabilities no stock router computes."""
+    if moe.router_mode == "exported":
+        return
+    renormalises = moe.family.renormalises(moe.language_model.config)
+    for index, layer in enumerate(genome.layers):
+        if not _same_in_both_modes(layer, renormalises=renormalises):
+            raise ExportError(
+                f"genome layer {index}: router mode 'eep' maps probabilities after the softmax, which no stock "
+                "architecture can hold; search with model.router: exported"
+            )
+
+
+def _same_in_both_modes(layer: LayerGenome, *, renormalises: bool) -> bool:
+    if not is_selection(layer.router_mapping):
+        return False
+    is_permutation = bool((layer.router_mapping.sum(axis=0) == 1).all())
+    return renormalises or is_permutation  # the sum over all experts cancels, or nothing is left out
+
+
+def exported_state(moe: MoEModel, genome: Genome) -> dict[str, Tensor]:
+    """State dict of the smaller model; what the genome does not touch is shared with the big one."""
+    state: dict[str, Tensor] = dict(moe.language_model.state_dict())
+    names = {module: name for name, module in moe.language_model.named_modules()}
+    for layer, gene in zip(moe.layers, genome.layers, strict=True):
+        if gene.is_identity:
+            continue
+        mapped = layer.mapped_router(gene.router_mapping)
+        state.update({f"{names[layer.router]}.{name}": rows for name, rows in mapped.items()})
+        merged = layer.merged_tensors(gene.expert_merging)
+        state.update({f"{names[layer.experts]}.{name}": stacked for name, stacked in merged.items()})
+    return state
+
+
+def _write(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> tuple[int, int]:
+    """Returns the number of parameters and of bytes."""
+    state = exported_state(moe, genome)
+    size = _size(state)
+    try:
+        if loader == "transformers":
+            _save_stock(moe, state, genome, folder)
+        else:
+            save_pruned(moe.language_model, state, genome, folder)
+    except ValueError as error:  # for one, a generation config that contradicts itself
+        raise ExportError(f"transformers refuses to save the model ({one_line(error)})") from error
+    if moe.tokenizer is not None:
+        moe.tokenizer.save_pretrained(folder)
+    return size
+
+
+def _save_stock(moe: MoEModel, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:
+    config = copy.deepcopy(moe.language_model.config)
+    setattr(config, moe.family.experts_field, genome.num_kept[0])
+    setattr(config, moe.family.top_k_field, genome.top_k[0])
+    with torch.device("meta"):  # only a shell: the tensors that are saved come from `state`
+        shell = transformers.AutoModelForCausalLM.from_config(config, dtype=moe.dtype)
+    shell.generation_config = moe.language_model.generation_config
+    shell.save_pretrained(folder, state_dict=state)
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    # transformers 5 renames this field in some families; earlier readers know the original name only
+    written.setdefault(moe.family.experts_field, genome.num_kept[0])
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verify(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> float:
+    """Reload, compare with the view, and return the largest absolute difference of logits."""
+    try:
+        exported = _reload(moe, folder) if loader == "transformers" else load_pruned(folder, device=moe.device)
+    except LIBRARY_ERRORS as error:
+        raise ExportError(f"the exported checkpoint cannot be loaded again ({one_line(error)})") from error
+    tokens = random_tokens(moe.language_model)
+    with torch.inference_mode():
+        got = exported(input_ids=tokens, use_cache=False).logits
+        with moe.applied(genome):
+            expected = moe.language_model(input_ids=tokens, use_cache=False).logits
+    difference = relative_difference(got, expected)
+    if not difference <= TOLERANCES[moe.dtype]:
+        raise ExportError(
+            f"the exported checkpoint differs from what was evaluated by {difference:.1e} of the largest logit, "
+            f"expected at most {TOLERANCES[moe.dtype]:.0e}; nothing was written"
+        )
+    return float((got.float() - expected.float()).abs().max())
+
+
+def _reload(moe: MoEModel, folder: Path) -> Any:
+    exported, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=moe.dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        experts_implementation=moe.language_model.config._experts_implementation,
+    )
+    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if wrong:
+        raise ExportError(f"the exported checkpoint has missing or unexpected weights, {wrong[0]} among them")
+    return exported.to(moe.device).eval()
+
+
+def _write_card(
+    moe: MoEModel, genome: Genome, folder: Path, report: ExportReport, provenance: Mapping[str, Any]
+) -> None:
+    base_model = str(provenance.get("base_model") or moe.language_model.config.name_or_path)
+    facts = {
+        "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
+        "weights": f"{report.bytes_before:,} -> {report.bytes_after:,} bytes ({str(moe.dtype).split('.')[-1]})",
+        "largest difference of logits to the evaluated model": f"{report.max_logit_difference:.1e}",
+    }
+    card = model_card(genome, moe.shape, base_model, report.loader, facts, provenance)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    record = {
+        "base_model": base_model,
+        "genome": genome.digest,
+        "is_pruning": genome.is_pruning,
+        "kept": genome.kept,
+        "top_k": genome.top_k,
+        "router": moe.router_mode,
+        "provenance": dict(provenance),
+    }
+    text = json.dumps(record, indent=2, default=_plain) + "\n"
+    (folder / "moe_evo.json").write_text(text, encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _size(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Parameters and bytes, tied weights once."""
+    distinct = {tensor.data_ptr(): tensor for tensor in state.values()}.values()
+    return sum(t.numel() for t in distinct), sum(t.numel() * t.element_size() for t in distinct)

@@ -1,0 +1,164 @@
+"""One MoE layer of a loaded model, and the two hooks through which a genome acts on it.
+
+The router's forward is wrapped and the experts go through a function registered with transformers'
+`ExpertsInterface`. Both are in place only while a plan is installed; weights are never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from moe_evo.config import RouterMode
+from moe_evo.genome import LayerGenome, Matrix
+from moe_evo.models.families import Family
+from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
+from moe_evo.models.merging import copied_experts, is_selection, mix_rows
+from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route
+
+IMPLEMENTATION = "moe_evo"
+_HOOK = "moe_evo_forward"
+
+
+@dataclass
+class LayerPlan:
+    """What the hooks of one layer compute.
+
+    router_mapping: W_RM (K, E). indices: (K,) what a routed slot is called for the experts (the kept
+    experts' own numbers for a pruning), or None where slots are merged experts. expert_merging: W_EM
+    (K, E) where merged tensors stand in for the experts, else None.
+    """
+
+    router_mapping: Matrix
+    top_k: int
+    indices: Tensor | None = None
+    expert_merging: Matrix | None = None
+    router_rows: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, genome: LayerGenome) -> LayerPlan:
+        merging = genome.expert_merging
+        if is_selection(merging):
+            return cls(genome.router_mapping, genome.top_k, indices=torch.tensor(copied_experts(merging)))
+        return cls(genome.router_mapping, genome.top_k, expert_merging=merging)
+
+    @classmethod
+    def reversed_identity(cls, num_experts: int, top_k: int) -> LayerPlan:
+        """Both hooks at work for the function of the untouched layer: experts and indices in reverse."""
+        identity = np.eye(num_experts, dtype=np.float32)
+        backwards = torch.arange(num_experts - 1, -1, -1)
+        return cls(identity, top_k, indices=backwards, expert_merging=identity[::-1].copy())
+
+
+class MoELayer:
+    """The router and experts of one MoE layer; `install` makes them follow a plan until `remove`."""
+
+    def __init__(self, number: int, block: nn.Module, family: Family, config: Any, router_mode: RouterMode) -> None:
+        self.number = number
+        self.router: nn.Module = block.get_submodule(family.router)
+        self.experts: nn.Module = block.get_submodule("experts")
+        self._family = family
+        self._router_mode = router_mode
+        self._renormalise = family.renormalises(config)
+        self._scaling = family.scaling(config)
+        # accelerate's offload hook loads the weights and then calls _old_forward
+        self._slot = "_old_forward" if hasattr(self.router, "_old_forward") else "forward"
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.router_tensors()["weight"].shape[0])
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """Everything of the router that has one row an expert: weight (E, H), biases (E,)."""
+        return {name: getattr(self.router, name) for name in self._family.router_tensors}
+
+    def expert_tensors(self) -> dict[str, Tensor]:
+        """The experts' stacked weights (E, ...) and biases."""
+        return {name: getattr(self.experts, name) for name in self._family.expert_tensors}
+
+    def mapped_router(self, router_mapping: Matrix) -> dict[str, Tensor]:
+        """The router's tensors (K, ...) for W_RM (K, E), as an exported checkpoint holds them."""
+        with torch.inference_mode(mode=False):  # a later caller may not be in inference mode
+            return {name: mix_rows(router_mapping, rows) for name, rows in self.router_tensors().items()}
+
+    def merged_tensors(self, expert_merging: Matrix) -> MergedTensors:
+        """The experts' tensors (K, ...) for W_EM (K, E)."""
+        with torch.inference_mode(mode=False):
+            return {name: mix_rows(expert_merging, stacked) for name, stacked in self.expert_tensors().items()}
+
+    def merged_key(self, plan: LayerPlan) -> MergedKey | None:
+        """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
+        return None if plan.expert_merging is None else merged_key(self.number, plan.expert_merging)
+
+    def install(self, plan: LayerPlan | None, cache: MergedCache) -> None:
+        """Follow `plan`, with merged tensors from `cache`; None leaves the layer as it is."""
+        base = _experts_function(self.experts)
+        key = None if plan is None else self.merged_key(plan)
+
+        def experts_forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            if plan is None or plan.expert_merging is None or key is None:
+                return base(self.experts, hidden, index, weights)
+            merged = cache.get(key, partial(self.merged_tensors, plan.expert_merging))
+            substitute = Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
+            return base(substitute, hidden, index, weights)
+
+        self.experts.__dict__[_HOOK] = experts_forward
+        if plan is not None:
+            self._previous_forward = self.router.__dict__.get(self._slot)
+            self.router.__dict__[self._slot] = partial(self._route, plan)
+
+    def remove(self) -> None:
+        """Back to the untouched layer; harmless where nothing is installed."""
+        self.experts.__dict__.pop(_HOOK, None)
+        if not hasattr(self, "_previous_forward"):
+            return
+        if self._previous_forward is None:
+            del self.router.__dict__[self._slot]
+        else:
+            self.router.__dict__[self._slot] = self._previous_forward
+        del self._previous_forward
+
+    def _route(self, plan: LayerPlan, hidden: Tensor) -> RouterOutput:
+        if not plan.router_rows:  # built in the first forward, where offloaded weights are in reach
+            plan.router_rows = self._router_rows(plan.router_mapping)
+        rows = plan.router_rows
+        if self._router_mode == "eep":
+            logits, weights, index = eep_route(
+                self.router, hidden, rows["mapping"], plan.top_k,
+                renormalise=self._renormalise, scaling=self._scaling,
+            )  # fmt: skip
+        else:
+            logits, weights, index = exported_route(self.router, hidden, rows, plan.top_k)
+        if plan.indices is not None:
+            index = plan.indices.to(index.device)[index]
+        return logits, weights, index
+
+    def _router_rows(self, router_mapping: Matrix) -> dict[str, Tensor]:
+        if self._router_mode == "exported":
+            return self.mapped_router(router_mapping)
+        device = self.router_tensors()["weight"].device
+        return {"mapping": torch.from_numpy(router_mapping.copy()).to(device)}
+
+
+def _experts_function(experts: nn.Module) -> Callable[..., Tensor]:
+    """The experts implementation in force, as a function of (experts, hidden, index, weights)."""
+    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
+    config: Any = experts.config
+    function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(config._experts_implementation, eager)
+    return function
+
+
+def _experts_forward(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts implementation 'moe_evo', in force while a genome that merges experts is applied."""
+    output: Tensor = experts.__dict__[_HOOK](hidden, index, weights)
+    return output
+
+
+ExpertsInterface.register(IMPLEMENTATION, _experts_forward)

@@ -1,0 +1,181 @@
+"""Loading a model, and what can be known of it without loading: its shape and its hash.
+
+Everything that can be refused is refused from config.json, before weights are read. Weights come from
+safetensors only: other formats can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.hub import cached_file
+
+from moe_evo.config import ModelConfig
+from moe_evo.errors import ConfigError, ModelError
+from moe_evo.models.families import Family, family_of
+from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.view import MoEModel
+from moe_evo.space import ModelShape
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def load_model(config: ModelConfig) -> MoEModel:
+    """Read a checkpoint and put the view around it.
+
+    Raises ModelError (missing folder, unsupported family, no safetensors, failed self-check) or
+    ConfigError (device, router) in one line.
+    """
+    source = _source(config.path)
+    family = _family(config, source)
+    transformers_config = _transformers_config(config, source)
+    family.shape(transformers_config)
+    if config.router == "eep":
+        family.check_eep_router(transformers_config)
+    device = resolve_device(config.device)
+    with quiet():
+        language_model = _language_model(config, source, device)
+        tokenizer = _tokenizer(config, source)
+    moe = MoEModel(
+        language_model,
+        tokenizer,
+        router_mode=config.router,
+        merged_cache_gib=config.merged_cache_gib,
+    )
+    if config.self_check:
+        moe.reference_self_check()
+    return moe
+
+
+def read_shape(config: ModelConfig) -> ModelShape:
+    """The model's MoE layers from its config.json alone; raises ModelError."""
+    source = _source(config.path)
+    return _family(config, source).shape(_transformers_config(config, source))
+
+
+def model_hash(config: ModelConfig) -> str:
+    """sha256 of what the model is: for a folder the content of config.json and its safetensors files,
+    for a Hugging Face name the name and the resolved commit."""
+    source = _source(config.path)
+    content = hashlib.sha256()
+    if not isinstance(source, Path):
+        snapshot = _config_file(config, source).parent
+        content.update(f"{source}@{snapshot.name}".encode())
+        return content.hexdigest()
+    for file in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
+        if not file.is_file():
+            raise ModelError(f"{source}: has no {file.name}; give the folder of a checkpoint")
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        content.update(f"{file.name}:{digest}\n".encode())
+    return content.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is a GPU where there is one. Raises ConfigError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ConfigError(f"model.device: got {name!r}, which is not available here; use 'auto'") from error
+    return device
+
+
+def _source(path: str) -> Path | str:
+    """A local folder, or else a Hugging Face name."""
+    if path == "embedded":
+        path = str(importlib.resources.files("moe_evo") / "data" / "model")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    is_local = folder.exists() or folder.is_absolute() or path.startswith((".", "~"))
+    if is_local or folder.parent.is_dir() or path.count("/") != 1:
+        raise ModelError(f"{path}: no such folder; give a checkpoint folder or a Hugging Face name owner/model")
+    return path
+
+
+def _config_file(config: ModelConfig, source: Path | str) -> Path:
+    if isinstance(source, Path):
+        file = source / "config.json"
+        if not file.is_file():
+            raise ModelError(f"{source}: has no config.json; give the folder of a transformers checkpoint")
+        return file
+    try:
+        with quiet():
+            return Path(str(cached_file(source, "config.json", revision=config.revision)))
+    except LIBRARY_ERRORS as error:
+        raise ModelError(
+            f"{source}: no such folder, and not found on Hugging Face either ({one_line(error)})"
+        ) from error
+
+
+def _family(config: ModelConfig, source: Path | str) -> Family:
+    file = _config_file(config, source)
+    try:
+        raw_config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
+    if not isinstance(raw_config, dict):
+        raise ModelError(f"{file}: holds {type(raw_config).__name__}, expected an object")
+    family = family_of(raw_config, str(source))
+    if isinstance(source, Path) and not any(source.glob("*.safetensors")):
+        pickled = any(source.glob("pytorch_model*.bin"))
+        found = "holds pickled weights only, which can run code" if pickled else "has no weights"
+        raise ModelError(f"{source}: {found}; moe_evo reads *.safetensors")
+    return family
+
+
+def _transformers_config(config: ModelConfig, source: Path | str) -> Any:
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{source}: config.json cannot be used ({one_line(error)})") from error
+
+
+def _language_model(config: ModelConfig, source: Path | str, device: torch.device) -> Any:
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        language_model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **({} if device.type == "cpu" else {"device_map": {"": device}}),
+        )
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{source}: cannot be loaded ({one_line(error)})") from error
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise ModelError(f"{source}: lacks {len(lacking)} weights, {lacking[0]} among them")
+    if not _grouped_mm_is_aligned(language_model):
+        language_model.set_experts_implementation("eager")
+    return language_model
+
+
+def _grouped_mm_is_aligned(language_model: Any) -> bool:
+    """Whether the rows of all expert weights are multiples of 16 bytes, as grouped_mm demands."""
+    stacked = (weight for weight in language_model.parameters() if weight.ndim == 3)
+    return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in stacked)
+
+
+def _tokenizer(config: ModelConfig, source: Path | str) -> Any:
+    if isinstance(source, Path) and not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{source}: the tokenizer cannot be loaded ({one_line(error)})") from error

@@ -1,0 +1,74 @@
+"""Merged layers that are kept for the next genomes, under a memory budget.
+
+Siblings share most layers, so a layer is keyed by its number and a hash of W_EM alone. Layers of the
+genome that is applied are never evicted for one another: an LRU would throw out each layer shortly
+before it is needed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from moe_evo.genome import Matrix
+
+MergedKey = tuple[int, str]
+MergedTensors = dict[str, Tensor]
+
+
+def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
+    """Key of MoE layer number `layer` merged by `expert_merging` (K, E)."""
+    content = hashlib.sha256(f"{expert_merging.shape}:".encode() + expert_merging.tobytes())
+    return (layer, content.hexdigest())
+
+
+class MergedCache:
+    """Least recently used layers go first; what does not fit is built anew whenever it is used."""
+
+    def __init__(self, budget_gib: float) -> None:
+        self._budget_bytes = int(budget_gib * 2**30)
+        self._entries: OrderedDict[MergedKey, MergedTensors] = OrderedDict()
+        self._in_use: frozenset[MergedKey] = frozenset()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(_size_bytes(tensors) for tensors in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def use(self, keys: Iterable[MergedKey]) -> None:
+        """Name the layers of the genome that is applied now."""
+        self._in_use = frozenset(keys)
+
+    def get(self, key: MergedKey, build: Callable[[], MergedTensors]) -> MergedTensors:
+        """The kept tensors of `key`, or new ones from `build`, which are kept if they fit."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        tensors = build()
+        if self._make_room(_size_bytes(tensors)):
+            self._entries[key] = tensors
+        return tensors
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def _make_room(self, needed_bytes: int) -> bool:
+        idle = [key for key in self._entries if key not in self._in_use]
+        excess = self.size_bytes + needed_bytes - self._budget_bytes
+        evictable = sum(_size_bytes(self._entries[key]) for key in idle)
+        if excess > evictable:
+            return False
+        for key in idle:
+            if excess <= 0:
+                break
+            excess -= _size_bytes(self._entries.pop(key))
+        return True
+
+
+def _size_bytes(tensors: MergedTensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,89 @@
+"""The model card (README.md) of an exported checkpoint: where it comes from and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.space import ModelShape
+
+_LOADING = {
+    "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
+    "moe_evo": """import moe_evo
+
+model = moe_evo.load_pruned("path/to/this/folder")  # layers differ in size: no stock config holds them""",
+}
+
+
+def model_card(
+    genome: Genome,
+    shape: ModelShape,
+    base_model: str,
+    loader: str,
+    facts: Mapping[str, str],
+    provenance: Mapping[str, Any],
+) -> str:
+    """The card as Markdown. loader: 'transformers' or 'moe_evo'. facts, provenance: listed as they are."""
+    what = "prunes" if genome.is_pruning else "prunes and merges"
+    lines = [
+        "---",
+        f"base_model: {base_model}",
+        "tags: [mixture-of-experts, expert-pruning, moe_evo]",
+        "---",
+        "",
+        f"# {base_model} with fewer experts",
+        "",
+        f"Made by moe_evo, which {what} experts found by evolution.",
+        "",
+        "```python",
+        *_LOADING[loader].splitlines(),
+        "```",
+        "",
+        "## Experts",
+        "",
+        "| MoE layer | decoder layer | experts | kept | active a token | made of |",
+        "| ---: | ---: | ---: | ---: | ---: | --- |",
+        *(_row(genome.layers[layer], shape, layer) for layer in range(shape.num_layers)),
+        "",
+        "## Size and check",
+        "",
+        *_bullets(facts),
+        "",
+        "## Provenance",
+        "",
+        *_bullets(provenance),
+        "",
+        "## Versions",
+        "",
+        *_bullets({name: _version(name) for name in ("moe_evo", "torch", "transformers")}),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(layer: LayerGenome, shape: ModelShape, index: int) -> str:
+    experts = ", ".join(map(str, layer.kept))
+    made_of = experts if layer.is_pruning else f"merged; largest shares: {experts}"
+    cells = (index, shape.decoder_layers[index], layer.num_experts, layer.num_kept, layer.top_k, made_of)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _bullets(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}- {key}:"
+            yield from _bullets(value, indent + "  ")
+        else:
+            yield f"{indent}- {key}: {value}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"

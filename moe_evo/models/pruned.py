@@ -1,0 +1,110 @@
+"""Checkpoints whose MoE layers differ in experts or top_k, which no stock config can hold.
+
+The modules are the stock ones; only their sizes differ by layer. config.json names a model type of
+our own, so that a stock loader refuses the folder rather than filling gaps with random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moe_evo.errors import ModelError
+from moe_evo.genome import Genome
+from moe_evo.models.families import Family, family_of
+from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
+from moe_evo.models.loading import resolve_device
+
+MODEL_TYPE = "moe_evo_pruned"
+
+
+def save_pruned(language_model: Any, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:
+    """Write weights and configs; `state` is the state dict with each layer's own number of experts."""
+    content = {
+        "model_type": MODEL_TYPE,
+        "base_config": language_model.config.to_dict(),
+        "num_kept": genome.num_kept,
+        "top_k": genome.top_k,
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    language_model.generation_config.save_pretrained(folder)
+    tied = list(language_model.all_tied_weights_keys)
+    save_torch_state_dict(state, folder, shared_tensors_to_discard=tied)
+
+
+def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> Any:
+    """The transformers model in eval mode, in the dtype that was exported.
+
+    Use it like any other: forward, `generate`, tokenizer from the same folder. Raises ModelError for a
+    folder that `export_checkpoint` did not write for this loader.
+    """
+    folder = Path(folder)
+    content = _read_config(folder)
+    base_config = dict(content["base_config"])
+    family = family_of(base_config, str(folder))
+    config = transformers.AutoConfig.for_model(**base_config)
+    language_model = _skeleton(config, family, content["num_kept"], content["top_k"])
+    state: dict[str, Tensor] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            state.update(load_file(file))
+        absent = set(language_model.load_state_dict(state, strict=False, assign=True).missing_keys)
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{folder}: cannot be loaded ({one_line(error)})") from error
+    lacking = sorted(absent - set(language_model.all_tied_weights_keys))
+    if lacking:
+        raise ModelError(f"{folder}: lacks {len(lacking)} weights, {lacking[0]} among them")
+    language_model.tie_weights()
+    language_model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    target = resolve_device(device) if isinstance(device, str) else device
+    return language_model.to(target).requires_grad_(False).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: has no config.json; give a folder that moe_evo exported")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
+    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
+        raise ModelError(
+            f"{folder}: is no checkpoint with layers of different size; load it with transformers' "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    return content
+
+
+def _skeleton(config: Any, family: Family, num_kept: list[int], top_k: list[int]) -> Any:
+    """The model with the fewest experts a router can do with, whose MoE layers then get their sizes."""
+    shape = family.shape(config)
+    small = copy.deepcopy(config)
+    setattr(small, family.experts_field, shape.num_expert_groups * shape.min_kept_per_group)
+    language_model = transformers.AutoModelForCausalLM.from_config(small, dtype=config.dtype)
+    layers = language_model.get_decoder().layers
+    for position, kept, active in zip(shape.decoder_layers, num_kept, top_k, strict=True):
+        block = layers[position].get_submodule(family.block)
+        router, experts = block.get_submodule(family.router), block.get_submodule("experts")
+        _resize(router, family.router_tensors, kept)
+        _resize(experts, family.expert_tensors, kept)
+        router.num_experts = experts.num_experts = kept
+        router.top_k = active
+    setattr(language_model.config, family.experts_field, max(num_kept))
+    setattr(language_model.config, family.top_k_field, max(top_k))
+    return language_model
+
+
+def _resize(module: nn.Module, names: tuple[str, ...], num_kept: int) -> None:
+    """Put empty tensors (K, ...) in the place of (E, ...), ready to be assigned."""
+    for name in names:
+        old = getattr(module, name)
+        new = torch.empty((num_kept, *old.shape[1:]), dtype=old.dtype, device="meta")
+        setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)

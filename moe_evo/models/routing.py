@@ -1,0 +1,61 @@
+"""Routing with other rows: the family's own router code on mapped rows, and EEP's mapping.
+
+The exported mode copies no routing rule: the family's forward runs with a stand-in for the router
+that has K rows, which is what a stock checkpoint with K experts computes, groups and biases included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RouterOutput = tuple[Tensor, Tensor, Tensor]
+"""Logits (T, E), weights (T, top_k) and indices (T, top_k), as transformers >= 5.21 returns them."""
+
+_MIN_SHARE = 0.01  # of the sum of magnitudes; below it, positive and negative weights cancel
+
+
+class Substitute:
+    """A module with some attributes replaced, for one call of its class's forward."""
+
+    def __init__(self, module: nn.Module, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def exported_route(router: nn.Module, hidden: Tensor, rows: Mapping[str, Tensor], top_k: int) -> RouterOutput:
+    """What a router with the rows `rows` (each (K, ...)) does; indices are slots 0..K-1."""
+    num_kept = next(iter(rows.values())).shape[0]
+    substitute = Substitute(router, num_experts=num_kept, top_k=top_k, **rows)
+    output: RouterOutput = type(router).forward(substitute, hidden)
+    return output
+
+
+def eep_route(
+    router: nn.Module, hidden: Tensor, mapping: Tensor, top_k: int, *, renormalise: bool, scaling: float
+) -> RouterOutput:
+    """Map the probabilities of all E experts, then choose (EEP eq. 5); indices are slots 0..K-1.
+
+    mapping: W_RM (K, E) float32. Untied W_RM can make chosen weights negative; where their sum is not
+    safely above zero they are divided by the sum of their magnitudes.
+    """
+    logits, native_weights, _ = type(router).forward(router, hidden)
+    probabilities = torch.softmax(logits.float(), dim=-1) @ mapping.T
+    weights, index = torch.topk(probabilities, top_k, dim=-1)
+    if renormalise:
+        weights = _divide_by_sum(weights)
+    return logits, (weights * scaling).to(native_weights.dtype), index
+
+
+def _divide_by_sum(weights: Tensor) -> Tensor:
+    """weights (T, top_k) divided by their sum, or by the sum of magnitudes where they cancel."""
+    total = weights.sum(dim=-1, keepdim=True)
+    magnitude = weights.abs().sum(dim=-1, keepdim=True)
+    safe = torch.where(total > _MIN_SHARE * magnitude, total, magnitude)
+    return weights / safe.clamp(min=torch.finfo(weights.dtype).tiny)

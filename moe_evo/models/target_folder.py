@@ -1,0 +1,62 @@
+"""The folder that an export goes to: never half written, never over something that is not a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_evo.errors import ExportError
+
+
+def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise ExportError unless `folder` may be written; `source` is the model that is exported."""
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder}: is a file; give a folder")
+    if not _is_taken(folder):
+        return
+    if not overwrite:
+        raise ExportError(f"{folder}: is not empty; give another folder, or replace it with --overwrite")
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{folder}: is no checkpoint, so it is not overwritten; give another folder")
+    if folder.resolve() == source.resolve():
+        raise ExportError(f"{folder}: is the model that is being exported; give another folder")
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place if the block ends without an error.
+
+    After an error it is removed and `folder` is as it was. OSError becomes ExportError.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _move_into_place(temporary, folder)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    """Rename; an old checkpoint steps aside first and comes back if that fails."""
+    if not _is_taken(folder):
+        os.replace(temporary, folder)
+        return
+    aside = temporary.with_suffix(".old")
+    os.replace(folder, aside)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())

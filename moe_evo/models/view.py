@@ -1,0 +1,172 @@
+"""`MoEModel`: a loaded transformers model that computes any genome's function without being changed.
+
+Inside `with moe.applied(genome):` the very same `moe.language_model` routes and merges as the genome
+says; outside it is the untouched model, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from moe_evo.config import RouterMode
+from moe_evo.errors import ModelError
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.families import family_of
+from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
+from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
+from moe_evo.models.merged_cache import MergedCache
+from moe_evo.models.observer import RoutingCounts, observed
+from moe_evo.space import check_fits
+
+# Relative to the largest logit. The forced hooks run the same kernels on the same numbers.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class MoEModel:
+    """A causal language model with a uniform handle on its MoE layers.
+
+    language_model: the transformers model, in eval mode; call it and `generate` as usual.
+    tokenizer: may be None where a checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        tokenizer: Any = None,
+        *,
+        router_mode: RouterMode = "exported",
+        merged_cache_gib: float = 1.0,
+    ) -> None:
+        config = language_model.config
+        self.language_model = language_model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.router_mode: RouterMode = router_mode
+        self.family = family_of({"model_type": config.model_type}, config.name_or_path or "model")
+        self.shape = self.family.shape(config)
+        if router_mode == "eep":
+            self.family.check_eep_router(config)
+        self.layers = self._find_layers()
+        self.merged_cache = MergedCache(merged_cache_gib)
+        self._is_applied = False
+        config.output_router_logits = False  # only a training loss reads them, and it expects E columns
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.language_model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.language_model.dtype
+        return dtype
+
+    @contextmanager
+    def applied(self, genome: Genome) -> Iterator[Any]:
+        """Make `language_model` compute `genome`'s function; yields the language model.
+
+        Raises GenomeError where the genome does not fit the model.
+        """
+        check_fits(genome, self.shape)
+        plans = [self._plan(layer, index) for index, layer in enumerate(genome.layers)]
+        with self._installed(plans):
+            yield self.language_model
+
+    @contextmanager
+    def observe_routing(self) -> Iterator[RoutingCounts]:
+        """Count the tokens that go to each expert; set `.mask` to each batch's attention mask.
+
+        Under `applied` prunings are counted by the experts' own numbers, merged layers by slot.
+        """
+        counts = RoutingCounts(self.shape.num_experts)
+        with observed([layer.router for layer in self.layers], counts):
+            yield counts
+
+    def reference_self_check(self) -> None:
+        """Raise ModelError unless both hooks together reproduce the untouched model on random tokens.
+
+        A release of transformers that changes the contract of routers or experts fails here, loudly.
+        """
+        tokens = random_tokens(self.language_model)
+        plans = [
+            LayerPlan.reversed_identity(num_experts, top_k)
+            for num_experts, top_k in zip(self.shape.num_experts, self.shape.top_k, strict=True)
+        ]
+        where = f"self-check of {self.family.model_type} with transformers {transformers.__version__}"
+        with torch.inference_mode():
+            expected = self.language_model(input_ids=tokens, use_cache=False).logits
+            try:
+                with self._installed(plans):
+                    got = self.language_model(input_ids=tokens, use_cache=False).logits
+            except LIBRARY_ERRORS as error:
+                raise ModelError(
+                    f"{where}: {type(error).__name__}: {one_line(error)}; the library's MoE layers have changed"
+                ) from error
+            finally:
+                self.merged_cache.clear()
+        difference = relative_difference(got, expected)
+        if not difference <= TOLERANCES[self.dtype]:
+            raise ModelError(
+                f"{where}: the view differs from the untouched model by {difference:.1e} of the largest "
+                f"logit, expected at most {TOLERANCES[self.dtype]:.0e}; use another version of transformers"
+            )
+
+    def _find_layers(self) -> list[MoELayer]:
+        decoder_layers = self.language_model.get_decoder().layers
+        found = []
+        for number, (position, num_experts) in enumerate(
+            zip(self.shape.decoder_layers, self.shape.num_experts, strict=True)
+        ):
+            block: Any = getattr(decoder_layers[position], self.family.block, None)
+            if not (hasattr(block, self.family.router) and hasattr(block, "experts")):
+                raise ModelError(
+                    f"decoder layer {position} of this {self.family.model_type} model has no "
+                    f"{self.family.router} and experts in {self.family.block}; transformers "
+                    f"{transformers.__version__} lays it out differently"
+                )
+            layer = MoELayer(number, block, self.family, self.language_model.config, self.router_mode)
+            assert layer.num_experts == num_experts, (position, layer.num_experts, num_experts)
+            found.append(layer)
+        return found
+
+    def _plan(self, layer: LayerGenome, index: int) -> LayerPlan | None:
+        untouched = layer.is_identity and layer.top_k == self.shape.top_k[index]
+        return None if untouched else LayerPlan.of(layer)
+
+    @contextmanager
+    def _installed(self, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
+        assert not self._is_applied, "a genome is applied already: leave its `with` block first"
+        pairs = [(layer, plan) for layer, plan in zip(self.layers, plans, strict=True) if plan is not None]
+        keys = [key for layer, plan in pairs if (key := layer.merged_key(plan)) is not None]
+        previous = self.language_model.get_experts_implementation()
+        self._is_applied = True
+        try:
+            self.merged_cache.use(keys)
+            if pairs:
+                for layer, plan in zip(self.layers, plans, strict=True):
+                    layer.install(plan, self.merged_cache)
+            if keys:  # prunings need no other experts than the model's own
+                self.language_model.set_experts_implementation(IMPLEMENTATION)
+            yield
+        finally:
+            if keys:
+                self.language_model.set_experts_implementation(previous)
+            for layer in self.layers:
+                layer.remove()
+            self._is_applied = False
+
+
+def random_tokens(language_model: Any, *, batch: int = 2, length: int = 16) -> torch.Tensor:
+    """(batch, length) token ids that are the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = language_model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, num_tokens, (batch, length), generator=generator).to(language_model.device)
+
+
+def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; NaN where either has one."""
+    scale = expected.float().abs().max().clamp(min=1e-12)
+    return float((got.float() - expected.float()).abs().max() / scale)

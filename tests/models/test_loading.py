@@ -1,0 +1,156 @@
+"""Loading: what comes back, what is refused in one line, and that it is quiet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import largest_difference, logits, random_merge, tiny_model, tokens
+
+from moe_evo.config import ModelConfig
+from moe_evo.errors import ConfigError, ModelError
+from moe_evo.models.loading import load_model, model_hash, read_shape
+from moe_evo.models.view import MoEModel
+
+
+def config(folder: Path, **options: object) -> ModelConfig:
+    return ModelConfig(path=str(folder), device="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def copied(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint("mixtral"), tmp_path / "mixtral"))
+
+
+def refused(model: ModelConfig) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_loading_says_nothing(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    moe = load_model(config(copied))
+    with moe.applied(random_merge(moe.shape, 4)):
+        logits(moe.language_model, tokens())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_view_is_ready_for_inference(mixtral: MoEModel) -> None:
+    assert mixtral.device == torch.device("cpu") and mixtral.dtype == torch.float32
+    assert not mixtral.language_model.training
+    assert not any(weight.requires_grad for weight in mixtral.language_model.parameters())
+    assert mixtral.tokenizer is None
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+def test_dtype_is_as_configured(copied: Path, dtype: str, expected: torch.dtype) -> None:
+    assert load_model(config(copied, dtype=dtype)).dtype == expected
+
+
+def test_rows_that_grouped_mm_cannot_take_are_computed_eagerly(tmp_path: Path) -> None:
+    tiny_model("mixtral", intermediate_size=23).save_pretrained(tmp_path)
+    moe = load_model(config(tmp_path))
+    assert moe.language_model.config._experts_implementation == "eager"
+    genome = random_merge(moe.shape, 4)
+    eager_everywhere = tiny_model("mixtral", intermediate_size=23)
+    eager_everywhere.set_experts_implementation("eager")
+    with moe.applied(genome):
+        assert torch.isfinite(logits(moe.language_model, tokens())).all()
+    untouched = logits(moe.language_model, tokens())
+    assert largest_difference(untouched, logits(eager_everywhere, tokens())) <= 1e-6
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "nothing-here", "a/b/c"])
+def test_missing_folder_is_refused(path: str) -> None:
+    assert "no such folder" in refused(ModelConfig(path=path))
+
+
+def test_unknown_hugging_face_name_is_refused() -> None:
+    message = refused(ModelConfig(path="moe-evo-nobody/nothing"))
+    assert "not found on Hugging Face either" in message
+
+
+def test_file_in_place_of_a_folder_is_refused(copied: Path) -> None:
+    assert "no such folder" in refused(config(copied / "config.json"))
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    assert "has no config.json" in refused(config(tmp_path))
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds list, expected an object")])
+def test_broken_config_is_refused(copied: Path, content: str, message: str) -> None:
+    (copied / "config.json").write_text(content)
+    assert message in refused(config(copied))
+
+
+def test_config_that_the_library_refuses_is_refused(copied: Path) -> None:
+    raw = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**raw, "num_local_experts": "eight"}))
+    assert "config.json cannot be used" in refused(config(copied))
+
+
+def test_pickled_weights_are_refused(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    assert "has no weights; moe_evo reads *.safetensors" in refused(config(copied))
+    torch.save(weights, copied / "pytorch_model.bin")
+    assert "pickled weights only, which can run code" in refused(config(copied))
+
+
+def test_pickled_weights_beside_an_unrelated_safetensors_file_are_not_read(copied: Path) -> None:
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").rename(copied / "adapter.safetensors")
+    assert "cannot be loaded" in refused(config(copied))
+
+
+def test_truncated_weights_are_refused(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "cannot be loaded" in refused(config(copied))
+
+
+def test_missing_weights_are_refused_and_not_made_up(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    weights.pop("model.layers.1.block_sparse_moe.gate.weight")
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 weights, model.layers.1.mlp.gate.weight among them" in refused(config(copied))
+
+
+def test_broken_tokenizer_is_refused(copied: Path) -> None:
+    (copied / "tokenizer.json").write_text("{}")
+    assert "the tokenizer cannot be loaded" in refused(config(copied))
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
+def test_device_that_is_not_here_is_refused(copied: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.device: got '{device}'"):
+        load_model(ModelConfig(path=str(copied), device=device))
+
+
+def test_hash_is_that_of_config_and_weights(copied: Path, tmp_path: Path) -> None:
+    first = model_hash(config(copied))
+    twin = Path(shutil.copytree(copied, tmp_path / "twin"))
+    (twin / "notes.txt").write_text("not part of the model")
+    assert model_hash(config(twin)) == first and len(first) == 64
+    weights = bytearray((twin / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (twin / "model.safetensors").write_bytes(weights)
+    assert model_hash(config(twin)) != first
+
+
+def test_embedded_model_loads_with_its_tokenizer() -> None:
+    embedded = ModelConfig(device="cpu")
+    moe = load_model(embedded)
+    assert moe.shape == read_shape(embedded)
+    assert moe.shape.num_experts == (8, 8, 8, 8)
+    text = "The cat sat"
+    ids = moe.tokenizer(text, return_tensors="pt").input_ids
+    assert logits(moe.language_model, ids).shape[:2] == ids.shape
+    assert len(model_hash(embedded)) == 64

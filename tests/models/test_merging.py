@@ -1,0 +1,96 @@
+"""The arithmetic of merging against numpy in float64, and the cache of merged layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moe_evo.models import merging
+from moe_evo.models.merged_cache import MergedCache, MergedTensors, merged_key
+from moe_evo.models.merging import copied_experts, is_selection, mix_rows
+
+
+def random_matrix(num_kept: int = 3, num_experts: int = 5, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(num_kept, num_experts)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7), (5, 3, 4), (5, 6, 2, 3)])
+@pytest.mark.parametrize("chunk_elements", [1, 7, 1 << 20])
+def test_mix_rows_equals_the_sum_in_float64(
+    shape: tuple[int, ...], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_CHUNK_ELEMENTS", chunk_elements)
+    stacked, matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)), random_matrix()
+    expected = np.tensordot(matrix.astype(np.float64), stacked.double().numpy(), axes=1)
+    mixed = mix_rows(matrix, stacked)
+    assert mixed.shape == (3, *shape[1:]) and mixed.dtype == torch.float32
+    assert np.abs(mixed.numpy() - expected).max() < 1e-6
+
+
+def test_one_hot_rows_are_exact_copies_and_zero_rows_are_zero() -> None:
+    matrix = random_matrix(4)
+    matrix[1] = [0, 0, 0, 1, 0]
+    matrix[3] = 0
+    stacked = torch.randn(5, 6).to(torch.bfloat16)
+    mixed = mix_rows(matrix, stacked)
+    assert torch.equal(mixed[1], stacked[3])
+    assert not mixed[3].any()
+    assert copied_experts(matrix) == (None, 3, None, None)
+    assert is_selection(np.eye(5, dtype=np.float32)[[4, 4, 0]])
+    assert not mix_rows(np.zeros((1, 5), dtype=np.float32), stacked).any()
+
+
+def test_low_precision_is_accumulated_in_float32() -> None:
+    stacked = torch.full((256, 1), 1.0, dtype=torch.bfloat16)
+    stacked[0] = 256.0
+    mixed = mix_rows(np.ones((1, 256), dtype=np.float32), stacked)
+    assert float(mixed) == 512.0  # bfloat16 additions would stay at 256
+
+
+def test_the_stacked_tensor_is_not_changed() -> None:
+    stacked = torch.randn(5, 6)
+    before = stacked.clone()
+    mix_rows(np.eye(5, dtype=np.float32)[:2], stacked).zero_()
+    mix_rows(random_matrix(), stacked)
+    assert torch.equal(stacked, before)
+
+
+def entry(kib: int) -> MergedTensors:
+    return {"down_proj": torch.zeros(kib * 256)}
+
+
+def refuse() -> MergedTensors:
+    raise AssertionError("built although it is kept")
+
+
+def test_cache_throws_out_the_least_recently_used() -> None:
+    cache = MergedCache(budget_gib=3 / 2**20)
+    for layer in range(3):
+        cache.get((layer, "a"), lambda: entry(1))
+    cache.get((0, "a"), refuse)
+    cache.get((3, "a"), lambda: entry(1))
+    assert (len(cache), cache.size_bytes) == (3, 3 * 1024)
+    cache.get((0, "a"), refuse)
+    with pytest.raises(AssertionError, match="built although"):
+        cache.get((1, "a"), refuse)
+
+
+def test_layers_in_use_are_never_thrown_out_for_one_another() -> None:
+    cache = MergedCache(budget_gib=2 / 2**20)
+    cache.get((9, "old"), lambda: entry(1))
+    cache.use([(layer, "a") for layer in range(4)])
+    for layer in range(4):
+        cache.get((layer, "a"), lambda: entry(1))
+    for layer in range(2):
+        cache.get((layer, "a"), refuse)
+    assert len(cache) == 2
+    cache.get((0, "too large"), lambda: entry(9))
+    assert len(cache) == 2
+
+
+def test_keys_tell_layers_shapes_and_values_apart() -> None:
+    matrix = random_matrix()
+    keys = {merged_key(0, matrix), merged_key(1, matrix), merged_key(0, 2 * matrix), merged_key(0, matrix.T)}
+    assert len(keys) == 4
+    assert merged_key(0, matrix) == merged_key(0, matrix.copy())

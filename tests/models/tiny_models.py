@@ -1,0 +1,161 @@
+"""Tiny random models of every supported family, and stock models with fewer experts made by hand.
+
+The stock models are the oracle of the contract suite: their state dicts are sliced and mixed here,
+with nothing from `moe_evo.models`, and loaded into unmodified transformers classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.space import ModelShape
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts_per_tok": 2,
+}
+ATTENTION_OF_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+SHARED = {"intermediate_size": 48, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "routed_scaling_factor": 1.5}
+GROUPS = {"n_group": 2, "topk_group": 1}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 8},
+    "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 8, "head_dim": 8, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 8,
+        "mlp_only_layers": [1],
+        "intermediate_size": 48,
+    },
+    "olmoe": {"intermediate_size": 16, "num_experts": 8, "tie_word_embeddings": True},
+    "deepseek_v2": {**SHARED, **ROUTED, **GROUPS, **ATTENTION_OF_DEEPSEEK, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**SHARED, **ROUTED, **GROUPS, **ATTENTION_OF_DEEPSEEK},
+    "glm4_moe": {**SHARED, **ROUTED, "head_dim": 8},
+    "gpt_oss": {
+        "intermediate_size": 16,
+        "num_local_experts": 8,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granitemoe": {"intermediate_size": 16, "num_local_experts": 8, "logits_scaling": 2.0},
+}
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random model in float32 whose routers are decided and whose biases are not zero."""
+    config = AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS[model_type], **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            is_router = re.search(r"(gate|router)\.weight$", name) is not None
+            if tensor.ndim >= 2 or "bias" in name:
+                scale = 0.6 if is_router else 0.15
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    model.tie_weights()
+    return model
+
+
+def stock_model(model: Any, genome: Genome, shape: ModelShape) -> Any:
+    """A stock model that really has K experts, whose tensors are `genome`'s mixtures of `model`'s."""
+    config = copy.deepcopy(model.config)
+    field = next(name for name in EXPERT_FIELDS if name in config.to_dict())
+    setattr(config, field, genome.num_kept[0])
+    config.num_experts_per_tok = genome.top_k[0]
+    small = AutoModelForCausalLM.from_config(config).eval()
+    genes = dict(zip(shape.decoder_layers, genome.layers, strict=True))
+    state = {name: mixed(name, tensor, genes) for name, tensor in model.state_dict().items()}
+    small.load_state_dict(state)
+    return small
+
+
+def mixed(name: str, tensor: torch.Tensor, genes: dict[int, LayerGenome]) -> torch.Tensor:
+    """The tensor `name` of the smaller model."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    gene = genes.get(int(layer[1])) if layer else None
+    if gene is None:
+        return tensor
+    if ".experts." in name:
+        return combined(gene.expert_merging, tensor)
+    if re.search(r"\.(mlp|block_sparse_moe)\.(gate|router)\.\w+$", name):
+        return combined(gene.router_mapping, tensor)
+    return tensor
+
+
+def combined(matrix: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    """(K, E) times (E, ...) in float64."""
+    product = np.tensordot(matrix.astype(np.float64), tensor.double().numpy(), axes=1)
+    return torch.from_numpy(product).to(tensor.dtype)
+
+
+def random_kept(shape: ModelShape, num_kept: int, *, seed: int) -> list[list[int]]:
+    """A random choice of `num_kept` experts a layer, with equally many in each router group."""
+    rng = np.random.default_rng(seed)
+    groups = shape.num_expert_groups
+    size = shape.num_experts[0] // groups
+    return [
+        sorted(
+            group * size + int(expert)
+            for group in range(groups)
+            for expert in rng.permutation(size)[: num_kept // groups]
+        )
+        for _ in range(shape.num_layers)
+    ]
+
+
+def random_pruning(shape: ModelShape, num_kept: int, *, top_k: int = 2, seed: int = 0) -> Genome:
+    return Genome.from_kept(random_kept(shape, num_kept, seed=seed), shape.num_experts, top_k)
+
+
+def random_merge(
+    shape: ModelShape, num_kept: int | Sequence[int], *, top_k: int | Sequence[int] = 2, seed: int = 0
+) -> Genome:
+    """Dense random W_EM and, independently, W_RM."""
+    rng = np.random.default_rng(seed)
+    kept = [num_kept] * shape.num_layers if isinstance(num_kept, int) else num_kept
+    active = [top_k] * shape.num_layers if isinstance(top_k, int) else top_k
+
+    def matrix(layer: int) -> np.ndarray:
+        return rng.normal(0, 0.5, size=(kept[layer], shape.num_experts[layer])).astype(np.float32)
+
+    return Genome(tuple(LayerGenome(matrix(i), matrix(i), active[i]) for i in range(shape.num_layers)))
+
+
+def tokens(*, batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """(batch, length) ids without special tokens."""
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(language_model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return language_model(input_ids=input_ids, use_cache=False, **arguments).logits
+
+
+def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max())
