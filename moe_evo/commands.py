@@ -6,7 +6,6 @@ Everything that can be wrong with the input is found before a model is loaded.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,7 +52,8 @@ def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
     space = build_space(read_shape(config.model), config.search)
     folder.claim(config)
     with folder.open_journal() as journal:
-        _check_inputs(journal, {"model": model_hash(config.model), **{one.name: one.hash for one in data}})
+        hashes = {"model": model_hash(config.model), **{f"task {one.name}": one.hash for one in data}}
+        _check_inputs(journal, hashes)
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
@@ -88,11 +88,10 @@ def _run(
     from moe_evo.evaluation.pool import LocalPool
     from moe_evo.report.figure import kept_figure, search_figure
 
-    started = time.monotonic()
     evaluator = load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
     pool = LocalPool(evaluator, config.evaluation.genomes_per_request)
     rows = run_search(config, space, journal, pool, tracker)
-    result = _result(config, space.shape, journal, data, rows, time.monotonic() - started)
+    result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
         if row.key in winners:
@@ -130,7 +129,6 @@ def _result(
     journal: Journal,
     data: Sequence[TaskData],
     rows: Sequence[Row],
-    duration_s: float,
 ) -> dict[str, Any]:
     from moe_evo.driver import MAIN
     from moe_evo.result import RESULT_VERSION, software_versions
@@ -161,7 +159,6 @@ def _result(
             "failure_reasons": sorted({one.reason for one in failures}),
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
-        "duration_s": duration_s,
         "rows": [row.to_json() for row in rows],
     }
 

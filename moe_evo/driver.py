@@ -46,28 +46,33 @@ class Run:
         search.restore(asked)
         search.tell(finished)
         done = {one.number for one in finished}
-        waiting = {one.number: one for one in asked if one.number not in done}
         self._tracker.stage(title, evaluations, done=len(finished))
-        self._submit(name, "search", waiting.values())
+        waiting = self._begin(name, search, [one for one in asked if one.number not in done])
         num_asked = len(asked)
         while True:
             wanted = min(self._pool.free_slots, evaluations - num_asked)
             candidates = search.ask(wanted) if wanted > 0 else []
             self._journal.propose(name, candidates)
             num_asked += len(candidates)
-            for candidate in candidates:
-                outcome = self._known.get((candidate.genome.digest, "search"))
-                if outcome is None:
-                    waiting[candidate.number] = candidate
-                    self._submit(name, "search", [candidate])
-                else:
-                    self._journal.record(name, candidate.number, "search", outcome)
-                    self._tell(search, Individual(candidate, outcome))
+            waiting |= self._begin(name, search, candidates)
             if waiting:
                 request, outcome = self._collect()
                 self._tell(search, Individual(waiting.pop(request.number), outcome))
             elif not candidates:
                 return search.population
+
+    def _begin(self, name: str, search: Search, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
+        """Submit candidates and answer them by number; those whose digest is known are told at once."""
+        waiting = {}
+        for candidate in candidates:
+            outcome = self._known.get((candidate.genome.digest, "search"))
+            if outcome is None:
+                waiting[candidate.number] = candidate
+            else:
+                self._journal.record(name, candidate.number, "search", outcome)
+                self._tell(search, Individual(candidate, outcome))
+        self._submit(name, "search", waiting.values())
+        return waiting
 
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
         """Evaluate candidates, each given with its search, on `split`; answers in the given order."""

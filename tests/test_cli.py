@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from moe_evo import cli
+from moe_evo import cli, commands
 from moe_evo.genome import Genome
 from moe_evo.genome_file import save_individual
 from moe_evo.population import Candidate, Evaluation, Individual
@@ -159,6 +163,69 @@ def test_sigint_ends_cleanly_says_how_to_go_on_and_the_same_command_does(tmp_pat
     assert "done before" in done.stderr
 
 
+def test_a_full_disk_is_one_line_and_nothing_that_was_finished_is_lost(tmp_path: Path) -> None:
+    longer = ["--search.evaluations", "30", "--folder", str(tmp_path / "run")]
+    argv = [sys.executable, "-m", "moe_evo", "search", *FAST, *longer]
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (36_000, 36_000))
+
+    full = subprocess.run(argv, capture_output=True, text=True, check=False, preexec_fn=small_disk)
+    assert full.returncode == 2, full.stderr
+    assert "free space on that disk and run the same command again" in full.stderr.splitlines()[-1]
+    assert "Traceback" not in full.stderr
+    before = moe_evo_json("show", str(tmp_path / "run"))
+    assert 0 < before["evaluations"] < 30
+    done = subprocess.run([*argv, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["search"]["evaluations"] == 30
+    assert f"{before['evaluations']} done before" in done.stderr
+
+
+def moe_evo_json(*argv: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_evo", *argv, "--json"], capture_output=True, text=True, check=True
+    )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.fixture
+def nan_model(tmp_path: Path) -> Path:
+    """The embedded model with one weight that is not a number."""
+    source = Path(commands.__file__).parent / "data" / "model"
+    folder = tmp_path / "nan"
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("self_check", "expected"), [("true", "self-check of mixtral"), ("false", "no fitness")])
+def test_a_model_that_computes_nan_is_one_line(
+    self_check: str, expected: str, nan_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["search", *FAST, "--model.path", str(nan_model), "--model.self_check", self_check]
+    assert moe_evo(*argv, "--folder", str(tmp_path / "run")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("moe-evo: error: ")
+    assert expected in last
+
+
+@pytest.mark.parametrize("router", ["exported", "eep"])
+def test_evaluate_takes_eep_coefficients(router: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    matrix = torch.eye(8)[[1, 3, 4, 6]]
+    content = {"layers.[0-1]": matrix, "others": matrix + 0.1, "transfer.[0-1]": matrix, "others_transfer": matrix}
+    torch.save(content, tmp_path / "syll_budget_4.pth")
+    argv = ["evaluate", *FAST[:2], "--genome", str(tmp_path / "syll_budget_4.pth"), "--model.router", router, "--json"]
+    assert moe_evo(*argv) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["num_kept"] == [4, 4, 4, 4]
+    assert 0 <= scores["fitness"] <= 1
+
+
 BadInput = Callable[[Path], list[str]]
 
 
@@ -194,8 +261,6 @@ def _other_genome(folder: Path) -> list[str]:
 
 
 def _plain_tensors(folder: Path) -> list[str]:
-    import numpy as np
-
     save_file({"weight": np.zeros((2, 2), np.float32)}, folder / "g.safetensors")
     return ["evaluate", "--genome", str(folder / "g.safetensors")]
 

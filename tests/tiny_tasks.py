@@ -18,8 +18,9 @@ from transformers import (
 
 from moe_evo.config import TaskConfig
 from moe_evo.evaluation.generate import generate_greedily
-from moe_evo.tasks.base import Batch, ForwardBatch, Task, TaskScores
+from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
 from moe_evo.tasks.registry import build_task
+from moe_evo.tasks.task import Task
 
 CORPUS = [
     "the capital of france is paris", "the capital of japan is tokyo", "one two three four five six",

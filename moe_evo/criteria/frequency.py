@@ -17,7 +17,8 @@ from torch import Tensor
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
-from moe_evo.tasks.base import ForwardBatch, Task
+from moe_evo.tasks.base import ForwardBatch
+from moe_evo.tasks.task import Task
 
 Counts = Sequence[npt.NDArray[np.float64]]
 

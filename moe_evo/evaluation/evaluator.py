@@ -22,7 +22,8 @@ from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.space import check_fits
-from moe_evo.tasks.base import Batch, ForwardBatch, Task, TaskScores
+from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
+from moe_evo.tasks.task import Task
 
 Indices = Mapping[str, Sequence[int]]
 """Example numbers by task name; a task that is not named is used whole."""

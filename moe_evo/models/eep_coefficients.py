@@ -7,8 +7,8 @@ A file is a dict of (K, E) matrices: W_EM under `layers.G` and `others`, W_RM un
 from __future__ import annotations
 
 import pickle
-import warnings
 import re
+import warnings
 from pathlib import Path
 
 import torch

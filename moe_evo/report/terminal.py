@@ -29,8 +29,8 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
     search = result["search"]
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
-        f"{result['duration_s']:.0f} s\n"
-        f"picture  {folder.figure}\n"
+        f"{search['evaluation_s']:.0f} s of evaluation\n"
+        f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
         f"next     moe-evo export {folder.path} --to {folder.path / 'checkpoint'}",

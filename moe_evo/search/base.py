@@ -6,7 +6,7 @@ a journal can rebuild.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from moe_evo.genome import Genome
@@ -57,10 +57,19 @@ class Archive:
         """The number of the candidate with this genome, which must have been seen."""
         return self._numbers[genome.digest]
 
-    def add(self, candidate: Candidate) -> None:
-        """Remember a candidate that is asked now, or was before."""
-        self.next_number = max(self.next_number, candidate.number + 1)
-        self._see(candidate)
+    def ask(self, n: int, draw: Callable[[], Candidate | None]) -> list[Candidate]:
+        """Up to n candidates that `draw` makes one after the other; None ends it early."""
+        candidates: list[Candidate] = []
+        while len(candidates) < n and (candidate := draw()) is not None:
+            self.restore([candidate])
+            candidates.append(candidate)
+        return candidates
+
+    def restore(self, candidates: Sequence[Candidate]) -> None:
+        """Remember candidates that are asked now, or were before."""
+        for candidate in candidates:
+            self.next_number = max(self.next_number, candidate.number + 1)
+            self._see(candidate)
 
     def tell(self, individuals: Iterable[Individual]) -> None:
         """Remember outcomes; failures are seen, but do not join the population."""

@@ -64,18 +64,13 @@ class EEPSearch:
         return "pruning" if prunes and not self._all_pruned else "merging"
 
     def ask(self, n: int) -> list[Candidate]:
-        candidates: list[Candidate] = []
-        while len(candidates) < n and (candidate := self._next()) is not None:
-            self._archive.add(candidate)
-            candidates.append(candidate)
-        return candidates
+        return self._archive.ask(n, self._next)
 
     def tell(self, individuals: Iterable[Individual]) -> None:
         self._archive.tell(individuals)
 
     def restore(self, candidates: Sequence[Candidate]) -> None:
-        for candidate in candidates:
-            self._archive.add(candidate)
+        self._archive.restore(candidates)
 
     @property
     def _all_pruned(self) -> bool:

@@ -32,18 +32,13 @@ class RandomSearch:
         return "random"
 
     def ask(self, n: int) -> list[Candidate]:
-        candidates: list[Candidate] = []
-        while len(candidates) < n and (candidate := self._next()) is not None:
-            self._archive.add(candidate)
-            candidates.append(candidate)
-        return candidates
+        return self._archive.ask(n, self._next)
 
     def tell(self, individuals: Iterable[Individual]) -> None:
         self._archive.tell(individuals)
 
     def restore(self, candidates: Sequence[Candidate]) -> None:
-        for candidate in candidates:
-            self._archive.add(candidate)
+        self._archive.restore(candidates)
 
     def _next(self) -> Candidate | None:
         number = self._archive.next_number

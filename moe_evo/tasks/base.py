@@ -7,9 +7,8 @@ n positions with logits, A answers scored on one row, V vocabulary, N examples, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,43 +80,6 @@ class TaskScores:
     metrics: Mapping[str, float]
 
 
-class Task(Protocol):
-    """A named data set with a scorer.
-
-    needs_reference: scores compare with the untouched model. metric: the name of what `score` is.
-    """
-
-    name: str
-    metric: str
-    needs_reference: bool
-
-    def num_examples(self, split: str) -> int: ...
-
-    def batches(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Batch]:
-        """The examples (or those numbered `indices`) as batches; tokens are made once and kept."""
-        ...
-
-    def prompt_batches(self, split: str) -> Sequence[ForwardBatch]:
-        """Each example's input once, without an answer: what is seen before the model speaks."""
-        ...
-
-    def reference(self, batch: ForwardBatch, logits: Tensor) -> Tensor:
-        """What `score` needs to know of the untouched model, on the CPU; see `needs_reference`."""
-        ...
-
-    def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Partial results (B, anything) of one batch.
-
-        output: logits (B, n, V) of a ForwardBatch, or new tokens (B, at most max_new_tokens) of a
-        GenerateBatch.
-        """
-        ...
-
-    def combine(self, split: str, batches: Sequence[Batch], partials: Sequence[Tensor]) -> TaskScores:
-        """The partial results of batches of this split, put together."""
-        ...
-
-
 def target_log_probs(batch: ForwardBatch, logits: Tensor) -> Tensor:
     """(B, A) summed log-probabilities of each answer's tokens; softmax in float32."""
     wide = logits.float()
@@ -125,6 +87,6 @@ def target_log_probs(batch: ForwardBatch, logits: Tensor) -> Tensor:
     return torch.where(batch.targets == IGNORED, 0.0, picked).sum(dim=1)
 
 
-def mean_of(values: Scores) -> float:
-    """A plain float for metrics."""
-    return float(values.mean())
+def scored_log_probs(batch: ForwardBatch, logits: Tensor) -> Tensor:
+    """(scored positions of the batch, V) log-probabilities; softmax in float32."""
+    return logits[batch.scored].float().log_softmax(dim=-1)

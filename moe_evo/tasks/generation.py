@@ -12,69 +12,44 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from moe_evo.config import TaskConfig
 from moe_evo.tasks.answers import ANSWER_METRICS
-from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores, mean_of
-from moe_evo.tasks.data import TaskData
+from moe_evo.tasks.base import Batch, GenerateBatch, Scores
 from moe_evo.tasks.examples import Example, numbers_in
 from moe_evo.tasks.prompt import PromptFormat
-from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits, forward_batches, generate_batches
+from moe_evo.tasks.rows import BatchLimits, Row, generate_batches
 
 
-class GenerationTask:
-    """A `Task` whose partial results are the new tokens themselves (B, at most max_new_tokens)."""
+class GenerationScorer:
+    """A `Scorer` whose partial results are the new tokens themselves (B, at most max_new_tokens)."""
 
     needs_reference = False
 
-    def __init__(self, config: TaskConfig, data: TaskData, tokenizer: Any, limits: BatchLimits) -> None:
-        self.name = data.name
-        self.metric = data.metric
-        self._config = config
-        self._data = data
-        self._limits = limits
-        self._format = PromptFormat(config, data, tokenizer)
-        self._rows = TokenisedSplits(data.splits, self._make_rows)
-        examples = [example for part in data.splits.values() for example in part]
+    def __init__(self, format: PromptFormat) -> None:
+        self._format = format
+        self._max_new_tokens, self._stop = format.config.max_new_tokens, format.config.stop
+        examples = [example for part in format.data.splits.values() for example in part]
         meaningless = set()
         if not all(example.choices for example in examples):
             meaningless.add("first_option")
         if not all(any(map(numbers_in, example.answers)) for example in examples):
             meaningless.add("number_match")
-        self.metrics = tuple(name for name in ANSWER_METRICS if name not in meaningless)
+        self._metrics = {name: metric for name, metric in ANSWER_METRICS.items() if name not in meaningless}
 
-    def num_examples(self, split: str) -> int:
-        return len(self._data.splits[split])
+    def rows(self, number: int, example: Example) -> list[Row]:
+        tokens = self._format.prompt_tokens(example, room=self._max_new_tokens)
+        return [Row(number, tokens, len(tokens) - 1)]
 
-    def batches(self, split: str, indices: Sequence[int] | None = None) -> Sequence[GenerateBatch]:
-        rows = self._rows.select(split, indices)
-        return generate_batches(rows, self._limits, self._config.max_new_tokens, self._config.stop)
+    def batches(self, rows: Sequence[Row], limits: BatchLimits) -> Sequence[GenerateBatch]:
+        return generate_batches(rows, limits, self._max_new_tokens, self._stop)
 
-    def prompt_batches(self, split: str) -> Sequence[ForwardBatch]:
-        return forward_batches(self._rows.select(split, None), self._limits)
-
-    def reference(self, batch: ForwardBatch, logits: Tensor) -> Tensor:
-        raise AssertionError("generated answers are scored without a reference")
-
-    def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
+    def score(self, batch: Batch, output: Tensor, reference: Tensor | None) -> Tensor:
         return output
 
-    def combine(self, split: str, batches: Sequence[Batch], partials: Sequence[Tensor]) -> TaskScores:
-        numbers = np.concatenate([batch.examples for batch in batches])
-        texts = [text for partial in partials for text in self.texts(partial)]
-        order = np.argsort(numbers)
-        examples = numbers[order]
-        pairs = [(texts[index], self._data.splits[split][numbers[index]]) for index in order]
-        by_metric = {
-            name: np.array([ANSWER_METRICS[name](text, example) for text, example in pairs]) for name in self.metrics
-        }
-        metrics = {name: mean_of(values) for name, values in by_metric.items()}
-        return TaskScores(examples, by_metric[self.metric], None, metrics)
+    def combine(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> dict[str, Scores]:
+        pairs = list(zip(self.texts([row for (row,) in partials]), examples, strict=True))
+        return {name: np.array([metric(*pair) for pair in pairs]) for name, metric in self._metrics.items()}
 
-    def texts(self, output: Tensor) -> list[str]:
-        """The answers in new tokens (B, length), each ended before the stop text."""
-        texts = self._format.decode(output)
-        return [text.split(self._config.stop)[0] for text in texts] if self._config.stop else texts
-
-    def _make_rows(self, number: int, example: Example) -> list[Row]:
-        tokens = self._format.prompt_tokens(example, room=self._config.max_new_tokens)
-        return [Row(number, tokens, len(tokens) - 1)]
+    def texts(self, rows: Any) -> list[str]:
+        """The answers in rows of new tokens, each ended before the stop text."""
+        texts = self._format.decode(rows)
+        return [text.split(self._stop)[0] for text in texts] if self._stop else texts

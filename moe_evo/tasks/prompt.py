@@ -34,8 +34,8 @@ class PromptFormat:
     """How one task's prompts look to the model, and the tokens they become."""
 
     def __init__(self, config: TaskConfig, data: TaskData, tokenizer: Any) -> None:
-        self._config = config
-        self._data = data
+        self.config = config
+        self.data = data
         self._tokenizer = tokenizer
         limit = getattr(tokenizer, "model_max_length", None) or config.max_length
         self.max_length = min(config.max_length, int(limit))
@@ -47,12 +47,12 @@ class PromptFormat:
 
     def prompt(self, example: Example) -> str:
         """The whole text before the answer."""
-        shots = self._data.few_shot
-        if not self._config.chat_template:
-            return "".join([self._config.prefix, *(shot_text(shot) + SHOT_SEPARATOR for shot in shots), example.prompt])
+        shots = self.data.few_shot
+        if not self.config.chat_template:
+            return "".join([self.config.prefix, *(shot_text(shot) + SHOT_SEPARATOR for shot in shots), example.prompt])
         turns = [(shot.prompt, answer_text(shot).strip()) for shot in shots]
         contents = [text for turn in turns for text in turn] + [example.prompt]
-        contents[0] = self._config.prefix + contents[0]
+        contents[0] = self.config.prefix + contents[0]
         messages = [
             {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
         ]
@@ -70,7 +70,7 @@ class PromptFormat:
         spaces = prompt[len(bare) :]
         context = self._encode(bare)
         # the assistant's turn begins afresh, so a space that parts prompt and answer is out of place
-        texts = [answer.lstrip() if self._config.chat_template else answer for answer in answers]
+        texts = [answer.lstrip() if self.config.chat_template else answer for answer in answers]
         tokens = [self._after(bare, context, spaces + text, example) for text in texts]
         return self._shortened(context, max(map(len, tokens)), example), tokens
 
@@ -84,7 +84,7 @@ class PromptFormat:
 
     def _encode(self, text: str) -> Tokens:
         # a chat template writes its own special tokens
-        tokens = self._tokenizer(text, add_special_tokens=not self._config.chat_template)["input_ids"]
+        tokens = self._tokenizer(text, add_special_tokens=not self.config.chat_template)["input_ids"]
         eos, eos_text = self._tokenizer.eos_token_id, self._tokenizer.eos_token
         if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(eos_text):
             tokens = tokens[:-1]  # some tokenizers end every text, but nothing comes after an end

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from moe_evo.config import TaskConfig
 from moe_evo.errors import ModelError
-from moe_evo.tasks.base import Task
-from moe_evo.tasks.choice import ChoiceTask
+from moe_evo.tasks.choice import ChoiceScorer
 from moe_evo.tasks.data import read_task
-from moe_evo.tasks.distillation import DistillationTask
-from moe_evo.tasks.generation import GenerationTask
-from moe_evo.tasks.perplexity import PerplexityTask
+from moe_evo.tasks.distillation import DistillationScorer
+from moe_evo.tasks.generation import GenerationScorer
+from moe_evo.tasks.perplexity import PerplexityScorer
+from moe_evo.tasks.prompt import PromptFormat
 from moe_evo.tasks.rows import BatchLimits
+from moe_evo.tasks.task import Scorer, Task
 
-TASKS: dict[str, type[ChoiceTask | GenerationTask | PerplexityTask | DistillationTask]] = {
-    "choice": ChoiceTask,
-    "generation": GenerationTask,
-    "perplexity": PerplexityTask,
-    "distillation": DistillationTask,
+SCORERS: dict[str, Callable[[PromptFormat], Scorer]] = {
+    "choice": ChoiceScorer,
+    "generation": GenerationScorer,
+    "perplexity": PerplexityScorer,
+    "distillation": DistillationScorer,
 }
 
 
@@ -29,5 +31,5 @@ def build_task(config: TaskConfig, tokenizer: Any, batch_tokens: int) -> Task:
         raise ModelError(
             f"task {data.name}: the model comes without a tokenizer; put tokenizer.json beside its weights"
         )
-    limits = BatchLimits(batch_tokens, len(tokenizer))
-    return TASKS[data.kind](config, data, tokenizer, limits)
+    scorer = SCORERS[data.kind](PromptFormat(config, data, tokenizer))
+    return Task(data, scorer, BatchLimits(batch_tokens, len(tokenizer)))

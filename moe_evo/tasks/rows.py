@@ -24,17 +24,24 @@ class Row:
     """One sequence for the model.
 
     start: first position that is scored, all later ones are too. answers: (which, tokens) whose first
-    token is predicted at `start`.
+    token is predicted at `start`. num_prompt: how many tokens stand before an answer; None means all.
     """
 
     example: int
     tokens: tuple[int, ...]
     start: int
     answers: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    num_prompt: int | None = None
 
     @property
     def num_scored(self) -> int:
         return len(self.tokens) - self.start
+
+    @property
+    def prompt(self) -> Row:
+        """What the model reads before it answers; the last position is scored."""
+        tokens = self.tokens[: self.num_prompt]
+        return Row(self.example, tokens, len(tokens) - 1)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class TerminalTracker:
             self._progress.stop()
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
         """Begin `total` steps, `done` of which an earlier process did."""
@@ -54,7 +54,7 @@ class TerminalTracker:
             self._task = self._progress.add_task(title, total=total, completed=done, rate="", note="")
         else:
             resumed = f", {done} done before" if done else ""
-            self.message(f"{title}: {total} evaluations{resumed}")
+            self.message(f"{title}: {total} evaluation{'s' if total != 1 else ''}{resumed}")
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
         """One more step is done."""

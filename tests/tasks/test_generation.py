@@ -33,7 +33,9 @@ def test_generated_texts_equal_those_of_each_prompt_alone(tmp_path, build, batch
     task = tiny.make_task(tmp_path / "t", rows, tokenizer, batch_tokens=batch_tokens, max_new_tokens=8)
     got = {}
     for batch in task.batches("search"):
-        for number, text in zip(batch.examples, task.texts(generate_greedily(model, tokenizer, batch)), strict=True):
+        for number, text in zip(
+            batch.examples, task.scorer.texts(generate_greedily(model, tokenizer, batch)), strict=True
+        ):
             got[int(number)] = text
     assert [got[number] for number in range(len(PROMPTS))] == expected
     scores = tiny.run_task(task, model, tokenizer)
@@ -49,7 +51,7 @@ def test_generation_ends_at_the_stop_text(tmp_path):
     task = tiny.make_task(tmp_path / "t", rows, tokenizer, batch_tokens=1, max_new_tokens=8, stop=stop)
     batch = task.batches("search")[0]
     new = generate_greedily(model, tokenizer, batch)
-    assert task.texts(new) == [free.split(stop)[0]]
+    assert task.scorer.texts(new) == [free.split(stop)[0]]
     assert new.shape[1] < 8
 
 

@@ -1,0 +1,85 @@
+"""The experiments are what they say: configs parse, the embedded data are whole, scripts do their part."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moe_evo.config_file import read_config
+from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+CONFIGS = sorted(EXPERIMENTS.rglob("*.yaml"))
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / "embedded" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_experiment_parses_and_names_its_launch_line(path: Path) -> None:
+    read_config(path)
+    assert f"moe-evo search {path.relative_to(EXPERIMENTS.parent)}" in path.read_text("utf-8")
+
+
+def test_the_experiments_on_embedded_tasks_find_their_data() -> None:
+    for path in CONFIGS:
+        if path.parent.name == "embedded":
+            check_tasks(read_config(path).task_configs)
+
+
+def test_at_least_eight_embedded_tasks_with_enough_examples_in_each_split() -> None:
+    names = embedded_task_names()
+    assert len(names) >= 8
+    for name in names:
+        folder = EXPERIMENTS.parent / "moe_evo" / "data" / "tasks" / name
+        sizes = [len((folder / f"{split}.jsonl").read_text("utf-8").splitlines()) for split in SPLITS]
+        assert min(sizes) >= 200
+
+
+def test_the_embedded_data_stay_below_fifteen_megabytes_and_name_their_sources() -> None:
+    data = EXPERIMENTS.parent / "moe_evo" / "data"
+    assert sum(path.stat().st_size for path in data.rglob("*") if path.is_file()) < 15e6
+    notice = (data / "NOTICE").read_text("utf-8")
+    assert all(name in notice for name in embedded_task_names())
+
+
+def test_the_recorded_hash_is_that_of_the_shipped_weights() -> None:
+    weights = EXPERIMENTS.parent / "moe_evo" / "data" / "model" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digest in (EXPERIMENTS / "embedded" / "README.md").read_text("utf-8")
+
+
+def test_the_quality_table_has_means_spreads_and_a_block_for_each_number_of_experts() -> None:
+    quality = script("quality")
+    scores = dict.fromkeys(quality.METHODS, 0.5)
+    results = {
+        quality.Cell(task, num_kept, seed, 10, "x"): {**scores, "best": 0.6 + 0.1 * seed}
+        for task in ("nli", "syll")
+        for num_kept in (2, 4)
+        for seed in (0, 1)
+    }
+    text = quality.table(results)
+    assert text.index("**4 of 8 experts kept**") < text.index("**2 of 8 experts kept**")
+    assert text.count("| nli | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.650 ± 0.071 |") == 2
+    assert "| **mean** | **0.500** " in text
+
+
+def test_the_quality_table_is_written_between_its_marks(tmp_path: Path) -> None:
+    quality = script("quality")
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
+    quality.write_between_marks(path, "new")
+    assert path.read_text() == "before\n<!-- quality: begin -->\nnew\n<!-- quality: end -->\nafter\n"
