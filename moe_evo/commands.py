@@ -22,7 +22,7 @@ from moe_evo.journal import Journal
 from moe_evo.population import EvaluationFailure, Individual
 from moe_evo.run_folder import RunFolder, default_folder
 from moe_evo.space import ModelShape, SearchSpace, check_fits
-from moe_evo.tasks.data import TaskData, check_tasks
+from moe_evo.tasks.data import SPLITS, TaskData, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
@@ -231,9 +231,37 @@ def export(folder: RunFolder, target: Path, which: str, *, overwrite: bool, trac
     tracker.message(f"loading {config.model.path}")
     moe = load_model(config.model)
     tracker.message(f"writing and checking {target}")
-    provenance = {"model": result["model"], "tasks": result["tasks"], "search": result["search"], "row": row}
-    report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=provenance)
+    report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
     return {**asdict(report), "folder": str(report.folder), "which": which}
+
+
+def _provenance(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """What a model card tells of a run, in words."""
+    path, search = result["model"]["path"], result["search"]
+    name = path if _is_hub_name(path) else Path(path).name
+    full = result["rows"][0]["scores"]
+    return {
+        "base_model": "moe_evo embedded Mixtral" if path == "embedded" else name,
+        "hash of the base model": result["model"]["hash"],
+        "tasks": {task["name"]: _task_in_words(task) for task in result["tasks"]},
+        "search": f"{search['algorithm']}, {search['evaluations']} evaluations, seed {search['seed']}, "
+        f"router {result['router']}",
+        "genome": f"candidate {row['candidate']} ({row['operator']}), digest {row['digest']}",
+        "scores (95 % interval)": {
+            split: f"{score['fitness']:.4f} [{score['low']:.4f}, {score['high']:.4f}], "
+            f"full model {full[split]['fitness']:.4f}"
+            for split, score in row["scores"].items()
+        },
+    }
+
+
+def _task_in_words(task: dict[str, Any]) -> str:
+    examples = " / ".join(str(task["examples"][split]) for split in SPLITS)
+    return f"{task['kind']}, {task['metric']}, {examples} examples, data {task['hash'][:16]}"
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def show(folder: RunFolder) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def test_export_loads_with_stock_transformers_and_generates(
     assert moe_evo("export", str(finished), "--to", str(tmp_path / "small"), "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bytes_after"] < 0.7 * report["bytes_before"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "small").iterdir()}
+    assert len(set(modes.values())) == 1, modes  # weights as readable as the config
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "syll: choice, accuracy, 12 / 8 / 8 examples" in card
+    assert str(Path(commands.__file__).parent) not in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
     assert model.config.num_local_experts == 4
@@ -253,6 +258,12 @@ def _llama(folder: Path) -> list[str]:
     return ["search", "--model.path", str(folder)]
 
 
+def _pickled_model(folder: Path) -> list[str]:
+    shutil.copy(Path(commands.__file__).parent / "data" / "model" / "config.json", folder / "config.json")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    return ["search", "--model.path", str(folder)]
+
+
 def _other_genome(folder: Path) -> list[str]:
     shape = ModelShape("mixtral", (4, 4), (2, 2), (0, 1))
     individual = Individual(Candidate(0, Genome.from_kept([[0, 1], [2, 3]], 4, 2), "random_pruning"), Evaluation(0.5))
@@ -314,10 +325,11 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "not a MoE model": (_llama, "Mixture-of-Experts"),
     "missing model": (lambda _: ["search", "--model.path", "/nowhere/model"], "/nowhere/model: no such folder"),
-    "pickled weights": (
-        _file("m/pytorch_model.bin", b"", "search", "--model.path", "{folder}/m"),
-        "config.json",
+    "not a checkpoint": (
+        _file("m/notes.txt", b"", "search", "--model.path", "{folder}/m"),
+        "has no config.json",
     ),
+    "pickled weights": (_pickled_model, "holds pickled weights only, which can run code"),
     "missing device": (lambda _: ["search", "--model.device", "cuda:7"], "model.device"),
     "genome is missing": (lambda _: ["evaluate", "--genome", "nowhere.safetensors"], "no such file"),
     "genome is a pickle": (

@@ -189,7 +189,8 @@ def _reload(moe: MoEModel, folder: Path) -> Any:
 def _write_card(
     moe: MoEModel, genome: Genome, folder: Path, report: ExportReport, provenance: Mapping[str, Any]
 ) -> None:
-    base_model = str(provenance.get("base_model") or moe.language_model.config.name_or_path)
+    # the folder's name, not its path: a card is read on other machines
+    base_model = str(provenance.get("base_model") or Path(moe.language_model.config.name_or_path).name)
     facts = {
         "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
         "weights": f"{report.bytes_before:,} -> {report.bytes_after:,} bytes ({str(moe.dtype).split('.')[-1]})",

@@ -36,11 +36,20 @@ def written_beside(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        _open_to_readers(temporary)
         _move_into_place(temporary, folder)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Weights are written for their owner alone; a server that runs as another user must read them too."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
