@@ -34,6 +34,7 @@ from moe_evo.models.export import export_checkpoint
 from moe_evo.operators import random_pruning
 from moe_evo.population import Evaluation
 from moe_evo.space import SearchSpace
+from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 
@@ -47,7 +48,7 @@ def through_checkpoint(evaluator: Evaluator, genome: Genome, task: TaskConfig, t
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(evaluator.model, genome, Path(folder) / "model", provenance={})
         model = ModelConfig(path=str(Path(folder) / "model"), self_check=False)
-        small = commands.load_evaluator(model, [task], EvaluationConfig(), tracker)
+        small = commands.load_evaluator(model, check_tasks([task]), EvaluationConfig(), tracker)
         return _fitness(small, small.model.shape.identity())
 
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = TaskConfig(data=options.task)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        evaluator = commands.load_evaluator(ModelConfig(), [task], EvaluationConfig(), tracker)
+        evaluator = commands.load_evaluator(ModelConfig(), check_tasks([task]), EvaluationConfig(), tracker)
         space = SearchSpace.build(evaluator.model.shape, num_kept=4)
         genomes = [random_pruning(space, np.random.default_rng([0, n])) for n in range(options.genomes + 1)]
         through_view(evaluator, genomes[-1])  # the first evaluation tokenises

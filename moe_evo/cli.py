@@ -89,13 +89,17 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument(
         "--which", choices=("best", "best_pruning"), default="best", help="the winner, or the best that only prunes"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
     return parser
 
 
 def _with_config_flag(argv: Sequence[str]) -> list[str]:
-    """`search x.yaml ...` means `search --config x.yaml ...`; a run's folder means its config."""
-    words = list(argv)
+    """`search x.yaml ...` means `search --config x.yaml ...`; a run's folder means its config.
+
+    `--name=value` becomes two words, so that what follows need look for one form only.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if words and not words[0].startswith("-"):
         words.insert(0, "--config")
     for index, word in enumerate(words[:-1]):
@@ -110,9 +114,10 @@ def _search(argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config_file import config_of, parse
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments = parse(_search_parser(), _with_config_flag(argv))
+    words = _with_config_flag(argv)
+    arguments = parse(_search_parser(), words)
     if arguments.resume is not None:
-        if len(argv) > 2:
+        if len(words) > 2:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = commands.resumed_config(arguments.resume)
     else:
@@ -173,7 +178,12 @@ def _export(argv: Sequence[str], *, as_json: bool) -> None:
     folder = RunFolder.existing(arguments.run)
     with TerminalTracker() as tracker:
         report = commands.export(
-            folder, Path(arguments.to), arguments.which, overwrite=arguments.overwrite, tracker=tracker
+            folder,
+            Path(arguments.to),
+            arguments.which,
+            arguments.device,
+            overwrite=arguments.overwrite,
+            tracker=tracker,
         )
     if as_json:
         print(json.dumps(report))
@@ -201,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoeEvoError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 2, debug=debug)
     except KeyboardInterrupt:
-        return _fail("interrupted; all finished evaluations are kept, the same command goes on", 130, debug=debug)
+        kept = "; all finished evaluations are kept, the same command goes on" if words[:1] == ["search"] else ""
+        return _fail(f"interrupted{kept}", 130, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered must not raise at exit
         return 0

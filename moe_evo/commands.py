@@ -5,24 +5,21 @@ Everything that can be wrong with the input is found before a model is loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, ScoringConfig, SearchConfig, TaskConfig
+from moe_evo.config import EvaluationConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
 from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
 from moe_evo.genome import Genome
-from moe_evo.genome_file import genome_from_kept_json, load_genome, save_individual
+from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
 from moe_evo.journal import Journal
 from moe_evo.population import EvaluationFailure, Individual
-from moe_evo.run_folder import RunFolder, default_folder
+from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
 from moe_evo.space import ModelShape, SearchSpace, check_fits
-from moe_evo.tasks.data import SPLITS, TaskData, check_tasks
+from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, is_share
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
@@ -44,14 +41,13 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
 def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
     """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures."""
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
-    config = replace(config, folder=str(folder.path))
+    config = with_absolute_paths(replace(config, folder=str(folder.path)))
     data = check_tasks(config.task_configs)
     from moe_evo.models.loading import model_hash, read_shape, resolve_device
 
     resolve_device(config.model.device)
     space = build_space(read_shape(config.model), config.search)
-    folder.claim(config)
-    with folder.open_journal() as journal:
+    with folder.claim(config) as journal:
         hashes = {"model": model_hash(config.model), **{f"task {one.name}": one.hash for one in data}}
         _check_inputs(journal, hashes)
         if folder.result.is_file():
@@ -88,16 +84,15 @@ def _run(
     from moe_evo.evaluation.pool import LocalPool
     from moe_evo.report.figure import kept_figure, search_figure
 
-    evaluator = load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
-    pool = LocalPool(evaluator, config.evaluation.genomes_per_request)
-    rows = run_search(config, space, journal, pool, tracker)
+    pool = LocalPool(load_evaluator(config.model, data, config.evaluation, tracker))
+    rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data))
     result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
         if row.key in winners:
             outcome = journal.outcomes(MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
-            provenance = {"model": result["model"], "tasks": result["tasks"], "row": row.to_json()}
+            provenance = {key: result[key] for key in ("model", "router", "tasks")} | {"row": row.to_json()}
             save_individual(winners[row.key], individual, space, provenance)
     search_figure(
         folder.figure,
@@ -111,16 +106,17 @@ def _run(
 
 
 def load_evaluator(
-    model: ModelConfig, tasks: Sequence[TaskConfig], evaluation: EvaluationConfig, tracker: TerminalTracker
+    model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: TerminalTracker
 ) -> Evaluator:
-    """The model and the tasks, ready to score genomes."""
+    """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
     from moe_evo.evaluation.evaluator import Evaluator
-    from moe_evo.models.loading import load_model
+    from moe_evo.models.loading import load_model, load_tokenizer
     from moe_evo.tasks.registry import build_task
 
+    tokenizer = load_tokenizer(model)
+    tasks = [build_task(one, tokenizer, evaluation.batch_tokens) for one in data]
     tracker.message(f"loading {model.path}")
-    moe = load_model(model)
-    return Evaluator(moe, [build_task(one, moe.tokenizer, evaluation.batch_tokens) for one in tasks], evaluation)
+    return Evaluator(load_model(model), tasks, evaluation)
 
 
 def _result(
@@ -131,12 +127,11 @@ def _result(
     rows: Sequence[Row],
 ) -> dict[str, Any]:
     from moe_evo.driver import MAIN
-    from moe_evo.result import RESULT_VERSION, software_versions
+    from moe_evo.result import software_versions
 
     outcomes = journal.outcomes(MAIN, "search")
     failures = [one for one in outcomes.values() if isinstance(one, EvaluationFailure)]
     return {
-        "version": RESULT_VERSION,
         "software": software_versions(),
         "model": {"path": config.model.path, "hash": journal.meta("hash/model"), **asdict(shape)},
         "tasks": [
@@ -168,15 +163,17 @@ def resumed_config(folder: str) -> RunConfig:
     return replace(read_config(RunFolder.existing(folder).config), folder=folder)
 
 
-def named_genome(text: str, shape: ModelShape) -> Genome:
+def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
     """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'."""
     if text == "full":
         return shape.identity()
+    if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
+        return genome_from_kept_json(text, shape)
     path = Path(text)
     if path.is_dir():
-        return load_genome(RunFolder.existing(path).best)
-    if text.lstrip().startswith("[") or path.suffix == ".json":
-        return genome_from_kept_json(text, shape)
+        path = RunFolder.existing(path).best
+    if path.suffix == ".json":
+        return genome_from_kept_json(path, shape)
     if path.suffix == ".pth":
         from moe_evo.models.eep_coefficients import load_eep_coefficients
 
@@ -186,20 +183,32 @@ def named_genome(text: str, shape: ModelShape) -> Genome:
             f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
             "such as [[0,3],[1,2]], or 'full'"
         )
+    _check_router(path, router)
     return load_genome(path)
+
+
+def _check_router(path: Path, router: RouterMode) -> None:
+    """A genome means another function under the other router mode."""
+    searched = load_metadata(path).get("provenance", {}).get("router", router)
+    if searched != router:
+        raise GenomeError(
+            f"{path}: was searched with model.router {searched}, got {router}; add --model.router {searched}"
+        )
 
 
 def evaluate(config: ScoringConfig, genome_name: str, split: str, tracker: TerminalTracker) -> dict[str, Any]:
     """Score one genome on one split."""
-    check_tasks(config.task_configs)
+    data = check_tasks(config.task_configs)
     from moe_evo.models.loading import read_shape, resolve_device
     from moe_evo.result import Score
 
     resolve_device(config.model.device)
     shape = read_shape(config.model)
-    genome = named_genome(genome_name, shape)
+    genome = named_genome(genome_name, shape, config.model.router)
     check_fits(genome, shape)
-    evaluator = load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
+    if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
+        tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")
+    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
     outcome = evaluator.evaluate([genome], split)[0]
     if isinstance(outcome, EvaluationFailure):
         raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
@@ -210,11 +219,13 @@ def evaluate(config: ScoringConfig, genome_name: str, split: str, tracker: Termi
         "top_k": list(genome.top_k),
         "split": split,
         "duration_s": outcome.duration_s,
-        **asdict(Score.of(outcome)),
+        **asdict(Score.of(outcome, is_share=is_share(data))),
     }
 
 
-def export(folder: RunFolder, target: Path, which: str, *, overwrite: bool, tracker: TerminalTracker) -> dict[str, Any]:
+def export(
+    folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: TerminalTracker
+) -> dict[str, Any]:
     """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
     result = folder.read_result()
     genome_file = folder.best if which == "best" else folder.best_pruning
@@ -223,13 +234,16 @@ def export(folder: RunFolder, target: Path, which: str, *, overwrite: bool, trac
     genome = load_genome(genome_file)
     row = next(row for row in result["rows"] if row["key"] == which)
     from moe_evo.models.export import export_checkpoint
-    from moe_evo.models.loading import load_model
+    from moe_evo.models.loading import load_model, model_hash, resolve_device
     from moe_evo.models.target_folder import check_target
 
-    config = resumed_config(str(folder.path))
-    check_target(target, Path(config.model.path), overwrite=overwrite)
-    tracker.message(f"loading {config.model.path}")
-    moe = load_model(config.model)
+    resolve_device(device)
+    model = replace(resumed_config(str(folder.path)).model, device=device)
+    check_target(target, Path(model.path), overwrite=overwrite)
+    if model_hash(model) != result["model"]["hash"]:
+        raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
+    tracker.message(f"loading {model.path}")
+    moe = load_model(model)
     tracker.message(f"writing and checking {target}")
     report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
     return {**asdict(report), "folder": str(report.folder), "which": which}
@@ -270,8 +284,8 @@ def show(folder: RunFolder) -> dict[str, Any]:
         return folder.read_result()
     from moe_evo.driver import MAIN
 
-    config = yaml.safe_load(folder.config.read_text("utf-8"))
-    with folder.open_journal(read_only=True) as journal:
+    config = read_config(folder.config)
+    with folder.open_journal() as journal:
         individuals = journal.individuals(MAIN)
         proposed = len(journal.candidates(MAIN))
     from moe_evo.population import Population
@@ -281,10 +295,10 @@ def show(folder: RunFolder) -> dict[str, Any]:
     return {
         "unfinished": True,
         "evaluations": len(individuals),
-        "of": config["search"]["evaluations"],
+        "of": config.search.evaluations,
         "under_way": proposed - len(individuals),
         "failures": len(individuals) - len(population),
         "best_fitness": best.evaluation.fitness if best else None,
         "best_kept": [list(layer) for layer in best.genome.kept] if best else None,
-        "config": json.loads(json.dumps(config)),
+        "config": asdict_plain(config),
     }

@@ -34,28 +34,31 @@ class ModelConfig:
 
     Args:
         path: Checkpoint folder or Hugging Face name; 'embedded' is the small Mixtral of this package.
-        revision: Branch, tag or commit of a Hugging Face name.
-        dtype: Number format of weights and evaluation; 'auto' takes the checkpoint's own.
+        revision: Branch, tag or commit of a Hugging Face name (not for folders).
+        dtype: Number format of weights, evaluation and export; 'auto' takes the checkpoint's own.
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', ...
         router: 'exported' remaps router rows, which a stock checkpoint can hold; 'eep' remaps
             probabilities after the softmax, as the paper does.
-        trust_remote_code: Run code that comes with the checkpoint. Only for sources that you trust.
-        self_check: Compare the unpruned view with the untouched model after loading.
-        merged_cache_gib: Memory for merged layers that are kept for the next genomes.
+        trust_remote_code: Run code that comes with the checkpoint's tokenizer. Only for sources that you
+            trust; the model itself always runs the library's code.
+        self_check: After loading, rebuild every expert once and compare the view with the untouched model.
+        merged_cache_gib: Memory for merged layers that are kept for the next genomes; what does not fit
+            is merged anew in every forward pass. Default: half of the memory that is free after loading.
     """
 
     path: str = "embedded"
     revision: str | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
     device: str = "auto"
     router: RouterMode = "exported"
     trust_remote_code: bool = False
     self_check: bool = True
-    merged_cache_gib: float = 1.0
+    merged_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
-        _require(self.merged_cache_gib >= 0, "model.merged_cache_gib", self.merged_cache_gib, "0 or more")
+        cache = self.merged_cache_gib
+        _require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class TaskConfig:
         kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields.
         data: A JSONL file, a folder of them, or the name of an embedded task. A folder holds
             search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
-        metric: What counts; 'default' is accuracy (choice), exact_match (generation) or
-            log_likelihood (perplexity).
+        metric: What counts; 'default' is accuracy (choice), exact_match (generation), log_likelihood
+            (perplexity) or negative_kl (distillation).
         split_shares: Shares of search, validation and test where one file is split by hash.
         num_search: Most examples of the search split that are used; 0 means all.
         num_validation: The same for the validation split.
@@ -77,7 +80,8 @@ class TaskConfig:
         few_shot: JSONL file whose examples, with answers, are put before every prompt.
         chat_template: Wrap the prompt as a user's turn with the tokenizer's chat template.
         max_new_tokens: Longest answer that is generated.
-        stop: A generated answer ends before this text; default: the end of the line.
+        stop: A generated answer ends before this text; default: the end of the line (a model that begins
+            its answer with one then answers nothing).
         max_length: Longest prompt with answer, in tokens; longer prompts lose their beginning.
     """
 
@@ -183,7 +187,7 @@ EEP_RELEASE = EEPConfig(
     crossover_margin=0.01,
     margin_unit="fitness",
 )
-"""The values of the released search (README of `EEP_RELEASE`: 31 + 70 prunings, then 301 merges)."""
+"""The values of the released search: 31 random prunings and 70 children of them, then merging."""
 
 
 @dataclass(frozen=True)
@@ -230,23 +234,15 @@ class EvaluationConfig:
     Args:
         fitness: Over several tasks: their 'mean' score or the 'worst' one.
         batch_tokens: Most tokens, padding included, in one forward pass.
-        genomes_per_request: Genomes that the search proposes at once.
         threads: Threads of torch on the CPU; default: one a core.
     """
 
     fitness: FitnessRule = "mean"
     batch_tokens: int = 8192
-    genomes_per_request: int = 1
     threads: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
-        _require(
-            self.genomes_per_request >= 1,
-            "evaluation.genomes_per_request",
-            self.genomes_per_request,
-            "1 or more",
-        )
         _require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
 
 

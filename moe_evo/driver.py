@@ -84,19 +84,21 @@ class Run:
         missing = {(name, one.number): one for name, one in entries if (name, one.number) not in outcomes}
         if missing:
             self._tracker.stage(title, len(missing))
-        for (name, number), candidate in list(missing.items()):
-            known = self._known.get((candidate.genome.digest, split))
-            if known is None:
+        submitted = set()
+        for (name, _), candidate in missing.items():
+            digest = candidate.genome.digest
+            if (digest, split) not in self._known and digest not in submitted:
+                submitted.add(digest)
                 self._submit(name, split, [candidate])
-            else:
-                self._journal.record(name, number, split, known)
-                outcomes[name, number] = known
-                self._tracker.evaluated(Individual(missing.pop((name, number)), known), None, "")
-        while missing:
+        for _ in submitted:
             request, outcome = self._collect()
             key = (request.search, request.number)
             outcomes[key] = outcome
             self._tracker.evaluated(Individual(missing.pop(key), outcome), None, "")
+        for key, candidate in missing.items():  # what is known of another search, or of a twin just now
+            outcomes[key] = self._known[candidate.genome.digest, split]
+            self._journal.record(*key, split, outcomes[key])
+            self._tracker.evaluated(Individual(candidate, outcomes[key]), None, "")
         return [Individual(one, outcomes[name, one.number]) for name, one in entries]
 
     def references(self, space: SearchSpace, *, frequency: bool) -> list[Candidate]:
@@ -137,9 +139,13 @@ class Contender:
 
 
 def run_search(
-    config: RunConfig, space: SearchSpace, journal: Journal, pool: Pool, tracker: TerminalTracker
+    config: RunConfig, space: SearchSpace, journal: Journal, pool: Pool, tracker: TerminalTracker, *, is_share: bool
 ) -> list[Row]:
-    """Search, choose on the validation split, report on the test split."""
+    """Search, choose on the validation split, report on the test split.
+
+    is_share: whether fitness is bounded by 0 and 1; see `Score`.
+    """
+    assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker)
     references = run.references(space, frequency=config.selection.frequency)
     _require_success(run.score("full model", [(REFERENCE, references[0])], "search")[0])
@@ -152,7 +158,7 @@ def run_search(
         title = f"random, best of {len(random)}"
         contenders.append(_winner(run, config, RANDOM, "random_search", title, random))
     contenders += _winners(run, config, population)
-    return _rows(run, contenders)
+    return _rows(run, contenders, is_share=is_share)
 
 
 _TITLES = {"full": "full model", "frequency": "frequency pruning"}
@@ -190,13 +196,13 @@ def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, popula
     return Contender(name, key, title, scored.best.candidate, len(population))
 
 
-def _rows(run: Run, contenders: Sequence[Contender]) -> list[Row]:
+def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[Row]:
     entries = [(one.search, one.candidate) for one in contenders]
     scores: list[dict[str, Score]] = [{} for _ in contenders]
     for split in SPLITS:
         for found, individual in zip(scores, run.score(f"{split} split, final table", entries, split), strict=True):
             if isinstance(individual.outcome, Evaluation):
-                found[split] = Score.of(individual.outcome)
+                found[split] = Score.of(individual.outcome, is_share=is_share)
     return [
         Row(one.key, one.title, one.candidate, one.evaluations, found)
         for one, found in zip(contenders, scores, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,14 +11,16 @@ from typing import Any
 
 from moe_evo.population import Candidate, Evaluation
 
-RESULT_VERSION = 1
-
 _Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Score:
-    """Fitness on one split with its 95 % interval (normal, from the standard error over examples)."""
+    """Fitness on one split with its 95 % interval over examples.
+
+    The interval of a share is Wilson's, with the number of examples that its standard error speaks of;
+    that of an unbounded metric is normal.
+    """
 
     fitness: float
     low: float
@@ -27,16 +30,33 @@ class Score:
     metrics: Mapping[str, float]
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> Score:
-        margin = _Z_95 * evaluation.standard_error
+    def of(cls, evaluation: Evaluation, *, is_share: bool) -> Score:
+        low, high = _wilson(evaluation) if is_share else _normal(evaluation)
         return cls(
             fitness=evaluation.fitness,
-            low=evaluation.fitness - margin,
-            high=evaluation.fitness + margin,
+            low=low,
+            high=high,
             standard_error=evaluation.standard_error,
             num_examples=evaluation.num_examples,
             metrics=dict(evaluation.metrics),
         )
+
+
+def _normal(evaluation: Evaluation) -> tuple[float, float]:
+    margin = _Z_95 * evaluation.standard_error
+    return (evaluation.fitness - margin, evaluation.fitness + margin)
+
+
+def _wilson(evaluation: Evaluation) -> tuple[float, float]:
+    share, variance = evaluation.fitness, evaluation.standard_error**2
+    # n of a simple share; fewer where several tasks are averaged; all where every answer agrees
+    number = share * (1 - share) / variance if variance > 0 else evaluation.num_examples
+    if number <= 0:  # a share of 0 or 1 over tasks that do not all agree cannot be; the examples then count
+        number = evaluation.num_examples
+    squared = _Z_95**2 / number
+    centre = (share + squared / 2) / (1 + squared)
+    margin = _Z_95 / (1 + squared) * math.sqrt(share * (1 - share) / number + squared / (4 * number))
+    return (max(centre - margin, 0.0), min(centre + margin, 1.0))
 
 
 @dataclass(frozen=True)

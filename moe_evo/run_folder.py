@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moe_evo.config import RunConfig, difference
+from moe_evo.config import ModelConfig, RunConfig, TaskConfig, difference
+from moe_evo.config_file import read_config
 from moe_evo.errors import RunError
 from moe_evo.journal import Journal
+from moe_evo.tasks.data import embedded_task_names
+
+RESULT_VERSION = 1
+
+_NAME_LENGTH = 200
+
+_FREE_TO_CHANGE = {
+    "": ("folder",),
+    "model": ("device", "self_check", "merged_cache_gib"),
+    "evaluation": ("batch_tokens", "threads"),
+}
+"""What a run may be continued with differently: where and how fast it computes, not what."""
 
 
 class RunFolder:
@@ -33,40 +46,56 @@ class RunFolder:
     def existing(cls, path: str | Path) -> RunFolder:
         """The folder of a run that was started before."""
         folder = cls(Path(path))
-        if not folder.config.is_file() or not folder.journal.is_file():
+        if not folder.config.is_file():
             raise RunError(
-                f"{path}: not the folder of a run (no {folder.config.name} and {folder.journal.name} in it); "
+                f"{path}: not the folder of a run (no {folder.config.name} in it); "
                 "give the folder that `moe-evo search` printed"
             )
         return folder
 
-    def claim(self, config: RunConfig) -> None:
-        """Create the folder for this config, or check that it already holds a run of the same config."""
-        if self.config.is_file():
-            self._check_same(config)
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise RunError(f"{self.path}: holds other files and no run; give a new or empty folder with --folder")
+    def claim(self, config: RunConfig) -> Journal:
+        """Open the journal of this folder for writing, with the lock that keeps others out.
+
+        A new folder is made for this config; an old one must hold a run of the same config.
+        """
+        if self.path.is_dir() and not self.config.is_file():
+            foreign = [one.name for one in self.path.iterdir() if not one.name.startswith((".", self.journal.stem))]
+            if foreign:
+                raise RunError(
+                    f"{self.path}: holds other files and no run ({foreign[0]}); give a new folder with --folder"
+                )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
-            raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder"
-            ) from error
+            raise self._unwritable(error) from error
+        journal = Journal(self.journal)
+        try:
+            self._keep(config)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
 
-    def _check_same(self, config: RunConfig) -> None:
-        old, new = yaml.safe_load(self.config.read_text("utf-8")), plain(config)
-        # A run may be moved or mounted elsewhere: where it lies is not what it does.
-        lines = difference({**old, "folder": None}, {**new, "folder": None})
-        if lines:
-            raise RunError(
-                f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, or "
-                f"go on with the old config: moe-evo search --resume {self.path}"
-            )
+    def _keep(self, config: RunConfig) -> None:
+        """Check the config against the one that is kept here, then keep it."""
+        if self.config.is_file():
+            lines = difference(_defining(read_config(self.config)), _defining(config))
+            if lines:
+                raise RunError(
+                    f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, "
+                    f"or go on with the old config: moe-evo search --resume {self.path}"
+                )
+        try:
+            self.write(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise self._unwritable(error) from error
 
-    def open_journal(self, *, read_only: bool = False) -> Journal:
-        return Journal(self.journal, read_only=read_only)
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder")
+
+    def open_journal(self) -> Journal:
+        """The journal, for reading."""
+        return Journal(self.journal, read_only=True)
 
     def write(self, path: Path, text: str) -> None:
         """Write a file of this folder whole or not at all."""
@@ -78,19 +107,40 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        self.write(self.result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps({"version": RESULT_VERSION, **result}, indent=2, ensure_ascii=False)
+        self.write(self.result, text + "\n")
 
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run."""
         if not self.result.is_file():
             raise RunError(f"{self.path}: this run is not finished; go on with: moe-evo search --resume {self.path}")
-        result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{self.result}: is not JSON ({error}); delete it and run the same search again, it is made anew"
+            ) from error
+        if result.get("version") != RESULT_VERSION:
+            raise RunError(
+                f"{self.result}: version {result.get('version')}, expected {RESULT_VERSION}; "
+                "use the moe_evo that wrote it"
+            )
         return result
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def asdict_plain(config: RunConfig) -> dict[str, Any]:
     """The config as plain data, as YAML holds it."""
     data: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return data
+
+
+def _defining(config: RunConfig) -> dict[str, Any]:
+    """The part of a config on which outcomes depend."""
+    data = asdict_plain(config)
+    for section, keys in _FREE_TO_CHANGE.items():
+        part = data[section] if section else data
+        for key in keys:
+            del part[key]
     return data
 
 
@@ -99,4 +149,22 @@ def default_folder(config: RunConfig) -> Path:
     tasks = "+".join(task.name or Path(task.data).stem for task in config.task_configs)
     kept = config.search.num_kept
     label = str(kept) if isinstance(kept, int) else "-".join(map(str, kept))
-    return Path("runs") / f"{tasks}-keep{label}-{config.search.algorithm}-seed{config.search.seed}"
+    tail = f"-{config.search.algorithm}-seed{config.search.seed}"
+    return Path("runs") / (f"{tasks}-keep{label}"[: _NAME_LENGTH - len(tail)] + tail)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with its local paths absolute, so that it means the same from any folder."""
+    embedded = embedded_task_names()
+    model = replace(config.model, path=_absolute(config.model.path, [ModelConfig().path]))
+    tasks: list[TaskConfig | str] = [
+        replace(task, data=_absolute(task.data, embedded), few_shot=task.few_shot and _absolute(task.few_shot, []))
+        for task in config.task_configs
+    ]
+    return replace(config, model=model, tasks=tasks)
+
+
+def _absolute(path: str, names: Sequence[str]) -> str:
+    """Absolute where it exists here; names that are no paths stay."""
+    local = Path(path).expanduser()
+    return path if path in names or len(local.name) > _NAME_LENGTH or not local.exists() else str(local.absolute())

@@ -231,6 +231,33 @@ def test_evaluate_takes_eep_coefficients(router: str, tmp_path: Path, capsys: py
     assert 0 <= scores["fitness"] <= 1
 
 
+def test_a_genome_is_not_scored_under_the_other_router_mode(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["evaluate", *FAST[:2], "--model.router", "eep", "--genome", str(finished)]
+    assert moe_evo(*argv) == 2
+    assert "was searched with model.router exported, got eep" in capsys.readouterr().err
+
+
+def test_a_long_kept_list_may_stand_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = json.dumps([[0, 1]] * 4, indent=60)
+    assert len(kept) > 255
+    assert moe_evo("evaluate", *FAST[:2], "--genome", kept, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_kept"] == [2, 2, 2, 2]
+
+
+def test_export_refuses_a_base_model_that_changed_since_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(Path(commands.__file__).parent / "data" / "model", tmp_path / "model")
+    run = tmp_path / "run"
+    assert moe_evo("search", *FAST, "--model.path", str(model), "--folder", str(run), "--json") == 0
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert moe_evo("export", str(run), "--to", str(tmp_path / "small")) == 2
+    assert "is not the model that" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "small").exists()
+
+
 BadInput = Callable[[Path], list[str]]
 
 
@@ -284,6 +311,16 @@ def _unwritable(folder: Path) -> list[str]:
 def _foreign_folder(folder: Path) -> list[str]:
     (folder / "thesis.tex").write_text("precious")
     return ["search", "--folder", str(folder)]
+
+
+def _long_answer(folder: Path) -> list[str]:
+    (folder / "t").mkdir()
+    for split in ("search", "validation", "test"):
+        rows = [{"prompt": f"{split} {n}", "choices": [" yes", " no"], "label": 0} for n in range(3)]
+        if split == "test":
+            rows[1]["choices"] = [" yes", " no" * 50]
+        (folder / "t" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["search", "--tasks", json.dumps([{"data": str(folder / "t"), "max_length": 40}])]
 
 
 GOOD_ROW = {"prompt": "p", "choices": [" a", " b"], "label": 0}
@@ -352,6 +389,15 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "resume with other options": (
         lambda folder: ["search", "--resume", str(folder), "--search.seed", "3"],
         "a run keeps its config",
+    ),
+    "resume with another option, joined by =": (
+        lambda folder: ["search", f"--resume={folder}", "--search.seed=3"],
+        "a run keeps its config",
+    ),
+    "an answer that is longer than max_length": (_long_answer, "t/test.jsonl:2"),
+    "metrics of different units": (
+        lambda _: ["search", "--tasks", '["syll", {"data": "nli", "metric": "log_likelihood"}]'],
+        "fitness would mix units",
     ),
     "unwritable folder": (_unwritable, "choose another folder"),
     "folder with other files": (_foreign_folder, "holds other files and no run"),

@@ -13,9 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moe_evo import commands
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SearchConfig, SelectionConfig, TaskConfig
+from moe_evo.config import (
+    EEPConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    SelectionConfig,
+    TaskConfig,
+)
 from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
@@ -23,6 +32,7 @@ from moe_evo.genome_file import load_genome
 from moe_evo.journal import Journal
 from moe_evo.population import EvaluationFailure, Outcome
 from moe_evo.run_folder import RunFolder
+from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
@@ -37,7 +47,8 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return commands.load_evaluator(CONFIG.model, CONFIG.task_configs, CONFIG.evaluation, TerminalTracker())
+    data = check_tasks(CONFIG.task_configs)
+    return commands.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture
@@ -126,10 +137,87 @@ def test_the_search_and_the_choice_never_see_the_test_split(finished: RunFolder)
     assert splits.count("test") == 5
 
 
-def test_several_genomes_a_request_are_all_evaluated(resident: Evaluator, tmp_path: Path) -> None:
-    config = replace(CONFIG, evaluation=EvaluationConfig(threads=1, genomes_per_request=5))
-    result = run(tmp_path / "run", config).read_result()
-    assert result["search"]["evaluations"] == 24
+def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    evaluate = resident.evaluate
+
+    def counting(genomes: list[Genome], split: str) -> list[Outcome]:
+        seen.extend((genome.digest, split) for genome in genomes)
+        return evaluate(genomes, split)
+
+    monkeypatch.setattr(resident, "evaluate", counting)
+    # one layer group and 7 of 8: both searches see all 8 prunings, so they choose the same winner
+    search = SearchConfig(num_kept=7, num_layer_groups=1, evaluations=8, eep=EEPConfig(num_pruning=31))
+    result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
+    digests = {row["key"]: row["digest"] for row in result["rows"]}
+    assert digests["best"] == digests["random_search"]
+    assert len(seen) == len(set(seen))
+
+
+def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
+    evaluator: Evaluator, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: InterruptedRun(evaluator, 5))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    other = replace(CONFIG.evaluation, batch_tokens=64, threads=2)
+    run(tmp_path / "run", replace(CONFIG, evaluation=other, model=replace(CONFIG.model, device="cpu")))
+    assert commands.resumed_config(str(tmp_path / "run")).evaluation.batch_tokens == 64
+    assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_lower(
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(resident, "forward", exhausted)
+    with pytest.raises(ModelError, match=r"out of memory on cpu: lower evaluation.batch_tokens \(now 8192\)"):
+        run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=False)))
+
+
+def test_a_config_written_before_an_option_existed_still_resumes(finished: RunFolder, resident: Evaluator) -> None:
+    text = finished.config.read_text()
+    assert "  frequency: true\n" in text
+    finished.config.write_text(text.replace("  frequency: true\n", ""))
+    run(finished.path)
+
+
+def test_a_run_means_the_same_from_another_folder(
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    rows = [{"prompt": f"verb: go{n}\npast:", "choices": [" went.", " goed."], "label": 0} for n in range(60)]
+    (tmp_path / "here" / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path / "here")
+    run(tmp_path / "run", replace(CONFIG, tasks=[TaskConfig(data="task.jsonl")]))
+    monkeypatch.chdir(tmp_path / "there")
+    config = commands.resumed_config(str(tmp_path / "run"))
+    assert config.task_configs[0].data == str(tmp_path / "here" / "task.jsonl")
+    run(tmp_path / "run", config)
+
+
+def test_what_a_killed_start_left_behind_does_not_bar_the_next_one(resident: Evaluator, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.yaml.123").write_text("model:")
+    Journal(folder / "journal.sqlite").close()
+    assert run(folder).result.is_file()
+
+
+def test_a_damaged_result_says_what_to_do(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.result.write_text("{")
+    with pytest.raises(RunError, match=r"is not JSON .*delete it and run the same search again"):
+        folder.read_result()
+    folder.result.write_text('{"version": 99}')
+    with pytest.raises(RunError, match="version 99, expected 1"):
+        folder.read_result()
 
 
 def test_a_second_start_of_a_finished_run_changes_nothing(finished: RunFolder, resident: Evaluator) -> None:
@@ -225,7 +313,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_journal(
             folder = tmp_path / f"run-{kills}"
     run(folder)
     assert content(folder) == content(finished.path)
-    assert len(stood_at) >= 8  # the kills were spread over the run
+    assert len(stood_at) >= 5  # the kills were spread over the run
 
 
 class FailingEvaluator(InterruptedRun):

@@ -19,6 +19,7 @@ from transformers import (
 from moe_evo.config import TaskConfig
 from moe_evo.evaluation.generate import generate_greedily
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
+from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
 from moe_evo.tasks.task import Task
 
@@ -101,7 +102,7 @@ def make_task(
     folder: Path, rows: list[dict[str, Any]], tokenizer: Any, *, batch_tokens: int = 64, **options: Any
 ) -> Task:
     config = TaskConfig(data=write_splits(folder, rows), **options)
-    return build_task(config, tokenizer, batch_tokens)
+    return build_task(read_task(config), tokenizer, batch_tokens)
 
 
 @torch.inference_mode()

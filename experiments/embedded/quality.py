@@ -29,7 +29,7 @@ from moe_evo.config import EvaluationConfig, RunConfig, SearchConfig, SelectionC
 from moe_evo.driver import RANDOM
 from moe_evo.population import Evaluation
 from moe_evo.run_folder import RunFolder
-from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 METHODS = {
@@ -69,7 +69,9 @@ def run_cell(cell: Cell) -> dict[str, float]:
     """Test accuracy by method; finished cells are read back."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        folder = commands.search(cell.config, tracker)
+        folder = RunFolder(Path(cell.config.folder or ""))
+        if not folder.result.is_file():
+            folder = commands.search(cell.config, tracker)
         scores = {row["key"]: row["scores"]["test"]["fitness"] for row in folder.read_result()["rows"]}
         scores["random_mean"] = float(np.mean(_random_scores(cell.config, folder, tracker)))
     return scores
@@ -79,9 +81,10 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
     """Test accuracy of the first 10 random prunings, unselected; kept beside the run."""
     path = folder.path / "random_mean.json"
     if not path.exists():
-        with folder.open_journal(read_only=True) as journal:
+        with folder.open_journal() as journal:
             genomes = [one.genome for one in journal.candidates(RANDOM)[:10]]
-        evaluator = commands.load_evaluator(config.model, config.task_configs, config.evaluation, tracker)
+        data = check_tasks(config.task_configs)
+        evaluator = commands.load_evaluator(config.model, data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
         folder.write(path, json.dumps(scores))

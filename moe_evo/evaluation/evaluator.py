@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_evo.config import EvaluationConfig
+from moe_evo.errors import ModelError
 from moe_evo.evaluation.generate import NonFiniteLogits, generate_greedily
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
@@ -75,6 +76,11 @@ class Evaluator:
             try:
                 with self.model.applied(genome) if genome is not None else nullcontext():
                     partials = [self._partials(one) for one in prepared]
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"out of memory on {self.model.device}: lower evaluation.batch_tokens (now "
+                    f"{self._config.batch_tokens}) or model.merged_cache_gib, then run the same command again"
+                ) from error
             except NonFiniteLogits as error:
                 return EvaluationFailure("non_finite", str(error), time.perf_counter() - started)
         return {

@@ -44,17 +44,15 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """One evaluator in this process; up to `genomes_per_request` genomes are evaluated together.
+    """One evaluator in this process, one request at a time.
 
-    Slots are free only while nothing is under way, so what a search knew when it proposed a
-    candidate depends on the order of candidates alone, and an interrupted run repeats exactly.
+    A slot is free only while nothing is under way, so what a search knew when it proposed a candidate
+    depends on the order of candidates alone, and an interrupted run repeats exactly.
     """
 
-    def __init__(self, evaluator: Evaluator, genomes_per_request: int) -> None:
+    def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
-        self._genomes_per_request = genomes_per_request
         self._waiting: deque[Request] = deque()
-        self._ready: deque[tuple[Request, Outcome]] = deque()
 
     @property
     def shape(self) -> ModelShape:
@@ -62,25 +60,15 @@ class LocalPool:
 
     @property
     def free_slots(self) -> int:
-        under_way = len(self._waiting) + len(self._ready)
-        return 0 if under_way else self._genomes_per_request
+        return 0 if self._waiting else 1
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._waiting.extend(requests)
 
     def next_outcome(self) -> tuple[Request, Outcome]:
-        if not self._ready:
-            assert self._waiting, "next_outcome was called with no request under way"
-            self._evaluate_next_batch()
-        return self._ready.popleft()
-
-    def _evaluate_next_batch(self) -> None:
-        split = self._waiting[0].split
-        batch: list[Request] = []
-        while self._waiting and len(batch) < self._genomes_per_request and self._waiting[0].split == split:
-            batch.append(self._waiting.popleft())
-        outcomes = self._evaluator.evaluate([request.genome for request in batch], split)
-        self._ready.extend(zip(batch, outcomes, strict=True))
+        assert self._waiting, "next_outcome was called with no request under way"
+        request = self._waiting.popleft()
+        return request, self._evaluator.evaluate([request.genome], request.split)[0]
 
     def frequency_pruning(self, space: SearchSpace) -> Genome:
         return frequency_pruning(self._evaluator, space)

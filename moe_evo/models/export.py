@@ -23,7 +23,7 @@ from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
 from moe_evo.models.merging import is_selection
 from moe_evo.models.model_card import model_card
 from moe_evo.models.pruned import load_pruned, save_pruned
-from moe_evo.models.target_folder import check_target, written_beside
+from moe_evo.models.target_folder import EXPORT_RECORD, check_target, written_beside
 from moe_evo.models.view import TOLERANCES, MoEModel, random_tokens, relative_difference
 from moe_evo.space import check_fits
 
@@ -70,7 +70,7 @@ def export_checkpoint(
 
     provenance: plain data for the model card and moe_evo.json (base model, scores, versions, ...).
     Raises GenomeError for a genome of another model, and ExportError where the folder is taken, no
-    architecture can hold the genome, or the reloaded checkpoint computes something else.
+    architecture can hold the genome, memory runs out, or the reloaded checkpoint computes something else.
     """
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
@@ -78,12 +78,19 @@ def export_checkpoint(
     check_target(folder, Path(moe.language_model.config.name_or_path), overwrite=overwrite)
     is_uniform = len(set(genome.num_kept)) == 1 and len(set(genome.top_k)) == 1
     loader: Loader = "transformers" if is_uniform else "moe_evo"
-    with written_beside(folder) as temporary, quiet():
-        before = _size(moe.language_model.state_dict())
-        after = _write(moe, genome, temporary, loader)
-        difference = _verify(moe, genome, temporary, loader)
-        report = ExportReport(folder, before[0], after[0], before[1], after[1], difference, loader)
-        _write_card(moe, genome, temporary, report, provenance)
+    try:
+        with written_beside(folder) as temporary, quiet():
+            before = _size(moe.language_model.state_dict())
+            expected = _view_logits(moe, genome)
+            after = _write(moe, genome, temporary, loader)
+            difference = _verify(moe, expected, temporary, loader)
+            report = ExportReport(folder, before[0], after[0], before[1], after[1], difference, loader)
+            _write_card(moe, genome, temporary, report, provenance)
+    except torch.OutOfMemoryError as error:
+        raise ExportError(
+            f"{folder}: nothing was written, as {moe.device} ran out of memory "
+            f"({one_line(error)}); export on the CPU with --device cpu"
+        ) from error
     return report
 
 
@@ -121,6 +128,14 @@ def exported_state(moe: MoEModel, genome: Genome) -> dict[str, Tensor]:
     return state
 
 
+def _view_logits(moe: MoEModel, genome: Genome) -> Tensor:
+    """What was evaluated, on the random tokens of `_verify`."""
+    with torch.inference_mode(), moe.applied(genome):
+        logits: Tensor = moe.language_model(input_ids=random_tokens(moe.language_model), use_cache=False).logits
+    moe.merged_cache.clear()  # room for the exported model, which has the same merged layers
+    return logits
+
+
 def _write(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> tuple[int, int]:
     """Returns the number of parameters and of bytes."""
     state = exported_state(moe, genome)
@@ -152,17 +167,16 @@ def _save_stock(moe: MoEModel, state: dict[str, Tensor], genome: Genome, folder:
     file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _verify(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> float:
-    """Reload, compare with the view, and return the largest absolute difference of logits."""
+def _verify(moe: MoEModel, expected: Tensor, folder: Path, loader: Loader) -> float:
+    """Reload, compare with the view's logits `expected`, and return the largest absolute difference."""
     try:
         exported = _reload(moe, folder) if loader == "transformers" else load_pruned(folder, device=moe.device)
+    except torch.OutOfMemoryError:
+        raise
     except LIBRARY_ERRORS as error:
         raise ExportError(f"the exported checkpoint cannot be loaded again ({one_line(error)})") from error
-    tokens = random_tokens(moe.language_model)
     with torch.inference_mode():
-        got = exported(input_ids=tokens, use_cache=False).logits
-        with moe.applied(genome):
-            expected = moe.language_model(input_ids=tokens, use_cache=False).logits
+        got = exported(input_ids=random_tokens(moe.language_model), use_cache=False).logits
     difference = relative_difference(got, expected)
     if not difference <= TOLERANCES[moe.dtype]:
         raise ExportError(
@@ -189,8 +203,9 @@ def _reload(moe: MoEModel, folder: Path) -> Any:
 def _write_card(
     moe: MoEModel, genome: Genome, folder: Path, report: ExportReport, provenance: Mapping[str, Any]
 ) -> None:
+    source = moe.language_model.config.name_or_path or "model"
     # the folder's name, not its path: a card is read on other machines
-    base_model = str(provenance.get("base_model") or Path(moe.language_model.config.name_or_path).name)
+    base_model = str(provenance.get("base_model") or (Path(source).name if Path(source).exists() else source))
     facts = {
         "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
         "weights": f"{report.bytes_before:,} -> {report.bytes_after:,} bytes ({str(moe.dtype).split('.')[-1]})",
@@ -208,7 +223,7 @@ def _write_card(
         "provenance": dict(provenance),
     }
     text = json.dumps(record, indent=2, default=_plain) + "\n"
-    (folder / "moe_evo.json").write_text(text, encoding="utf-8")
+    (folder / EXPORT_RECORD).write_text(text, encoding="utf-8")
 
 
 def _plain(value: object) -> object:

@@ -93,6 +93,13 @@ class MoELayer:
         with torch.inference_mode(mode=False):
             return {name: mix_rows(expert_merging, stacked) for name, stacked in self.expert_tensors().items()}
 
+    def merged_bytes(self, expert_merging: Matrix) -> int:
+        """Memory that `merged_tensors` takes; 0 where W_EM (K, E) merges nothing."""
+        if is_selection(expert_merging):
+            return 0
+        tensors = self.expert_tensors().values()
+        return sum(len(expert_merging) * tensor[0].numel() * tensor.element_size() for tensor in tensors)
+
     def merged_key(self, plan: LayerPlan) -> MergedKey | None:
         """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
         return None if plan.expert_merging is None else merged_key(self.number, plan.expert_merging)
@@ -128,6 +135,7 @@ class MoELayer:
     def _route(self, plan: LayerPlan, hidden: Tensor) -> RouterOutput:
         if not plan.router_rows:  # built in the first forward, where offloaded weights are in reach
             plan.router_rows = self._router_rows(plan.router_mapping)
+            plan.indices = None if plan.indices is None else plan.indices.to(hidden.device)
         rows = plan.router_rows
         if self._router_mode == "eep":
             logits, weights, index = eep_route(
@@ -137,7 +145,7 @@ class MoELayer:
         else:
             logits, weights, index = exported_route(self.router, hidden, rows, plan.top_k)
         if plan.indices is not None:
-            index = plan.indices.to(index.device)[index]
+            index = plan.indices[index]
         return logits, weights, index
 
     def _router_rows(self, router_mapping: Matrix) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from moe_evo.models.view import MoEModel
 from moe_evo.space import ModelShape
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 
 def load_model(config: ModelConfig) -> MoEModel:
@@ -42,7 +43,7 @@ def load_model(config: ModelConfig) -> MoEModel:
     device = resolve_device(config.device)
     with quiet():
         language_model = _language_model(config, source, device)
-        tokenizer = _tokenizer(config, source)
+        tokenizer = _tokenizer(config, source, transformers_config)
     moe = MoEModel(
         language_model,
         tokenizer,
@@ -54,6 +55,18 @@ def load_model(config: ModelConfig) -> MoEModel:
     return moe
 
 
+def load_tokenizer(config: ModelConfig) -> Any | None:
+    """The tokenizer that `load_model` puts into the view, without the weights; None where a folder has none.
+
+    Raises ModelError as `load_model` does.
+    """
+    source = _source(config.path)
+    _family(config, source)
+    transformers_config = _transformers_config(config, source)
+    with quiet():
+        return _tokenizer(config, source, transformers_config)
+
+
 def read_shape(config: ModelConfig) -> ModelShape:
     """The model's MoE layers from its config.json alone; raises ModelError."""
     source = _source(config.path)
@@ -61,17 +74,22 @@ def read_shape(config: ModelConfig) -> ModelShape:
 
 
 def model_hash(config: ModelConfig) -> str:
-    """sha256 that tells models apart: for a Hugging Face name of the name and the resolved commit, for a
-    folder of config.json and of a sample of every safetensors file (see `_sample`)."""
+    """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
+
+    That covers config.json and the tokenizer's files whole, and a sample of every safetensors file (see
+    `_sample`): other training changes it, an edit of a few rows of a large file may go unseen.
+    """
     source = _source(config.path)
-    content = hashlib.sha256()
+    config_file = _config_file(config, source)
     if not isinstance(source, Path):
-        snapshot = _config_file(config, source).parent
-        content.update(f"{source}@{snapshot.name}".encode())
-        return content.hexdigest()
-    for file in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
-        if not file.is_file():
-            raise ModelError(f"{source}: has no {file.name}; give the folder of a checkpoint")
+        return f"{source}@{config_file.parent.name}"
+    content = hashlib.sha256()
+    patterns = (*_TOKENIZER_FILES, *_BESIDE_TOKENIZER)
+    whole = [config_file, *sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file())]
+    for file in whole:
+        content.update(f"{file.name}:{file.stat().st_size}:".encode())
+        content.update(file.read_bytes())
+    for file in sorted(source.glob("*.safetensors")):
         content.update(f"{file.name}:{file.stat().st_size}:".encode())
         for block in _sample(file):
             content.update(block)
@@ -82,6 +100,7 @@ def _sample(file: Path) -> Iterator[bytes]:
     """The first MiB, where names and shapes stand, and up to 1,024 blocks of 4 KiB spread evenly.
 
     Other weights differ nearly everywhere, so they differ here; reading all of 90 GB would take minutes.
+    Above 5 MiB there are gaps between the blocks, and what is edited in a gap alone is not seen.
     """
     with file.open("rb") as stream:
         yield stream.read(2**20)
@@ -91,7 +110,7 @@ def _sample(file: Path) -> Iterator[bytes]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto' is a GPU where there is one. Raises ConfigError for a device that is not here."""
+    """'auto' is a GPU where there is one. Raises ConfigError for a device that is not here or is 'meta'."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -99,6 +118,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ConfigError(f"model.device: got {name!r}, which is not available here; use 'auto'") from error
+    if device.type == "meta":
+        raise ConfigError(f"model.device: got {name!r}, which holds no numbers to compute with; use 'auto'")
     return device
 
 
@@ -149,9 +170,8 @@ def _family(config: ModelConfig, source: Path | str) -> Family:
 def _transformers_config(config: ModelConfig, source: Path | str) -> Any:
     try:
         with quiet():
-            return transformers.AutoConfig.from_pretrained(
-                source, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+            # a family's config and model are the library's own, also where the checkpoint brings code
+            return transformers.AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source}: config.json cannot be used ({one_line(error)})") from error
 
@@ -164,7 +184,7 @@ def _language_model(config: ModelConfig, source: Path | str, device: torch.devic
             revision=config.revision,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=False,
             output_loading_info=True,
             **({} if device.type == "cpu" else {"device_map": {"": device}}),
         )
@@ -184,12 +204,15 @@ def _grouped_mm_is_aligned(language_model: Any) -> bool:
     return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in stacked)
 
 
-def _tokenizer(config: ModelConfig, source: Path | str) -> Any:
+def _tokenizer(config: ModelConfig, source: Path | str, transformers_config: Any) -> Any | None:
     if isinstance(source, Path) and not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source,
+            config=transformers_config,  # or the library reads config.json again, with the code beside it
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
         )
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source}: the tokenizer cannot be loaded ({one_line(error)})") from error

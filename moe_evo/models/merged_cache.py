@@ -8,9 +8,11 @@ before it is needed again.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from moe_evo.genome import Matrix
@@ -25,11 +27,20 @@ def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
     return (layer, content.hexdigest())
 
 
+def half_of_free_gib(device: torch.device) -> float:
+    """Half of the memory that is free on `device` now: the other half is for activations."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**31
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return 1.0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**31
+
+
 class MergedCache:
     """Least recently used layers go first; what does not fit is built anew whenever it is used."""
 
     def __init__(self, budget_gib: float) -> None:
-        self._budget_bytes = int(budget_gib * 2**30)
+        self.budget_bytes = int(budget_gib * 2**30)
         self._entries: OrderedDict[MergedKey, MergedTensors] = OrderedDict()
         self._in_use: frozenset[MergedKey] = frozenset()
 
@@ -59,7 +70,7 @@ class MergedCache:
 
     def _make_room(self, needed_bytes: int) -> bool:
         idle = [key for key in self._entries if key not in self._in_use]
-        excess = self.size_bytes + needed_bytes - self._budget_bytes
+        excess = self.size_bytes + needed_bytes - self.budget_bytes
         evictable = sum(_size_bytes(self._entries[key]) for key in idle)
         if excess > evictable:
             return False

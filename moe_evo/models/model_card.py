@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.space import ModelShape
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 _LOADING = {
     "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,16 +31,20 @@ def model_card(
     provenance: Mapping[str, Any],
 ) -> str:
     """The card as Markdown. loader: 'transformers' or 'moe_evo'. facts, provenance: listed as they are."""
-    what = "prunes" if genome.is_pruning else "prunes and merges"
+    is_smaller = genome.num_kept != shape.num_experts
+    is_merged = not genome.is_pruning
+    verbs = ["prunes"] * is_smaller + ["merges"] * is_merged
+    tags = ["mixture-of-experts", *["expert-pruning"] * is_smaller, *["expert-merging"] * is_merged, "moe_evo"]
     lines = [
         "---",
-        f"base_model: {base_model}",
-        "tags: [mixture-of-experts, expert-pruning, moe_evo]",
+        # a link on the Hub, which must not lead to another model of the same name
+        *([f"base_model: {base_model}"] if _HUB_NAME.fullmatch(base_model) else []),
+        f"tags: [{', '.join(tags)}]",
         "---",
         "",
-        f"# {base_model} with fewer experts",
+        f"# {base_model} with {'fewer' if is_smaller else 'merged' if is_merged else 'all'} experts",
         "",
-        f"Made by moe_evo, which {what} experts found by evolution.",
+        f"Found by moe_evo: this model {' and '.join(verbs) or 'keeps all'} experts of {base_model}.",
         "",
         "```python",
         *_LOADING[loader].splitlines(),

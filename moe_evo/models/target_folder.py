@@ -1,4 +1,4 @@
-"""The folder that an export goes to: never half written, never over something that is not a checkpoint."""
+"""The folder that an export goes to: never half written, never over something that is not an export."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from pathlib import Path
 
 from moe_evo.errors import ExportError
 
+EXPORT_RECORD = "moe_evo.json"
+"""Every exported checkpoint holds this file."""
+
 
 def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise ExportError unless `folder` may be written; `source` is the model that is exported."""
+    """Raise ExportError unless `folder` may be written; `source` is the model that is exported.
+
+    Only what an export wrote before, which holds EXPORT_RECORD, is ever replaced.
+    """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder}: is a file; give a folder")
     if not _is_taken(folder):
         return
     if not overwrite:
         raise ExportError(f"{folder}: is not empty; give another folder, or replace it with --overwrite")
-    if not (folder / "config.json").is_file():
-        raise ExportError(f"{folder}: is no checkpoint, so it is not overwritten; give another folder")
     if folder.resolve() == source.resolve():
         raise ExportError(f"{folder}: is the model that is being exported; give another folder")
+    if not (folder / EXPORT_RECORD).is_file():
+        raise ExportError(f"{folder}: was not written by moe_evo, so it is not overwritten; give another folder")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.families import family_of
 from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
-from moe_evo.models.merged_cache import MergedCache
+from moe_evo.models.merged_cache import MergedCache, half_of_free_gib
 from moe_evo.models.observer import RoutingCounts, observed
 from moe_evo.space import check_fits
 
@@ -30,7 +30,8 @@ class MoEModel:
     """A causal language model with a uniform handle on its MoE layers.
 
     language_model: the transformers model, in eval mode; call it and `generate` as usual.
-    tokenizer: may be None where a checkpoint has none.
+    tokenizer: may be None where a checkpoint has none. merged_cache_gib: memory for merged layers that
+    are kept for the next genomes; None is half of what is free on the model's device now.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class MoEModel:
         tokenizer: Any = None,
         *,
         router_mode: RouterMode = "exported",
-        merged_cache_gib: float = 1.0,
+        merged_cache_gib: float | None = None,
     ) -> None:
         config = language_model.config
         self.language_model = language_model.eval().requires_grad_(False)
@@ -50,7 +51,7 @@ class MoEModel:
         if router_mode == "eep":
             self.family.check_eep_router(config)
         self.layers = self._find_layers()
-        self.merged_cache = MergedCache(merged_cache_gib)
+        self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
         self._is_applied = False
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
@@ -74,6 +75,13 @@ class MoEModel:
         plans = [self._plan(layer, index) for index, layer in enumerate(genome.layers)]
         with self._installed(plans):
             yield self.language_model
+
+    def merged_fits(self, genome: Genome) -> bool:
+        """Whether all layers that `genome` merges fit in the cache; others are merged anew in every forward."""
+        needed = sum(
+            layer.merged_bytes(gene.expert_merging) for layer, gene in zip(self.layers, genome.layers, strict=True)
+        )
+        return needed <= self.merged_cache.budget_bytes
 
     @contextmanager
     def observe_routing(self) -> Iterator[RoutingCounts]:

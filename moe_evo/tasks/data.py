@@ -17,9 +17,10 @@ from typing import Any
 
 from moe_evo.config import TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.tasks.examples import METRICS, Example, kind_of, parse_row
+from moe_evo.tasks.examples import METRICS, UNITS, Example, kind_of, parse_row
 
 SPLITS = ("search", "validation", "test")
+_SHARE = "a share from 0 to 1"
 MIN_EXAMPLES = 2  # a standard error needs two
 
 
@@ -30,6 +31,7 @@ class TaskData:
     kind and metric are resolved, never 'auto' or 'default'. hash: sha256 of the bytes read.
     """
 
+    config: TaskConfig
     name: str
     kind: str
     metric: str
@@ -55,13 +57,17 @@ def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"tasks: got the name {name!r} twice, expected distinct ones; set tasks.name")
-    return tuple(map(read_task, configs))
+    tasks = tuple(map(read_task, configs))
+    units = {task.name: UNITS.get(task.metric, _SHARE) for task in tasks}
+    if len(set(units.values())) > 1:
+        listed = ", ".join(f"{name} is {unit}" for name, unit in units.items())
+        raise ConfigError(f"tasks: fitness would mix units ({listed}); give metrics of one unit")
+    return tasks
 
 
-def data_hash(config: TaskConfig) -> str:
-    """sha256 of the bytes of the task's files."""
-    files = [*_split_files(config).values(), *_few_shot_files(config)]
-    return _hash([file.content for file in files])
+def is_share(tasks: Sequence[TaskData]) -> bool:
+    """Whether fitness over these tasks is a share from 0 to 1, as accuracy is."""
+    return all(task.metric not in UNITS for task in tasks)
 
 
 def read_task(config: TaskConfig) -> TaskData:
@@ -79,7 +85,7 @@ def read_task(config: TaskConfig) -> TaskData:
         _check_size(config, splits, split)
     limited = {split: _limit(splits[split], config.num_examples(split)) for split in SPLITS}
     hashed = _hash([file.content for file in (*files.values(), *few_shot_files)])
-    return TaskData(task_name(config), kind, metric, MappingProxyType(limited), few_shot, hashed)
+    return TaskData(config, task_name(config), kind, metric, MappingProxyType(limited), few_shot, hashed)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ def _split_files(config: TaskConfig) -> dict[str, _File]:
         folder: Traversable = _embedded_folder().joinpath(config.data)
     else:
         folder = Path(config.data).expanduser()
+    if len(Path(config.data).name) > 255:  # longer than file systems allow: asking them would raise
+        raise TaskError(f"{where}: data: got {config.data[:40]!r}..., which is no file name")
     if folder.is_file():
         return {"": _read(folder, config.data)}
     if not folder.is_dir():

@@ -22,6 +22,9 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """What may count as the score, by kind of task; the first is the default."""
 
+UNITS = {"log_likelihood": "in nats", "negative_kl": "in nats"}
+"""Units of the metrics that are not shares from 0 to 1."""
+
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d,]*(?:\.\d+)?")
 
 

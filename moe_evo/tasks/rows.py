@@ -53,17 +53,16 @@ class BatchLimits:
 
 
 class TokenisedSplits:
-    """The rows that `make` makes of each example; made when a split is first asked for, then kept."""
+    """The rows that `make` makes of each example, all at once: what is wrong with any shows at the start."""
 
     def __init__(self, splits: Mapping[str, Sequence[Example]], make: Callable[[int, Example], list[Row]]) -> None:
-        self._splits = splits
-        self._make = make
-        self._made: dict[str, list[list[Row]]] = {}
+        self._made = {
+            split: [make(number, example) for number, example in enumerate(examples)]
+            for split, examples in splits.items()
+        }
 
     def of(self, split: str) -> Sequence[list[Row]]:
         """The rows of each example."""
-        if split not in self._made:
-            self._made[split] = [self._make(*pair) for pair in enumerate(self._splits[split])]
         return self._made[split]
 
     def select(self, split: str, indices: Iterable[int] | None) -> list[Row]:

@@ -19,6 +19,7 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models import export, target_folder
 from moe_evo.models.export import export_checkpoint
 from moe_evo.models.loading import load_model
+from moe_evo.models.model_card import model_card
 from moe_evo.models.pruned import load_pruned
 from moe_evo.models.view import MoEModel
 
@@ -97,6 +98,43 @@ def test_model_card_tells_where_it_comes_from(mixtral: MoEModel, tmp_path: Path)
     assert record["genome"] == genome.digest and record["provenance"] == PROVENANCE
 
 
+@pytest.mark.parametrize(
+    ("make", "num_kept", "title", "does", "tags"),
+    [
+        (random_pruning, 4, "fewer", "prunes", "expert-pruning, "),
+        (random_merge, 4, "fewer", "prunes and merges", "expert-pruning, expert-merging, "),
+        (random_merge, 8, "merged", "merges", "expert-merging, "),
+        (random_pruning, 8, "all", "keeps all", ""),
+    ],
+)
+def test_model_card_says_what_was_done(
+    mixtral: MoEModel, make: Callable[..., Genome], num_kept: int, title: str, does: str, tags: str
+) -> None:
+    card = model_card(make(mixtral.shape, num_kept), mixtral.shape, "tiny/random", "transformers", {}, {})
+    assert f"# tiny/random with {title} experts" in card.splitlines()
+    assert f"Found by moe_evo: this model {does} experts of tiny/random." in card.splitlines()
+    assert f"tags: [mixture-of-experts, {tags}moe_evo]" in card.splitlines()
+    assert "evolution" not in card  # a random search finds genomes too
+
+
+@pytest.mark.parametrize("base_model", ["moe_evo embedded Mixtral", "Mixtral-8x7B", "/data/models", "a/b/c", "é/x"])
+def test_model_card_links_hub_names_only(mixtral: MoEModel, base_model: str) -> None:
+    genome = random_pruning(mixtral.shape, 4)
+    card = model_card(genome, mixtral.shape, base_model, "transformers", {}, {})
+    assert "base_model:" not in card and f"# {base_model} with fewer experts" in card
+    linked = model_card(genome, mixtral.shape, "mistralai/Mixtral-8x7B-v0.1", "transformers", {}, {})
+    assert "base_model: mistralai/Mixtral-8x7B-v0.1" in linked.splitlines()
+
+
+@pytest.mark.parametrize(("source", "told"), [("owner/tiny", "owner/tiny"), (".", "small")])
+def test_base_model_is_a_hub_name_whole_and_a_folder_without_its_path(tmp_path: Path, source: str, told: str) -> None:
+    moe = MoEModel(tiny_model("mixtral"))
+    (tmp_path / "small").mkdir()
+    moe.language_model.config._name_or_path = str(tmp_path / "small") if source == "." else source
+    export_checkpoint(moe, random_pruning(moe.shape, 4), tmp_path / "exported", provenance={})
+    assert json.loads((tmp_path / "exported" / "moe_evo.json").read_text())["base_model"] == told
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("differs", ["num_kept", "top_k"])
 def test_layers_of_different_size_go_to_our_own_loader(
@@ -170,7 +208,7 @@ def test_existing_folder_is_never_overwritten_unasked(mixtral: MoEModel, tmp_pat
     genome, folder = random_pruning(mixtral.shape, 4), tmp_path / "small"
     folder.mkdir()
     (folder / "mine.txt").write_text("keep me")
-    for overwrite, message in ((False, "is not empty"), (True, "is no checkpoint")):
+    for overwrite, message in ((False, "is not empty"), (True, "was not written by moe_evo")):
         with pytest.raises(ExportError, match=message):
             export_checkpoint(mixtral, genome, folder, overwrite=overwrite, provenance={})
     assert listing(folder) == {"mine.txt": b"keep me"}
@@ -187,6 +225,14 @@ def test_empty_folder_is_filled_and_an_old_export_replaced(mixtral: MoEModel, tm
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_local_experts == 6
     assert not (folder / "leftover.txt").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+def test_checkpoint_of_somebody_else_is_not_overwritten(mixtral: MoEModel, tmp_path: Path) -> None:
+    tiny_model("mixtral", seed=1).save_pretrained(tmp_path / "theirs")
+    before = listing(tmp_path / "theirs")
+    with pytest.raises(ExportError, match="was not written by moe_evo, so it is not overwritten") as caught:
+        export_checkpoint(mixtral, random_pruning(mixtral.shape, 4), tmp_path / "theirs", overwrite=True, provenance={})
+    assert "\n" not in str(caught.value) and listing(tmp_path / "theirs") == before
 
 
 def test_the_model_itself_is_not_overwritten(checkpoint: Callable[[str], Path], mixtral: MoEModel) -> None:
@@ -227,6 +273,38 @@ def test_failed_export_leaves_everything_as_it_was(
         export_checkpoint(mixtral, random_pruning(mixtral.shape, 6), folder, overwrite=True, provenance={})
     assert listing(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_view_is_done_and_its_merged_layers_are_gone_before_the_export_is_built(
+    mixtral: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_layers, build = [], export.exported_state
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the view is used beside the exported model")
+
+    def watched(moe: MoEModel, genome: Genome) -> dict[str, torch.Tensor]:
+        kept_layers.append(len(moe.merged_cache))
+        monkeypatch.setattr(MoEModel, "applied", refuse)
+        return build(moe, genome)
+
+    monkeypatch.setattr(export, "exported_state", watched)
+    report = export_checkpoint(mixtral, random_merge(mixtral.shape, 4), tmp_path / "small", provenance={})
+    assert kept_layers == [0] and report.max_logit_difference <= 2e-6
+
+
+@pytest.mark.parametrize("step", ["_view_logits", "exported_state", "_reload", "load_pruned", "relative_difference"])
+def test_memory_that_runs_out_is_told_in_one_line(
+    mixtral: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(export, step, out_of_memory)
+    genome = random_merge(mixtral.shape, [2, 3, 4] if step == "load_pruned" else 4)
+    with pytest.raises(ExportError, match=r"Tried to allocate .* export on the CPU with --device cpu") as caught:
+        export_checkpoint(mixtral, genome, tmp_path / "small", provenance={})
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("num_kept", [4, [2, 4, 8]])

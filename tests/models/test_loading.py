@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_models import largest_difference, logits, random_merge, tiny_model, tokens
+from transformers import MixtralForCausalLM
 
+import moe_evo
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.models.loading import load_model, model_hash, read_shape
+from moe_evo.models import view
+from moe_evo.models.loading import load_model, load_tokenizer, model_hash, read_shape, resolve_device
 from moe_evo.models.view import MoEModel
 
 
@@ -25,6 +29,13 @@ def config(folder: Path, **options: object) -> ModelConfig:
 @pytest.fixture
 def copied(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint("mixtral"), tmp_path / "mixtral"))
+
+
+@pytest.fixture
+def embedded_tokenizer() -> list[Path]:
+    """The files of the embedded model's tokenizer, which any folder can take."""
+    folder = Path(moe_evo.__file__).parent / "data" / "model"
+    return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
 
 
 def refused(model: ModelConfig) -> str:
@@ -132,6 +143,97 @@ def test_broken_tokenizer_is_refused(copied: Path) -> None:
 def test_device_that_is_not_here_is_refused(copied: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=f"model.device: got '{device}'"):
         load_model(ModelConfig(path=str(copied), device=device))
+
+
+@pytest.mark.parametrize("device", ["meta", "meta:0"])
+def test_meta_device_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.device: got '{device}', which holds no numbers") as caught:
+        resolve_device(device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gib", [None, 0.5])
+def test_cache_budget_of_the_config_reaches_the_model(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, gib: float | None
+) -> None:
+    monkeypatch.setattr(view, "half_of_free_gib", lambda device: 7.0 if device.type == "cpu" else 0.0)
+    budget = load_model(config(copied, merged_cache_gib=gib)).merged_cache.budget_bytes
+    assert budget == (7.0 if gib is None else gib) * 2**30
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_code_of_a_checkpoint_never_takes_the_place_of_the_familys_own(
+    copied: Path, embedded_tokenizer: list[Path], trust_remote_code: bool
+) -> None:
+    for file in embedded_tokenizer:
+        shutil.copy(file, copied)
+    marker = copied / "it-ran"
+    (copied / "theirs.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('theirs')\n")
+    raw = json.loads((copied / "config.json").read_text())
+    auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (copied / "config.json").write_text(json.dumps({**raw, "auto_map": auto_map}))
+    moe = load_model(config(copied, trust_remote_code=trust_remote_code))
+    assert type(moe.language_model) is MixtralForCausalLM
+    assert moe.tokenizer is not None and not marker.exists()
+
+
+def test_trusted_code_of_a_tokenizer_is_used(copied: Path, embedded_tokenizer: list[Path]) -> None:
+    for file in embedded_tokenizer:
+        shutil.copy(file, copied)
+    (copied / "theirs.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\nclass Theirs(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file = copied / "tokenizer_config.json"
+    named = {**json.loads(file.read_text()), "tokenizer_class": "Theirs"}
+    file.write_text(json.dumps({**named, "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}}))
+    assert type(load_tokenizer(config(copied, trust_remote_code=True))).__name__ == "Theirs"
+
+
+def test_tokenizer_comes_without_the_weights(
+    copied: Path, embedded_tokenizer: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert load_tokenizer(config(copied)) is None
+    for file in embedded_tokenizer:
+        shutil.copy(file, copied)
+    (copied / "model.safetensors").write_bytes(b"not read")
+    alone = load_tokenizer(config(copied))
+    assert alone is not None and capfd.readouterr() == ("", "")
+    whole = load_model(ModelConfig(device="cpu")).tokenizer
+    assert alone("The cat sat").input_ids == whole("The cat sat").input_ids
+    (copied / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(config(copied))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ],
+)
+def test_hash_covers_the_files_of_the_tokenizer_whole(copied: Path, name: str) -> None:
+    without = model_hash(config(copied))
+    content = bytearray(8 * 2**20 * b"x")
+    (copied / name).write_bytes(content)
+    before = model_hash(config(copied))
+    content[4_202_000] ^= 1  # between two blocks of the sample that is read of weights
+    (copied / name).write_bytes(content)
+    assert len({without, before, model_hash(config(copied))}) == 3
+
+
+def test_hash_of_a_hugging_face_name_is_readable(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / commit
+    shutil.copytree(copied, snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert model_hash(ModelConfig(path="owner/tiny", revision=commit)) == f"owner/tiny@{commit}"
 
 
 def test_hash_is_that_of_config_and_weights(copied: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from moe_evo.errors import ConfigError, GenomeError, ModelError
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
+from moe_evo.models.merged_cache import half_of_free_gib
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
 
@@ -250,6 +253,45 @@ def test_siblings_share_merged_layers_and_the_budget_is_kept(load) -> None:
         assert len(small.merged_cache) == 1
 
 
+def test_default_budget_is_half_of_the_free_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", free.__getitem__)
+        assert MoEModel(tiny_model("mixtral")).merged_cache.budget_bytes == 500 * 4096
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (6 * 2**30, 80 * 2**30))
+    assert half_of_free_gib(torch.device("cuda:1")) == 3.0 and asked == [torch.device("cuda:1")]
+    monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES")
+    assert half_of_free_gib(torch.device("cpu")) == 1.0
+
+
+@pytest.mark.parametrize("gib", [0.0, 0.25])
+def test_explicit_budget_stays_as_it_is(mixtral: MoEModel, gib: float) -> None:
+    assert MoEModel(mixtral.language_model, merged_cache_gib=gib).merged_cache.budget_bytes == gib * 2**30
+
+
+def test_merged_fits_tells_whether_all_merged_layers_can_be_kept(moe: MoEModel) -> None:
+    genome = random_merge(moe.shape, 4)
+    moe.merged_cache.clear()
+    with moe.applied(genome):
+        logits(moe.language_model, tokens())
+    needed = moe.merged_cache.size_bytes
+    exact = MoEModel(moe.language_model, merged_cache_gib=needed / 2**30)
+    scarce = MoEModel(moe.language_model, merged_cache_gib=(needed - 1) / 2**30)
+    assert exact.merged_fits(genome) and not scarce.merged_fits(genome)
+    assert MoEModel(moe.language_model, merged_cache_gib=0).merged_fits(random_pruning(moe.shape, 4))
+
+
+def test_indices_move_to_the_device_of_the_model_once() -> None:
+    moe = MoEModel(tiny_model("mixtral").to("meta"), merged_cache_gib=0)  # a device other than the CPU, everywhere
+    plan = LayerPlan.of(random_pruning(moe.shape, 4).layers[0])
+    moe.layers[0]._route(plan, torch.empty(3, 32, device="meta"))
+    moved = plan.indices
+    assert moved is not None and moved.device.type == "meta"
+    moe.layers[0]._route(plan, torch.empty(3, 32, device="meta"))
+    assert plan.indices is moved
+
+
 def test_self_check_names_family_and_version_when_the_contract_changes(
     mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,4 +333,4 @@ def test_layers_may_differ_in_num_kept_and_top_k(mixtral: MoEModel) -> None:
     with mixtral.applied(genome), mixtral.observe_routing() as counts:
         assert torch.isfinite(logits(mixtral.language_model, tokens())).all()
     assert [int(layer.sum()) for layer in counts.layers] == [24, 48, 72]
-    assert [int(np.flatnonzero(layer).max()) < kept for layer, kept in zip(counts.layers, [2, 4, 8], strict=True)]
+    assert all(np.flatnonzero(layer).max() < kept for layer, kept in zip(counts.layers, [2, 4, 8], strict=True))

@@ -11,7 +11,7 @@ import tiny_tasks as tiny
 
 from moe_evo.config import TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.tasks.data import check_tasks, data_hash, embedded_task_names, read_task, task_name
+from moe_evo.tasks.data import check_tasks, embedded_task_names, read_task, task_name
 
 CHOICE = {"prompt": "p", "choices": ["a", "b"], "label": 0}
 MALFORMED = [
@@ -223,14 +223,25 @@ def test_names_come_from_the_data_and_must_differ(tmp_path):
         check_tasks([config("nli"), config("sentiment", name="nli")])
 
 
+def test_metrics_of_different_units_are_not_mixed_into_one_fitness():
+    check_tasks([config("nli"), config("syll", metric="accuracy_norm")])
+    with pytest.raises(ConfigError, match=r"nli is in nats, syll is a share from 0 to 1"):
+        check_tasks([config("nli", metric="log_likelihood"), config("syll")])
+
+
+def test_data_that_is_too_long_for_a_file_name_is_refused():
+    with pytest.raises(TaskError, match="no file name"):
+        read_task(config("x" * 300))
+
+
 def test_the_hash_follows_every_byte_read(tmp_path):
     folder = tiny.write_splits(tmp_path / "t", [{**CHOICE, "prompt": f"p{n}"} for n in range(3)])
     shots = tiny.write_rows(tmp_path / "s.jsonl", [{**CHOICE, "prompt": "s"}])
-    plain, with_shots = data_hash(config(folder)), data_hash(config(folder, few_shot=shots))
-    assert read_task(config(folder)).hash == plain != with_shots
+    plain, with_shots = read_task(config(folder)).hash, read_task(config(folder, few_shot=shots)).hash
+    assert plain != with_shots
     with (tmp_path / "t" / "test.jsonl").open("a") as file:
         file.write("\n")
-    assert data_hash(config(folder)) != plain
+    assert read_task(config(folder)).hash != plain
 
 
 @pytest.mark.parametrize("name", embedded_task_names())

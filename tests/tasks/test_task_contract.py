@@ -11,6 +11,7 @@ import tiny_tasks as tiny
 from moe_evo.config import TaskConfig
 from moe_evo.errors import ModelError
 from moe_evo.tasks.base import ForwardBatch
+from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import SCORERS, build_task
 from moe_evo.tasks.task import Scorer, Task
 
@@ -125,4 +126,4 @@ def test_examples_are_tokenised_once(kind, tmp_path, monkeypatch, tokenizer):
 def test_a_model_without_tokenizer_is_refused(tmp_path):
     config = TaskConfig(data=tiny.write_splits(tmp_path / "t", ROWS["choice"]))
     with pytest.raises(ModelError, match="without a tokenizer"):
-        build_task(config, None, 64)
+        build_task(read_task(config), None, 64)

@@ -39,9 +39,8 @@ def test_long_texts_are_cut_at_max_length(tmp_path):
 
 
 def test_a_text_of_one_token_is_refused(tmp_path):
-    task = tiny.make_task(tmp_path / "t", ROWS, tiny.tiny_tokenizer())
     with pytest.raises(TaskError, match=r"search\.jsonl:3: text: got 1 tokens, expected at least 2"):
-        task.batches("search")
+        tiny.make_task(tmp_path / "t", ROWS, tiny.tiny_tokenizer())
 
 
 @pytest.mark.parametrize("option", [{"prefix": "x"}, {"chat_template": True}])

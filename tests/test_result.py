@@ -1,0 +1,34 @@
+"""Intervals of the final table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy.stats import binomtest
+
+from moe_evo.population import Evaluation
+from moe_evo.result import Score
+
+
+def share_of(right: int, number: int) -> Evaluation:
+    share = right / number
+    return Evaluation(share, standard_error=math.sqrt(share * (1 - share) / number), num_examples=number)
+
+
+@pytest.mark.parametrize(("right", "number"), [(0, 20), (1, 20), (15, 20), (20, 20), (300, 400)])
+def test_the_interval_of_a_share_is_wilsons_and_stays_within_zero_and_one(right: int, number: int) -> None:
+    score = Score.of(share_of(right, number), is_share=True)
+    oracle = binomtest(right, number).proportion_ci(method="wilson")
+    assert (score.low, score.high) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+    assert 0 <= score.low < score.high <= 1
+
+
+def test_the_interval_of_an_unbounded_metric_is_normal() -> None:
+    score = Score.of(Evaluation(-2.5, standard_error=0.1, num_examples=50), is_share=False)
+    assert (score.low, score.high) == pytest.approx((-2.696, -2.304), abs=1e-3)
+
+
+def test_a_mean_over_tasks_has_an_interval_as_wide_as_its_standard_error_says() -> None:
+    score = Score.of(Evaluation(0.6, standard_error=0.02, num_examples=900), is_share=True)
+    assert (score.high - score.low) / 2 == pytest.approx(1.96 * 0.02, rel=0.02)
