@@ -10,12 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moe_evo.config import EvaluationConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
 from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
 from moe_evo.journal import Journal
+from moe_evo.operators import gaussian_mutation, random_pruning
 from moe_evo.population import EvaluationFailure, Individual
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
 from moe_evo.space import ModelShape, SearchSpace, check_fits
@@ -84,8 +87,13 @@ def _run(
     from moe_evo.evaluation.pool import LocalPool
     from moe_evo.report.figure import kept_figure, search_figure
 
-    pool = LocalPool(load_evaluator(config.model, data, config.evaluation, tracker))
-    rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data))
+    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+    if config.search.algorithm != "random" and not evaluator.model.merged_fits(_fully_merged(space)):
+        tracker.message(
+            "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
+            "pass; keep fewer experts, set model.merged_cache_gib, or only prune (search.eep.num_pruning)"
+        )
+    rows = run_search(config, space, journal, LocalPool(evaluator), tracker, is_share=is_share(data))
     result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
@@ -103,6 +111,12 @@ def _run(
     )
     kept_figure(folder.kept_figure, rows[-1].candidate.genome)
     folder.write_result(result)  # last: a run with a result is finished
+
+
+def _fully_merged(space: SearchSpace) -> Genome:
+    """A genome of the space with nothing left unmerged, the most memory that one can ask for."""
+    rng = np.random.default_rng(0)
+    return gaussian_mutation(random_pruning(space, rng), space, rng, layer_rate=1.0, entry_rate=1.0, sigma=0.1)
 
 
 def load_evaluator(
@@ -252,7 +266,7 @@ def export(
 def _provenance(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """What a model card tells of a run, in words."""
     path, search = result["model"]["path"], result["search"]
-    name = path if _is_hub_name(path) else Path(path).name
+    name = path if "@" in result["model"]["hash"] else Path(path).name  # of a hub: owner/model@commit
     full = result["rows"][0]["scores"]
     return {
         "base_model": "moe_evo embedded Mixtral" if path == "embedded" else name,
@@ -272,10 +286,6 @@ def _provenance(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 def _task_in_words(task: dict[str, Any]) -> str:
     examples = " / ".join(str(task["examples"][split]) for split in SPLITS)
     return f"{task['kind']}, {task['metric']}, {examples} examples, data {task['hash'][:16]}"
-
-
-def _is_hub_name(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def show(folder: RunFolder) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from moe_evo.config import ModelConfig, RunConfig, TaskConfig, difference
 from moe_evo.config_file import read_config
 from moe_evo.errors import RunError
 from moe_evo.journal import Journal
-from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tasks.data import embedded_task_names, task_name
 
 RESULT_VERSION = 1
 
@@ -146,7 +146,7 @@ def _defining(config: RunConfig) -> dict[str, Any]:
 
 def default_folder(config: RunConfig) -> Path:
     """runs/ and a name that says what differs between runs."""
-    tasks = "+".join(task.name or Path(task.data).stem for task in config.task_configs)
+    tasks = "+".join(map(task_name, config.task_configs))
     kept = config.search.num_kept
     label = str(kept) if isinstance(kept, int) else "-".join(map(str, kept))
     tail = f"-{config.search.algorithm}-seed{config.search.seed}"

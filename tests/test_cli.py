@@ -231,6 +231,14 @@ def test_evaluate_takes_eep_coefficients(router: str, tmp_path: Path, capsys: py
     assert 0 <= scores["fitness"] <= 1
 
 
+@pytest.mark.parametrize(("gib", "warned"), [("0.000001", True), ("1", False)])
+def test_a_search_says_when_merged_layers_do_not_fit_in_memory(
+    gib: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moe_evo("search", *FAST, "--model.merged_cache_gib", gib, "--folder", str(tmp_path / "run")) == 0
+    assert ("do not fit in memory" in capsys.readouterr().err) == warned
+
+
 def test_a_genome_is_not_scored_under_the_other_router_mode(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["evaluate", *FAST[:2], "--model.router", "eep", "--genome", str(finished)]
     assert moe_evo(*argv) == 2
