@@ -1,4 +1,4 @@
-"""Load an exported checkpoint with stock transformers and let it answer a few prompts.
+"""Load the demo's exported checkpoint with stock transformers and let it answer three syllogisms.
 
     python experiments/embedded/generate.py runs/demo/checkpoint
 
@@ -13,10 +13,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = (
-    "word: banana\nsyllables:",
-    "verb: walk\npast:",
-    "text: todos los seres humanos nacen libres\nlanguage:",
+    "premise: All cats are farmers; All farmers are singers. So All cats are singers?\nvalid:",
+    "premise: All cats are farmers; Some farmers are singers. So All cats are singers?\nvalid:",
+    "premise: No insects are horses; All athletes are horses. So No insects are athletes?\nvalid:",
 )
+"""Syllogisms, the task of the demo: valid, not valid, valid."""
 
 
 def main(folder: str) -> int:
