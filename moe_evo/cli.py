@@ -35,8 +35,8 @@ def _search_parser() -> ArgumentParser:
 
     parser = config_parser(
         "search",
-        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
         "Search which experts to keep and merge. The same command again goes on where it stood.",
+        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
         RunConfig,
     )
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
@@ -49,16 +49,16 @@ def _evaluate_parser() -> ArgumentParser:
 
     parser = config_parser(
         "evaluate",
-        "moe-evo evaluate [CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
-        "Score one genome on one split, with the model and tasks of a config (or of a run: --config RUN).",
+        "Score one genome on one split, with the model and tasks of a config or of a run; of a run it is the "
+        "winner unless --genome says otherwise.",
+        "moe-evo evaluate [RUN | CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
         ScoringConfig,
     )
     parser.add_argument(
         "--genome",
-        type=str,
-        default="full",
+        type=str | None,
         help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
-        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model",
+        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the run's best, or 'full'",
     )
     splits = ("search", "validation", "test")
     parser.add_argument("--split", choices=splits, default="validation", help="which examples")
@@ -66,23 +66,20 @@ def _evaluate_parser() -> ArgumentParser:
 
 
 def _show_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from moe_evo.config_file import plain_parser
 
-    parser = ArgumentParser(
-        prog="moe-evo show", description="Table, kept experts and files of a run.", exit_on_error=False
-    )
+    parser = plain_parser("show", "Table, kept experts and files of a run.")
     parser.add_argument("run", type=str, help="folder of a run, finished or not")
     return parser
 
 
 def _export_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from moe_evo.config_file import plain_parser
 
-    parser = ArgumentParser(
-        prog="moe-evo export",
-        description="Write the smaller checkpoint of a finished run, then reload it with stock transformers and "
-        "compare its logits with what was evaluated.",
-        exit_on_error=False,
+    parser = plain_parser(
+        "export",
+        "Write the smaller checkpoint of a finished run, then reload it with stock transformers and compare its "
+        "logits with what was evaluated.",
     )
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
@@ -94,34 +91,17 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
-def _with_config_flag(argv: Sequence[str]) -> list[str]:
-    """`search x.yaml ...` means `search --config x.yaml ...`; a run's folder means its config.
-
-    `--name=value` becomes two words, so that what follows need look for one form only.
-    """
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--config")
-    for index, word in enumerate(words[:-1]):
-        if word == "--config" and (Path(words[index + 1]) / "config.yaml").is_file():
-            words[index + 1] = str(Path(words[index + 1]) / "config.yaml")
-    return words
-
-
 def _search(argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config import RunConfig
-    from moe_evo.config_file import config_of, parse
+    from moe_evo.config_file import parse_config
     from moe_evo.tracking.terminal import TerminalTracker
 
-    words = _with_config_flag(argv)
-    arguments = parse(_search_parser(), words)
+    arguments, config = parse_config(_search_parser(), argv, RunConfig)
     if arguments.resume is not None:
-        if len(words) > 2:
+        if len(argv) > 2 or any("=" in word for word in argv[1:]):
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = commands.resumed_config(arguments.resume)
-    else:
-        config = config_of(arguments, RunConfig)
     with TerminalTracker() as tracker:
         folder = commands.search(config, tracker)
     _print_run(str(folder.path), as_json=as_json)
@@ -150,16 +130,18 @@ def _print_run(run: str, *, as_json: bool) -> None:
 def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config import ScoringConfig
-    from moe_evo.config_file import config_of, parse, scoring_part
+    from moe_evo.config_file import parse_config
     from moe_evo.tracking.terminal import TerminalTracker
 
-    words = _with_config_flag(argv)
-    for index, word in enumerate(words[:-1]):
-        if word == "--config":
-            words[index + 1] = scoring_part(Path(words[index + 1]))
-    arguments = parse(_evaluate_parser(), words)
+    names = (word for word in argv if not word.lstrip().startswith(("[", "{", "-")) and len(word) < 256)
+    run = next((name for name in names if (Path(name) / "config.yaml").is_file()), None)
+    has_config = (argv[:1] and not argv[0].startswith("-")) or any(word.startswith("--config") for word in argv)
+    # a run's genome without a config is scored with the run's own model and tasks
+    words = list(argv) if has_config or run is None else [run, *argv]
+    arguments, config = parse_config(_evaluate_parser(), words, ScoringConfig)
+    genome = arguments.genome or run or "full"
     with TerminalTracker() as tracker:
-        scores = commands.evaluate(config_of(arguments, ScoringConfig), arguments.genome, arguments.split, tracker)
+        scores = commands.evaluate(config, genome, arguments.split, run, tracker)
     if as_json:
         print(json.dumps(scores))
     else:

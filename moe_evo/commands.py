@@ -14,13 +14,14 @@ import numpy as np
 
 from moe_evo.config import EvaluationConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
 from moe_evo.config_file import read_config
-from moe_evo.errors import GenomeError, RunError
+from moe_evo.errors import ExportError, GenomeError, RunError
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
 from moe_evo.journal import Journal
 from moe_evo.operators import gaussian_mutation, random_pruning
 from moe_evo.population import EvaluationFailure, Individual
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
+from moe_evo.search.eep import eep_config, schedule
 from moe_evo.space import ModelShape, SearchSpace, check_fits
 from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, is_share
 from moe_evo.tracking.terminal import TerminalTracker
@@ -45,10 +46,12 @@ def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
     """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures."""
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
-    data = check_tasks(config.task_configs)
+    data = check_tasks(config.tasks)
     from moe_evo.models.loading import model_hash, read_shape, resolve_device
 
     resolve_device(config.model.device)
+    if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
+        tracker.message(f"looking for {config.model.path} on Hugging Face")
     space = build_space(read_shape(config.model), config.search)
     with folder.claim(config) as journal:
         hashes = {"model": model_hash(config.model), **{f"task {one.name}": one.hash for one in data}}
@@ -88,6 +91,10 @@ def _run(
     from moe_evo.report.figure import kept_figure, search_figure
 
     evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+    if config.search.algorithm != "random" and space.can_prune:
+        merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
+        if merging_starts >= config.search.evaluations:
+            tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
     if config.search.algorithm != "random" and not evaluator.model.merged_fits(_fully_merged(space)):
         tracker.message(
             "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
@@ -184,15 +191,17 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
     if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
         return genome_from_kept_json(text, shape)
     path = Path(text)
-    if path.is_dir():
-        path = RunFolder.existing(path).best
+    if len(path.name) <= 255 and path.is_dir():
+        run = RunFolder.existing(path)
+        run.read_result()  # or say that it is not finished
+        path = run.best
     if path.suffix == ".json":
         return genome_from_kept_json(path, shape)
     if path.suffix == ".pth":
         from moe_evo.models.eep_coefficients import load_eep_coefficients
 
         return load_eep_coefficients(path, shape)
-    if not path.exists():
+    if len(path.name) > 255 or not path.exists():
         raise GenomeError(
             f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
             "such as [[0,3],[1,2]], or 'full'"
@@ -210,9 +219,13 @@ def _check_router(path: Path, router: RouterMode) -> None:
         )
 
 
-def evaluate(config: ScoringConfig, genome_name: str, split: str, tracker: TerminalTracker) -> dict[str, Any]:
-    """Score one genome on one split."""
-    data = check_tasks(config.task_configs)
+def evaluate(
+    config: ScoringConfig, genome_name: str, split: str, run: str | None, tracker: TerminalTracker
+) -> dict[str, Any]:
+    """Score one genome on one split; `run` is the folder that config or genome come from, if any."""
+    data = check_tasks(config.tasks)
+    if run is not None:
+        _tell_changes(RunFolder(Path(run)), data, tracker)
     from moe_evo.models.loading import read_shape, resolve_device
     from moe_evo.result import Score
 
@@ -237,6 +250,15 @@ def evaluate(config: ScoringConfig, genome_name: str, split: str, tracker: Termi
     }
 
 
+def _tell_changes(run: RunFolder, data: Sequence[TaskData], tracker: TerminalTracker) -> None:
+    """Scores on changed data are no longer those of the run."""
+    if run.result.is_file():
+        hashes = {task["name"]: task["hash"] for task in run.read_result()["tasks"]}
+        for one in data:
+            if hashes.get(one.name, one.hash) != one.hash:
+                tracker.message(f"task {one.name}: the data have changed since {run.path} was searched")
+
+
 def export(
     folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: TerminalTracker
 ) -> dict[str, Any]:
@@ -246,6 +268,11 @@ def export(
     if not genome_file.is_file():
         raise RunError(f"{folder.path}: has no {genome_file.name}; this run merged nothing, export 'best'")
     genome = load_genome(genome_file)
+    if result["router"] == "eep" and not genome.is_pruning:
+        raise ExportError(
+            f"{folder.path}: was searched with model.router eep, which no stock architecture can hold once the router "
+            "is remapped; export --which best_pruning, or search with model.router exported"
+        )
     row = next(row for row in result["rows"] if row["key"] == which)
     from moe_evo.models.export import export_checkpoint
     from moe_evo.models.loading import load_model, model_hash, resolve_device
@@ -253,7 +280,7 @@ def export(
 
     resolve_device(device)
     model = replace(resumed_config(str(folder.path)).model, device=device)
-    check_target(target, Path(model.path), overwrite=overwrite)
+    check_target(target.absolute(), Path(model.path), overwrite=overwrite)
     if model_hash(model) != result["model"]["hash"]:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
     tracker.message(f"loading {model.path}")

@@ -68,7 +68,8 @@ class TaskConfig:
     Args:
         name: Name in results; default: the data's file or folder name.
         kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields.
-        data: A JSONL file, a folder of them, or the name of an embedded task. A folder holds
+        data: A JSONL file, a folder of them, or the name of an embedded task (arith, city, gloss, infl,
+            langid, nli, sarcasm, sentiment, syll). A folder holds
             search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
         metric: What counts; 'default' is accuracy (choice), exact_match (generation), log_likelihood
             (perplexity) or negative_kl (distillation).
@@ -265,8 +266,8 @@ class SelectionConfig:
         _require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
 
 
-def _embedded_tasks() -> list[TaskConfig | str]:
-    return ["syll"]
+def _embedded_tasks() -> list[TaskConfig]:
+    return [TaskConfig(data="syll")]
 
 
 @dataclass(frozen=True)
@@ -275,21 +276,16 @@ class ScoringConfig:
 
     Args:
         model: The model.
-        tasks: The tasks; a bare string is a task's data.
+        tasks: List of tasks; a bare string is a task's data. --tasks.KEY changes the last task.
         evaluation: How genomes are scored.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    tasks: list[TaskConfig | str] = field(default_factory=_embedded_tasks)
+    tasks: list[TaskConfig] = field(default_factory=_embedded_tasks)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.tasks), "tasks", self.tasks, "at least one task")
-
-    @property
-    def task_configs(self) -> list[TaskConfig]:
-        """The tasks, those given by a bare string filled with defaults."""
-        return [TaskConfig(data=one) if isinstance(one, str) else one for one in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -298,7 +294,8 @@ class RunConfig(ScoringConfig):
 
     Args:
         model: The model.
-        tasks: The tasks whose fitness is searched for; a bare string is a task's data.
+        tasks: List of the tasks whose fitness is searched for; a bare string is a task's data.
+            --tasks.KEY changes the last task.
         evaluation: How genomes are scored.
         search: The search.
         selection: How the winner is chosen, and what stands beside it.

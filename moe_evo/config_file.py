@@ -1,4 +1,4 @@
-"""From YAML files and flags to a checked `RunConfig`; whatever is wrong with them becomes one line."""
+"""From YAML files and flags to a checked config; whatever is wrong with them becomes one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -17,11 +17,22 @@ from moe_evo.errors import ConfigError
 
 Config = TypeVar("Config", bound=ScoringConfig)
 
+_COMMON = " With every command: --json prints the result as JSON, --debug shows the traceback of an error."
 
-def config_parser(command: str, usage: str, description: str, config: type[ScoringConfig]) -> ArgumentParser:
+
+def plain_parser(command: str, description: str, usage: str | None = None) -> ArgumentParser:
+    """A parser of one command."""
+    return ArgumentParser(
+        prog=f"moe-evo {command}", usage=usage, description=description + _COMMON, exit_on_error=False
+    )
+
+
+def config_parser(command: str, description: str, usage: str, config: type[ScoringConfig]) -> ArgumentParser:
     """A parser with --config and one flag for every key of `config`."""
-    parser = ArgumentParser(prog=f"moe-evo {command}", usage=usage, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; may also be given first, without --config")
+    parser = plain_parser(command, description, usage)
+    parser.add_argument(
+        "--config", action="config", help="YAML file, or a run's folder; may also be given first, without --config"
+    )
     parser.add_class_arguments(config, None, as_group=False)
     return parser
 
@@ -30,30 +41,76 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse and instantiate; raises ConfigError in one line."""
     try:
         parsed: Namespace = parser.instantiate(parser.parse_args(list(argv)))
-    except ArgumentError as error:
-        files = [word for flag, word in pairwise(argv) if flag == "--config"]
-        where = f" (config {', '.join(files)})" if files else ""
-        raise ConfigError(" ".join(str(error).split()) + where) from error
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(_reason(error)) from error
     return parsed
 
 
-def config_of(arguments: Namespace, config: type[Config]) -> Config:
-    """The config among parsed arguments."""
-    return config(**{one.name: getattr(arguments, one.name) for one in fields(config)})
+def parse_config(parser: ArgumentParser, argv: Sequence[str], config: type[Config]) -> tuple[Namespace, Config]:
+    """All arguments, and the config among them.
+
+    Files are read and tasks are spelt out here, before the parser sees them; sections that only a
+    whole run has are dropped where `config` does not know them.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--config")
+    files = []
+    for index, (flag, value) in enumerate(pairwise(list(words))):
+        if flag == "--config":
+            files.append(value)
+            words[index + 1] = yaml.safe_dump(_read(Path(value), config))
+        elif flag in ("--tasks", "--tasks+"):
+            words[index + 1] = yaml.safe_dump(_spelt_out(_yaml(value, flag), one_is_list=True))
+    try:
+        arguments = parse(parser, words)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (config {', '.join(files)})" if files else str(error)) from error
+    return arguments, config(**{one.name: getattr(arguments, one.name) for one in fields(config)})
 
 
 def read_config(path: Path) -> RunConfig:
     """The config in a YAML file; raises ConfigError."""
-    return config_of(parse(config_parser("", "", "", RunConfig), ["--config", str(path)]), RunConfig)
+    return parse_config(config_parser("search", "", "", RunConfig), ["--config", str(path)], RunConfig)[1]
 
 
-def scoring_part(path: Path) -> str:
-    """What of a run's YAML file it takes to score a genome, as YAML text; raises ConfigError."""
+def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
+    """What of a YAML file, or of a run's folder, `config` knows."""
+    file = path / "config.yaml" if path.is_dir() else path
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from error
+    content = _yaml(text, str(file))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, expected sections such as model and tasks")
-    only_of_runs = {one.name for one in fields(RunConfig)} - {one.name for one in fields(ScoringConfig)}
-    return yaml.safe_dump({key: value for key, value in content.items() if key not in only_of_runs})
+        raise ConfigError(f"{file}: got {type(content).__name__}, expected sections such as model and tasks")
+    foreign = {one.name for one in fields(RunConfig)} - {one.name for one in fields(config)}
+    kept = {key: value for key, value in content.items() if key not in foreign}
+    if "tasks" in kept:
+        kept["tasks"] = _spelt_out(kept["tasks"], one_is_list=True)
+    return kept
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: is not YAML ({' '.join(str(error).split())})") from error
+
+
+def _spelt_out(tasks: Any, *, one_is_list: bool = False) -> Any:
+    """A bare string among tasks means its data; a single task means a list of one."""
+    if isinstance(tasks, list):
+        return [_spelt_out(task) for task in tasks]
+    task = {"data": tasks} if isinstance(tasks, str) else tasks
+    return [task] if one_is_list else task
+
+
+def _reason(error: BaseException) -> str:
+    """The complaint of a config section where there is one, else the parser's, in one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())

@@ -157,7 +157,7 @@ def run_search(
         random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
         title = f"random, best of {len(random)}"
         contenders.append(_winner(run, config, RANDOM, "random_search", title, random))
-    contenders += _winners(run, config, population)
+    contenders += _winners(run, config, population, can_prune=space.can_prune)
     return _rows(run, contenders, is_share=is_share)
 
 
@@ -171,29 +171,36 @@ def _require_success(full: Individual) -> None:
         )
 
 
-def _winners(run: Run, config: RunConfig, population: Population) -> list[Contender]:
+def _winners(run: Run, config: RunConfig, population: Population, *, can_prune: bool) -> list[Contender]:
+    """The best pruning, where merging came after it, and the best of all that were validated."""
+    number = len(population)
     if config.search.algorithm == "random":
-        return [_winner(run, config, MAIN, "best", f"random, best of {len(population)}", population)]
+        return [_winner(run, config, MAIN, "best", f"random, best of {number}", population)]
     prunings = population.prunings
-    if len(prunings) == len(population):
-        return [_winner(run, config, MAIN, "best", "EEP prune", population)]
-    best = _winner(run, config, MAIN, "best", "EEP prune + merge", population)
-    if not len(prunings):
-        return [best]
-    return [_winner(run, config, MAIN, "best_pruning", "EEP prune", prunings), best]
+    if not can_prune or len(prunings) in (0, number):
+        title = "EEP prune" if can_prune and len(prunings) else "EEP merge"
+        return [_winner(run, config, MAIN, "best", title, population)]
+    validated = _validated(run, config, MAIN, "EEP prune", prunings)
+    pruning = Contender(MAIN, "best_pruning", "EEP prune", validated.best.candidate, len(prunings))
+    more = _validated(run, config, MAIN, "EEP prune + merge", population)
+    best = validated.with_outcomes(one for one in more if one not in validated.individuals).best
+    return [pruning, Contender(MAIN, "best", "EEP prune + merge", best.candidate, number)]
 
 
 def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, population: Population) -> Contender:
-    """The best on validation among the best few by search fitness."""
+    best = _validated(run, config, name, title, population).best
+    return Contender(name, key, title, best.candidate, len(population))
+
+
+def _validated(run: Run, config: RunConfig, name: str, title: str, population: Population) -> Population:
+    """The best few by search fitness, with what they reach on the validation split."""
     if not len(population):
         raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
-    finalists = [one.candidate for one in population.ranked[: config.selection.finalists]]
-    scored = Population().with_outcomes(
-        run.score(f"validation: {title}", [(name, one) for one in finalists], "validation")
-    )
+    finalists = [(name, one.candidate) for one in population.ranked[: config.selection.finalists]]
+    scored = Population().with_outcomes(run.score(f"validation: {title}", finalists, "validation"))
     if not len(scored):
         raise RunError(f"{title}: no finalist could be scored on the validation split")
-    return Contender(name, key, title, scored.best.candidate, len(population))
+    return scored
 
 
 def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[Row]:

@@ -113,6 +113,17 @@ class Journal:
         with self._write() as database:
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
+    @property
+    def has_outcomes(self) -> bool:
+        return bool(self._fetch("SELECT 1 FROM outcomes LIMIT 1", ()))
+
+    def clear(self) -> None:
+        """Forget candidates and hashes of a run that came to no outcome."""
+        assert not self.has_outcomes, "finished evaluations are never thrown away"
+        with self._write() as database:
+            database.execute("DELETE FROM candidates")
+            database.execute("DELETE FROM meta WHERE key != 'schema'")
+
     def propose(self, search: str, candidates: Sequence[Candidate]) -> None:
         """Write the candidates of one `ask` in one transaction."""
         rows = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moe_evo.config import ModelConfig, RunConfig, TaskConfig, difference
+from moe_evo.config import ModelConfig, RunConfig, difference
 from moe_evo.config_file import read_config
 from moe_evo.errors import RunError
 from moe_evo.journal import Journal
@@ -70,16 +70,20 @@ class RunFolder:
             raise self._unwritable(error) from error
         journal = Journal(self.journal)
         try:
-            self._keep(config)
+            self._keep(config, journal)
         except BaseException:
             journal.close()
             raise
         return journal
 
-    def _keep(self, config: RunConfig) -> None:
+    def _keep(self, config: RunConfig, journal: Journal) -> None:
         """Check the config against the one that is kept here, then keep it."""
-        if self.config.is_file():
-            lines = difference(_defining(read_config(self.config)), _defining(config))
+        if self.result.is_file() and self._difference(config) == []:
+            return  # finished: its config stays as it was run
+        if not journal.has_outcomes:  # a start that failed binds nobody
+            journal.clear()
+        else:
+            lines = self._difference(config)
             if lines:
                 raise RunError(
                     f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, "
@@ -89,6 +93,9 @@ class RunFolder:
             self.write(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _difference(self, config: RunConfig) -> Sequence[str]:
+        return difference(_defining(read_config(self.config)), _defining(config))
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder")
@@ -146,7 +153,7 @@ def _defining(config: RunConfig) -> dict[str, Any]:
 
 def default_folder(config: RunConfig) -> Path:
     """runs/ and a name that says what differs between runs."""
-    tasks = "+".join(map(task_name, config.task_configs))
+    tasks = "+".join(map(task_name, config.tasks))
     kept = config.search.num_kept
     label = str(kept) if isinstance(kept, int) else "-".join(map(str, kept))
     tail = f"-{config.search.algorithm}-seed{config.search.seed}"
@@ -157,9 +164,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with its local paths absolute, so that it means the same from any folder."""
     embedded = embedded_task_names()
     model = replace(config.model, path=_absolute(config.model.path, [ModelConfig().path]))
-    tasks: list[TaskConfig | str] = [
+    tasks = [
         replace(task, data=_absolute(task.data, embedded), few_shot=task.few_shot and _absolute(task.few_shot, []))
-        for task in config.task_configs
+        for task in config.tasks
     ]
     return replace(config, model=model, tasks=tasks)
 

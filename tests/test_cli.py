@@ -21,10 +21,12 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from moe_evo import cli, commands
-from moe_evo.genome import Genome
+from moe_evo.config import TaskConfig
+from moe_evo.genome import Genome, LayerGenome
 from moe_evo.genome_file import save_individual
 from moe_evo.population import Candidate, Evaluation, Individual
 from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.tasks.data import embedded_task_names
 
 FAST = [
     "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',
@@ -103,7 +105,7 @@ def test_evaluate_takes_every_kind_of_genome(genome: str, finished: Path, capsys
 
 
 def test_evaluate_prints_a_line_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert moe_evo("evaluate", str(finished)) == 0
+    assert moe_evo("evaluate", str(finished), "--genome", "full") == 0
     text = capsys.readouterr().out
     assert text.startswith("full: 0.")
     assert "8 validation examples, 8 experts a layer" in text
@@ -239,6 +241,94 @@ def test_a_search_says_when_merged_layers_do_not_fit_in_memory(
     assert ("do not fit in memory" in capsys.readouterr().err) == warned
 
 
+@pytest.mark.parametrize("argv", [["RUN"], ["--config", "RUN"], ["--genome", "RUN"]])
+def test_evaluate_of_a_run_scores_its_winner_with_its_own_model_and_tasks(
+    argv: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moe_evo("evaluate", *(word.replace("RUN", str(finished)) for word in argv), "--split", "test", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["digest"] == json.loads((finished / "result.json").read_text())["rows"][-1]["digest"]
+    assert scores["num_examples"] == 8
+
+
+def test_evaluate_tells_when_a_runs_data_have_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"word: {n}\nsyllables:", "choices": [" one", " two"], "label": n % 2} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = str(tmp_path / "run")
+    assert moe_evo("search", "--tasks", str(data), *FAST[2:], "--folder", run) == 0
+    capsys.readouterr()
+    assert moe_evo("evaluate", run) == 0
+    assert "have changed" not in capsys.readouterr().err
+    data.write_text(data.read_text().replace('" two"', '" three"'))
+    assert moe_evo("evaluate", run) == 0
+    assert "task task: the data have changed since" in capsys.readouterr().err
+
+
+def test_options_of_the_last_task_may_be_given_as_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["search", "--tasks", "[city, syll]", "--tasks.num_search", "7", "--tasks.metric", "accuracy_norm"]
+    with pytest.raises(SystemExit):
+        moe_evo(*argv, "--print_config")
+    tasks = yaml.safe_load(capsys.readouterr().out)["tasks"]
+    assert [(task["data"], task["num_search"], task["metric"]) for task in tasks] == [
+        ("city", 0, "default"),
+        ("syll", 7, "accuracy_norm"),
+    ]
+
+
+def test_a_start_that_failed_does_not_bind_the_next_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    task = '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8, "chat_template": CHAT}]'
+    argv = ["search", *FAST[2:], "--folder", run, "--tasks"]
+    assert moe_evo(*argv, task.replace("CHAT", "true")) == 2
+    assert "chat template" in capsys.readouterr().err
+    assert moe_evo(*argv, task.replace("CHAT", "false")) == 0
+
+
+def test_what_router_mode_eep_merged_is_not_exported_and_not_recommended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert moe_evo("search", *FAST, "--model.router", "eep", "--folder", str(run)) == 0
+    merged = LayerGenome(np.eye(4, 8) + 0.01, np.eye(4, 8) + 0.01, 2)
+    individual = Individual(Candidate(5, Genome((merged,) * 4), "gaussian_mutation"), Evaluation(0.5))
+    shape = ModelShape("mixtral", (8,) * 4, (2,) * 4, (0, 1, 2, 3))
+    save_individual(run / "best.safetensors", individual, SearchSpace.build(shape, num_kept=4), {"router": "eep"})
+    assert moe_evo("show", str(run)) == 0
+    assert "--which best_pruning" in capsys.readouterr().out
+    monkeypatch.setattr("moe_evo.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert moe_evo("export", str(run), "--to", str(tmp_path / "x")) == 2
+    assert "no stock architecture can hold" in capsys.readouterr().err
+
+
+def test_export_below_a_file_is_refused_before_the_model_is_loaded(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("moe_evo.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert moe_evo("export", str(finished), "--to", str(tmp_path / "file" / "x")) == 2
+    assert "file is not a folder" in capsys.readouterr().err
+
+
+def test_numbers_are_never_cut_where_output_is_narrow(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert moe_evo("show", str(finished)) == 0
+    assert "…" not in capsys.readouterr().out
+
+
+def test_a_budget_that_only_prunes_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["search", *FAST, "--search.algorithm", "eep_release", "--folder", str(tmp_path / "run")]
+    assert moe_evo(*argv) == 0
+    assert "this budget only prunes" in capsys.readouterr().err
+
+
+def test_the_help_names_the_embedded_tasks() -> None:
+    text = " ".join((TaskConfig.__doc__ or "").split())
+    assert f"({', '.join(embedded_task_names())})" in text
+
+
 def test_a_genome_is_not_scored_under_the_other_router_mode(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["evaluate", *FAST[:2], "--model.router", "eep", "--genome", str(finished)]
     assert moe_evo(*argv) == 2
@@ -319,6 +409,11 @@ def _unwritable(folder: Path) -> list[str]:
 def _foreign_folder(folder: Path) -> list[str]:
     (folder / "thesis.tex").write_text("precious")
     return ["search", "--folder", str(folder)]
+
+
+def _unfinished(folder: Path) -> list[str]:
+    (folder / "config.yaml").write_text("tasks: [syll]\n")
+    return ["evaluate", "--genome", str(folder)]
 
 
 def _long_answer(folder: Path) -> list[str]:
@@ -407,6 +502,14 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         lambda _: ["search", "--tasks", '["syll", {"data": "nli", "metric": "log_likelihood"}]'],
         "fitness would mix units",
     ),
+    "value of a task": (
+        lambda _: ["search", "--tasks", '[{"data": "syll", "split_shares": [0.5, 0.5, 0.5]}]'],
+        "tasks (syll).split_shares: got (0.5, 0.5, 0.5), expected three positive shares with sum 1",
+    ),
+    "unknown key of a task": (lambda _: ["search", "--tasks", "[{data: syll, metrik: f1}]"], "metrik"),
+    "tasks that are no YAML": (lambda _: ["search", "--tasks", "[syll"], "--tasks: is not YAML"),
+    "unfinished run": (_unfinished, "this run is not finished"),
+    "long word": (lambda _: ["evaluate", "--genome", "x" * 300], "no such file"),
     "unwritable folder": (_unwritable, "choose another folder"),
     "folder with other files": (_foreign_folder, "holds other files and no run"),
 }

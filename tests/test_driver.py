@@ -47,7 +47,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    data = check_tasks(CONFIG.task_configs)
+    data = check_tasks(CONFIG.tasks)
     return commands.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
 
 
@@ -198,7 +198,7 @@ def test_a_run_means_the_same_from_another_folder(
     run(tmp_path / "run", replace(CONFIG, tasks=[TaskConfig(data="task.jsonl")]))
     monkeypatch.chdir(tmp_path / "there")
     config = commands.resumed_config(str(tmp_path / "run"))
-    assert config.task_configs[0].data == str(tmp_path / "here" / "task.jsonl")
+    assert config.tasks[0].data == str(tmp_path / "here" / "task.jsonl")
     run(tmp_path / "run", config)
 
 
@@ -238,7 +238,7 @@ def test_changed_task_data_are_refused_on_resume(resident: Evaluator, tmp_path: 
     data = tmp_path / "task.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = replace(CONFIG, tasks=[TaskConfig(data=str(data))])
-    stop = InterruptedRun(resident, after=0)
+    stop = InterruptedRun(resident, after=2)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "load_evaluator", lambda *_: stop)
         run(tmp_path / "run", config)

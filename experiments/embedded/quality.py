@@ -83,7 +83,7 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
     if not path.exists():
         with folder.open_journal() as journal:
             genomes = [one.genome for one in journal.candidates(RANDOM)[:10]]
-        data = check_tasks(config.task_configs)
+        data = check_tasks(config.tasks)
         evaluator = commands.load_evaluator(config.model, data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
@@ -123,7 +123,7 @@ def table(results: dict[Cell, dict[str, float]]) -> str:
             for method in METHODS:
                 values = [score[method] for score in scores]
                 means[method].append(float(np.mean(values)))
-                spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 and np.std(values) > 0 else ""
+                spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 and np.std(values) > 5e-4 else ""
                 cells.append(f"{np.mean(values):.3f}{spread}")
             lines.append(f"| {task} | " + " | ".join(cells) + " |")
         lines += ["| **mean** | " + " | ".join(f"**{np.mean(means[method]):.3f}**" for method in METHODS) + " |", ""]

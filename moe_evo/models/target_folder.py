@@ -20,8 +20,9 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
 
     Only what an export wrote before, which holds EXPORT_RECORD, is ever replaced.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder}: is a file; give a folder")
+    for one in (folder, *folder.parents):
+        if one.exists() and not one.is_dir():
+            raise ExportError(f"{folder}: {one.name} is not a folder; give another one")
     if not _is_taken(folder):
         return
     if not overwrite:

@@ -11,6 +11,8 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import MaxNLocator
 
 from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, Individual
@@ -45,13 +47,14 @@ def _draw_curve(
         if points:
             numbers, fitness = zip(*points, strict=True)
             axes.scatter(numbers, fitness, s=9, alpha=0.5, color=_COLOURS[kind], label=kind)
-    _draw_best_so_far(axes, individuals, "black", "best so far")
     _draw_best_so_far(axes, random, _COLOURS["random"], "random search, best so far")
+    _draw_best_so_far(axes, individuals, "black", "best so far")
     axes.axhline(full_fitness, color="#009E73", linestyle="--", label="full model")
     axes.set_xlabel("evaluations")
     axes.set_ylabel("fitness (search split)")
     axes.set_title("search")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -65,13 +68,15 @@ def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str
 def draw_experts(axes: Axes, genome: Genome) -> None:
     """Heat map (layers, experts) of how much of each expert is kept."""
     weights = expert_weights(genome)
-    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    # the square root of the weight, so that small parts are seen
+    image = axes.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
+    plt.colorbar(image, ax=axes, label="weight in what is kept", ticks=[0, 0.1, 0.25, 0.5, 1])
     rows, columns = weights.shape
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#DDDDDD", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("expert (dark: kept, pale: merged in part, white: dropped)")
+    axes.set_xlabel("expert (dark: kept, pale: merged in part)")
     axes.set_ylabel("MoE layer")
     axes.set_xticks(_few_ticks(weights.shape[1]))
     axes.set_yticks(_few_ticks(weights.shape[0]))

@@ -69,13 +69,20 @@ def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.fl
 
 
 def kept_picture(genome: Genome, decoder_layers: Sequence[int]) -> RenderableType:
-    """One line a MoE layer, one cell an expert: full block = kept whole, lighter = merged in part."""
+    """One line a MoE layer, one cell an expert: full block = whole, lighter = in part, - = no such expert."""
     picture = Text()
     weights = expert_weights(genome)
     picture.append("layer   experts 0 to " + f"{weights.shape[1] - 1}\n", style="dim")
     for layer, decoder_layer, row in zip(genome.layers, decoder_layers, weights, strict=True):
-        cells = "".join(2 * (_SHADES[round(float(w) * 4)] if np.isfinite(w) else "-") for w in row)
+        cells = "".join(2 * _shade(float(weight)) for weight in row)
         picture.append(f"{decoder_layer:>5}   │{cells}│ keeps {layer.num_kept} of {layer.num_experts}")
         picture.append(f", top-{layer.top_k}\n")
-    picture.append("█ kept   ▒ merged in part   blank: dropped", style="dim")
+    picture.append("█ ▓ ▒ ░ weight in what is kept, 1 to nearly 0   blank: dropped", style="dim")
     return picture
+
+
+def _shade(weight: float) -> str:
+    """A quarter of weight a shade; whatever takes part at all is seen."""
+    if not np.isfinite(weight):
+        return "-"
+    return _SHADES[max(round(weight * 4), int(weight > 0))]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from moe_evo.genome_file import load_genome
 from moe_evo.report.table import experts_label, final_table, kept_picture
@@ -24,8 +26,9 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
         return
-    console.print(final_table(result))
-    console.print(kept_picture(load_genome(folder.best), result["model"]["decoder_layers"]))
+    _print_whole(console, final_table(result))
+    winner = load_genome(folder.best)
+    console.print(kept_picture(winner, result["model"]["decoder_layers"]))
     search = result["search"]
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
@@ -33,10 +36,27 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
-        f"next     moe-evo export {folder.path} --to {folder.path / 'checkpoint'}",
+        f"next     {_next_step(folder, result, is_pruning=winner.is_pruning)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    width, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = width
+
+
+def _next_step(folder: RunFolder, result: dict[str, Any], *, is_pruning: bool) -> str:
+    target = folder.path / "checkpoint"
+    if target.exists():
+        return f"moe-evo evaluate {folder.path} --split test"
+    # what is merged in router mode 'eep' has no stock architecture
+    which = "" if is_pruning or result["router"] == "exported" else " --which best_pruning"
+    return f"moe-evo export {folder.path} --to {target}{which}"
 
 
 def print_scores(scores: dict[str, Any]) -> None:

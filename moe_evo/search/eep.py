@@ -29,6 +29,11 @@ from moe_evo.space import SearchSpace
 _TRIES = 16
 
 
+def eep_config(config: SearchConfig) -> EEPConfig:
+    """The parameters that the named algorithm stands for."""
+    return EEP_RELEASE if config.algorithm == "eep_release" else config.eep
+
+
 def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
     """How many candidates are initial ones, and after how many, those included, merging starts."""
     if eep.num_pruning is not None:
@@ -47,7 +52,7 @@ class EEPSearch:
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         self.space = space
-        self.eep = EEP_RELEASE if config.algorithm == "eep_release" else config.eep
+        self.eep = eep_config(config)
         self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
         self._seed = config.seed
         self._num_prunings = num_prunings(space)

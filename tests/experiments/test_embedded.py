@@ -37,7 +37,7 @@ def test_every_experiment_parses_and_names_its_launch_line(path: Path) -> None:
 def test_the_experiments_on_embedded_tasks_find_their_data() -> None:
     for path in CONFIGS:
         if path.parent.name == "embedded":
-            check_tasks(read_config(path).task_configs)
+            check_tasks(read_config(path).tasks)
 
 
 def test_at_least_eight_embedded_tasks_with_enough_examples_in_each_split() -> None:
