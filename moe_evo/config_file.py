@@ -23,7 +23,11 @@ _COMMON = " With every command: --json prints the result as JSON, --debug shows 
 def plain_parser(command: str, description: str, usage: str | None = None) -> ArgumentParser:
     """A parser of one command."""
     return ArgumentParser(
-        prog=f"moe-evo {command}", usage=usage, description=description + _COMMON, exit_on_error=False
+        prog=f"moe-evo {command}",
+        usage=usage,
+        description=description + _COMMON,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
 
 

@@ -431,6 +431,7 @@ GOOD_ROW = {"prompt": "p", "choices": [" a", " b"], "label": 0}
 BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "unknown command": (lambda _: ["serach"], "unknown command 'serach'"),
     "unknown flag": (lambda _: ["search", "--serch.seed", "3"], "--serch.seed"),
+    "abbreviated flag": (lambda _: ["search", "--search.evaluation", "3"], "--search.evaluation"),
     "unknown key": (_file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"), "sed"),
     "missing config of an evaluation": (lambda _: ["evaluate", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     "option of another command": (lambda _: ["evaluate", "--search.seed", "1"], "--search.seed"),

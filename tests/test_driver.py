@@ -113,17 +113,21 @@ def test_the_written_config_runs_again_as_it_is(finished: RunFolder, resident: E
     assert content(tmp_path / "again") == content(finished.path)
 
 
-def test_no_digest_is_evaluated_twice(
-    finished: RunFolder, resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[str, str]] = []
+@pytest.fixture
+def seen(resident: Evaluator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Digest and split of every genome that is really evaluated, in order."""
+    evaluated: list[tuple[str, str]] = []
     evaluate = resident.evaluate
 
     def counting(genomes: list[Genome], split: str) -> list[Outcome]:
-        seen.extend((genome.digest, split) for genome in genomes)
+        evaluated.extend((genome.digest, split) for genome in genomes)
         return evaluate(genomes, split)
 
     monkeypatch.setattr(resident, "evaluate", counting)
+    return evaluated
+
+
+def test_no_digest_is_evaluated_twice(finished: RunFolder, seen: list[tuple[str, str]], tmp_path: Path) -> None:
     run(tmp_path / "run")
     assert len(seen) == len(set(seen)) > 24
     assert content(tmp_path / "run") == content(finished.path)
@@ -138,16 +142,8 @@ def test_the_search_and_the_choice_never_see_the_test_split(finished: RunFolder)
 
 
 def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
-    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seen: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    seen: list[tuple[str, str]] = []
-    evaluate = resident.evaluate
-
-    def counting(genomes: list[Genome], split: str) -> list[Outcome]:
-        seen.extend((genome.digest, split) for genome in genomes)
-        return evaluate(genomes, split)
-
-    monkeypatch.setattr(resident, "evaluate", counting)
     # one layer group and 7 of 8: both searches see all 8 prunings, so they choose the same winner
     search = SearchConfig(num_kept=7, num_layer_groups=1, evaluations=8, eep=EEPConfig(num_pruning=31))
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
