@@ -14,8 +14,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	  { echo "make: $(PYTHON) is older than Python 3.11; set PYTHON to a newer one"; exit 2; }
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install -qq "$(TORCH)"
+	$(BIN)/pip install -qq --editable ".[dev]"
 	@touch $@
 
 demo: .venv/ready
