@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +43,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_answers_in_under_half_a_second_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from moe_evo.cli import main as m; m(['--help']); m(['search', '--help']); print(*sys.modules)"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    elapsed_s = time.monotonic() - started
     modules = done.stdout.splitlines()[-1]
     assert not {"torch", "ray", "wandb", "transformers", "matplotlib", "scipy"} & set(modules.split())
-    assert elapsed_s < 5  # the machine may be busy; the imports above are what makes it quick
 
 
 def test_importing_the_package_imports_neither_torch_nor_ray_nor_wandb() -> None:
@@ -354,187 +349,6 @@ def test_export_refuses_a_base_model_that_changed_since_the_search(
     assert moe_evo("export", str(run), "--to", str(tmp_path / "small")) == 2
     assert "is not the model that" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "small").exists()
-
-
-BadInput = Callable[[Path], list[str]]
-
-
-def _task(rows: object) -> BadInput:
-    def prepare(folder: Path) -> list[str]:
-        lines = rows if isinstance(rows, list) else [rows]
-        (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        return ["search", "--tasks", json.dumps([str(folder / "task.jsonl")])]
-
-    return prepare
-
-
-def _file(name: str, content: bytes, *argv: str) -> BadInput:
-    def prepare(folder: Path) -> list[str]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        return [word.format(folder=folder) for word in argv]
-
-    return prepare
-
-
-def _llama(folder: Path) -> list[str]:
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
-    (folder / "config.json").write_text(json.dumps(config))
-    return ["search", "--model.path", str(folder)]
-
-
-def _pickled_model(folder: Path) -> list[str]:
-    shutil.copy(Path(commands.__file__).parent / "data" / "model" / "config.json", folder / "config.json")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    return ["search", "--model.path", str(folder)]
-
-
-def _other_genome(folder: Path) -> list[str]:
-    shape = ModelShape("mixtral", (4, 4), (2, 2), (0, 1))
-    individual = Individual(Candidate(0, Genome.from_kept([[0, 1], [2, 3]], 4, 2), "random_pruning"), Evaluation(0.5))
-    save_individual(folder / "g.safetensors", individual, SearchSpace.build(shape, num_kept=2), {})
-    return ["evaluate", "--genome", str(folder / "g.safetensors")]
-
-
-def _plain_tensors(folder: Path) -> list[str]:
-    save_file({"weight": np.zeros((2, 2), np.float32)}, folder / "g.safetensors")
-    return ["evaluate", "--genome", str(folder / "g.safetensors")]
-
-
-def _unwritable(folder: Path) -> list[str]:
-    (folder / "file").write_text("")
-    return ["search", "--folder", str(folder / "file" / "run")]
-
-
-def _foreign_folder(folder: Path) -> list[str]:
-    (folder / "thesis.tex").write_text("precious")
-    return ["search", "--folder", str(folder)]
-
-
-def _unfinished(folder: Path) -> list[str]:
-    (folder / "config.yaml").write_text("tasks: [syll]\n")
-    return ["evaluate", "--genome", str(folder)]
-
-
-def _long_answer(folder: Path) -> list[str]:
-    (folder / "t").mkdir()
-    for split in ("search", "validation", "test"):
-        rows = [{"prompt": f"{split} {n}", "choices": [" yes", " no"], "label": 0} for n in range(3)]
-        if split == "test":
-            rows[1]["choices"] = [" yes", " no" * 50]
-        (folder / "t" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["search", "--tasks", json.dumps([{"data": str(folder / "t"), "max_length": 40}])]
-
-
-GOOD_ROW = {"prompt": "p", "choices": [" a", " b"], "label": 0}
-
-BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
-    "unknown command": (lambda _: ["serach"], "unknown command 'serach'"),
-    "unknown flag": (lambda _: ["search", "--serch.seed", "3"], "--serch.seed"),
-    "abbreviated flag": (lambda _: ["search", "--search.evaluation", "3"], "--search.evaluation"),
-    "unknown key": (_file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"), "sed"),
-    "missing config of an evaluation": (lambda _: ["evaluate", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-    "option of another command": (lambda _: ["evaluate", "--search.seed", "1"], "--search.seed"),
-    "unknown section": (_file("c.yaml", b"serch:\n  seed: 1\n", "evaluate", "{folder}/c.yaml"), "serch"),
-    "missing config": (lambda _: ["search", "nowhere.yaml"], "nowhere.yaml"),
-    "config is not YAML": (_file("c.yaml", b"a: [", "search", "{folder}/c.yaml"), "c.yaml"),
-    "wrong type": (lambda _: ["search", "--search.num_kept", "few"], "search.num_kept"),
-    "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
-    "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),
-    "options beside a preset": (
-        lambda _: ["search", "--search.algorithm", "eep_release", "--search.eep.sigma", "0.5"],
-        "use algorithm 'eep' to change them",
-    ),
-    "K above E": (lambda _: ["search", "--search.num_kept", "9"], "search.num_kept: got 9, MoE layer 0 has 8"),
-    "K below top_k": (lambda _: ["search", "--search.num_kept", "1"], "set search.top_k to 1"),
-    "K list of another length": (lambda _: ["search", "--search.num_kept", "[4,4]"], "the model has 4 MoE layers"),
-    "K not a multiple": (lambda _: ["search", "--search.multiple_of", "3"], "multiple of search.multiple_of 3"),
-    "too many groups": (lambda _: ["search", "--search.num_layer_groups", "5"], "search.num_layer_groups: got 5"),
-    "missing task": (lambda _: ["search", "--tasks", '["nowhere.jsonl"]'], "embedded tasks are arith"),
-    "no task": (lambda _: ["search", "--tasks", "[]"], "at least one task"),
-    "same task twice": (lambda _: ["search", "--tasks", '["nli", "nli"]'], "'nli' twice"),
-    "wrong field": (_task({"prompt": "p", "chioces": [" a", " b"], "label": 0}), "task.jsonl:1"),
-    "label out of range": (_task([GOOD_ROW, {**GOOD_ROW, "label": 2}]), "task.jsonl:2"),
-    "not JSON": (
-        _file("t.jsonl", b'{"prompt": \n', "search", "--tasks", '["{folder}/t.jsonl"]'),
-        "t.jsonl:1",
-    ),
-    "too few examples": (_task([GOOD_ROW]), "split"),
-    "metric of another kind": (
-        lambda _: ["search", "--tasks", '[{"data": "nli", "metric": "f1"}]'],
-        "f1",
-    ),
-    "not a MoE model": (_llama, "Mixture-of-Experts"),
-    "missing model": (lambda _: ["search", "--model.path", "/nowhere/model"], "/nowhere/model: no such folder"),
-    "not a checkpoint": (
-        _file("m/notes.txt", b"", "search", "--model.path", "{folder}/m"),
-        "has no config.json",
-    ),
-    "pickled weights": (_pickled_model, "holds pickled weights only, which can run code"),
-    "missing device": (lambda _: ["search", "--model.device", "cuda:7"], "model.device"),
-    "genome is missing": (lambda _: ["evaluate", "--genome", "nowhere.safetensors"], "no such file"),
-    "genome is a pickle": (
-        _file("g.safetensors", pickle.dumps({"a": 1}), "evaluate", "--genome", "{folder}/g.safetensors"),
-        "g.safetensors",
-    ),
-    "genome is other tensors": (_plain_tensors, "give a genome file that moe_evo saved"),
-    "genome of another model": (_other_genome, "made for 2 MoE layers of 4 experts, the model has 4 of 8"),
-    "coefficients are a pickle": (
-        _file("g.pth", pickle.dumps(print), "evaluate", "--genome", "{folder}/g.pth"),
-        "g.pth",
-    ),
-    "kept-list out of range": (lambda _: ["evaluate", "--genome", "[[0,8],[0,1],[0,1],[0,1]]"], "experts 0 to 7"),
-    "kept-list of another length": (lambda _: ["evaluate", "--genome", "[[0,1]]"], "MoE layers"),
-    "unknown split": (lambda _: ["evaluate", "--split", "train"], "split"),
-    "show of no run": (lambda folder: ["show", str(folder)], "not the folder of a run"),
-    "export of no run": (lambda folder: ["export", str(folder), "--to", "x"], "not the folder of a run"),
-    "export without target": (lambda folder: ["export", str(folder)], "required: to"),
-    "resume of no run": (lambda folder: ["search", "--resume", str(folder)], "not the folder of a run"),
-    "resume with other options": (
-        lambda folder: ["search", "--resume", str(folder), "--search.seed", "3"],
-        "a run keeps its config",
-    ),
-    "resume with another option, joined by =": (
-        lambda folder: ["search", f"--resume={folder}", "--search.seed=3"],
-        "a run keeps its config",
-    ),
-    "an answer that is longer than max_length": (_long_answer, "t/test.jsonl:2"),
-    "metrics of different units": (
-        lambda _: ["search", "--tasks", '["syll", {"data": "nli", "metric": "log_likelihood"}]'],
-        "fitness would mix units",
-    ),
-    "value of a task": (
-        lambda _: ["search", "--tasks", '[{"data": "syll", "split_shares": [0.5, 0.5, 0.5]}]'],
-        "tasks (syll).split_shares: got (0.5, 0.5, 0.5), expected three positive shares with sum 1",
-    ),
-    "unknown key of a task": (lambda _: ["search", "--tasks", "[{data: syll, metrik: f1}]"], "metrik"),
-    "tasks that are no YAML": (lambda _: ["search", "--tasks", "[syll"], "--tasks: is not YAML"),
-    "unfinished run": (_unfinished, "this run is not finished"),
-    "long word": (lambda _: ["evaluate", "--genome", "x" * 300], "no such file"),
-    "unwritable folder": (_unwritable, "choose another folder"),
-    "folder with other files": (_foreign_folder, "holds other files and no run"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_clear_line_and_exit_code_two_before_any_model_is_loaded(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("moe_evo.models.loading.load_model", refuse)
-    monkeypatch.chdir(tmp_path)
-    prepare, expected = BAD_INPUTS[case]
-    argv = prepare(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code = moe_evo(*argv)
-    err = capsys.readouterr().err
-    assert code == 2, err
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("moe-evo: error: ")
-    assert expected in err
-    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
