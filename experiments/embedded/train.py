@@ -163,12 +163,13 @@ def report(run: Run, record: dict[str, Any]) -> None:
 
 
 def train(run: Run, data: dict[str, list[Example]], args: argparse.Namespace) -> None:
-    """Until the budget is spent; scoring and saving count as part of the budget's wall clock."""
+    """Until the budget of steps or minutes is spent; scoring and saving count as part of the minutes."""
     optimizer = new_optimizer(run.model, args.learning_rate)
     start, next_report, step, tokens = time.monotonic(), args.report_minutes, 0, 0
-    for batch in batches(data, args.batch_size, random.Random(0)):
+    for batch in batches(data, args.batch_size, random.Random(args.seed)):
         minutes = (time.monotonic() - start) / 60
-        factor = learning_rate_factor(step, minutes / args.minutes)
+        progress = step / args.steps if args.steps else minutes / args.minutes
+        factor = learning_rate_factor(step, progress)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * factor
         ids, weights = collate(batch)
@@ -185,7 +186,7 @@ def train(run: Run, data: dict[str, list[Example]], args: argparse.Namespace) ->
         record |= {"loss": round(cross_entropy.item(), 4), "balance": round(balance.item(), 3)}
         if step % 100 == 0:
             print(json.dumps(record), flush=True)
-        if minutes >= args.minutes or args.max_steps == step:
+        if step == args.steps or (not args.steps and minutes >= args.minutes):
             break
         if minutes >= next_report:
             report(run, record)
@@ -200,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--curve", type=Path, default=Path("learning_curve.jsonl"))
     parser.add_argument("--minutes", type=float, default=45.0, help="wall-clock budget")
     parser.add_argument("--report-minutes", type=float, default=2.5)
-    parser.add_argument("--max-steps", type=int, default=0, help="0: the budget decides")
+    parser.add_argument("--steps", type=int, default=0, help="schedule by steps, repeatably, in place of minutes")
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--experts", default="grouped_mm", help="experts implementation")
