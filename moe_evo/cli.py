@@ -60,6 +60,7 @@ def _evaluate_parser() -> ArgumentParser:
         help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
         "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the run's best, or 'full'",
     )
+    parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
     splits = ("search", "validation", "test")
     parser.add_argument("--split", choices=splits, default="validation", help="which examples")
     return parser
@@ -141,7 +142,7 @@ def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
     arguments, config = parse_config(_evaluate_parser(), words, ScoringConfig)
     genome = arguments.genome or run or "full"
     with TerminalTracker() as tracker:
-        scores = commands.evaluate(config, genome, arguments.split, run, tracker)
+        scores = commands.evaluate(config, genome, arguments.split, arguments.top_k, run, tracker)
     if as_json:
         print(json.dumps(scores))
     else:

@@ -219,10 +219,23 @@ def _check_router(path: Path, router: RouterMode) -> None:
         )
 
 
+def _with_top_k(genome: Genome, top_k: int) -> Genome:
+    return Genome(tuple(replace(layer, top_k=top_k) for layer in genome.layers))
+
+
 def evaluate(
-    config: ScoringConfig, genome_name: str, split: str, run: str | None, tracker: TerminalTracker
+    config: ScoringConfig,
+    genome_name: str,
+    split: str,
+    top_k: int | None,
+    run: str | None,
+    tracker: TerminalTracker,
 ) -> dict[str, Any]:
-    """Score one genome on one split; `run` is the folder that config or genome come from, if any."""
+    """Score one genome on one split.
+
+    top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
+    come from, if any.
+    """
     data = check_tasks(config.tasks)
     if run is not None:
         _tell_changes(RunFolder(Path(run)), data, tracker)
@@ -231,7 +244,9 @@ def evaluate(
 
     resolve_device(config.model.device)
     shape = read_shape(config.model)
-    genome = named_genome(genome_name, shape, config.model.router)
+    wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
+    genome = named_genome(genome_name, wanted, config.model.router)
+    genome = genome if top_k is None else _with_top_k(genome, top_k)
     check_fits(genome, shape)
     if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
         tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")

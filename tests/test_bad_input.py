@@ -147,6 +147,11 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "kept-list out of range": (lambda _: ["evaluate", "--genome", "[[0,8],[0,1],[0,1],[0,1]]"], "experts 0 to 7"),
     "kept-list of another length": (lambda _: ["evaluate", "--genome", "[[0,1]]"], "MoE layers"),
+    "more active experts than kept": (
+        lambda _: ["evaluate", "--genome", "[[0],[1],[2],[3]]"],
+        "got 2 with 1 experts kept",
+    ),
+    "top_k of nothing": (lambda _: ["evaluate", "--top_k", "0"], "top_k: got 0"),
     "unknown split": (lambda _: ["evaluate", "--split", "train"], "split"),
     "show of no run": (lambda folder: ["show", str(folder)], "not the folder of a run"),
     "export of no run": (lambda folder: ["export", str(folder), "--to", "x"], "not the folder of a run"),

@@ -246,6 +246,15 @@ def test_evaluate_of_a_run_scores_its_winner_with_its_own_model_and_tasks(
     assert scores["num_examples"] == 8
 
 
+@pytest.mark.parametrize("genome", ["full", "[[0],[1],[2],[3]]", "RUN"])
+def test_evaluate_takes_another_number_of_active_experts(
+    genome: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", str(finished), "--genome", genome.replace("RUN", str(finished)), "--top_k", "1", "--json"]
+    assert moe_evo(*argv) == 0
+    assert json.loads(capsys.readouterr().out)["top_k"] == [1, 1, 1, 1]
+
+
 def test_evaluate_tells_when_a_runs_data_have_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "task.jsonl"
     rows = [{"prompt": f"word: {n}\nsyllables:", "choices": [" one", " two"], "label": n % 2} for n in range(60)]
