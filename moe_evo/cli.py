@@ -24,7 +24,7 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo search                              try it on the embedded model and task
   moe-evo search CONFIG.yaml --search.num_kept 4
   moe-evo show RUN                            what a run found, as table and picture
-  moe-evo evaluate CONFIG.yaml --genome RUN   score a genome on any split
+  moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
 """
 
@@ -100,7 +100,7 @@ def _search(argv: Sequence[str], *, as_json: bool) -> None:
 
     arguments, config = parse_config(_search_parser(), argv, RunConfig)
     if arguments.resume is not None:
-        if len(argv) > 2 or any("=" in word for word in argv[1:]):
+        if len(argv) > 2 or sum(word.startswith("-") for word in argv) > 1:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = commands.resumed_config(arguments.resume)
     with TerminalTracker() as tracker:

@@ -5,7 +5,7 @@ Everything that can be wrong with the input is found before a model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ import numpy as np
 
 from moe_evo.config import EvaluationConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
 from moe_evo.config_file import read_config
-from moe_evo.errors import ExportError, GenomeError, RunError
+from moe_evo.errors import GenomeError, RunError
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
 from moe_evo.journal import Journal
 from moe_evo.operators import gaussian_mutation, random_pruning
-from moe_evo.population import EvaluationFailure, Individual
+from moe_evo.population import EvaluationFailure, Individual, Outcome
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
 from moe_evo.search.eep import eep_config, schedule
 from moe_evo.space import ModelShape, SearchSpace, check_fits
@@ -151,7 +151,6 @@ def _result(
     from moe_evo.result import software_versions
 
     outcomes = journal.outcomes(MAIN, "search")
-    failures = [one for one in outcomes.values() if isinstance(one, EvaluationFailure)]
     return {
         "software": software_versions(),
         "model": {"path": config.model.path, "hash": journal.meta("hash/model"), **asdict(shape)},
@@ -171,12 +170,16 @@ def _result(
             "algorithm": config.search.algorithm,
             "seed": config.search.seed,
             "evaluations": len(outcomes),
-            "failures": len(failures),
-            "failure_reasons": sorted({one.reason for one in failures}),
+            **_failures(outcomes.values()),
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
         "rows": [row.to_json() for row in rows],
     }
+
+
+def _failures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    failed = [one for one in outcomes if isinstance(one, EvaluationFailure)]
+    return {"failures": len(failed), "failure_reasons": sorted({one.reason for one in failed})}
 
 
 def resumed_config(folder: str) -> RunConfig:
@@ -238,7 +241,7 @@ def evaluate(
     """
     data = check_tasks(config.tasks)
     if run is not None:
-        _tell_changes(RunFolder(Path(run)), data, tracker)
+        _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
     from moe_evo.models.loading import read_shape, resolve_device
     from moe_evo.result import Score
 
@@ -265,13 +268,19 @@ def evaluate(
     }
 
 
-def _tell_changes(run: RunFolder, data: Sequence[TaskData], tracker: TerminalTracker) -> None:
-    """Scores on changed data are no longer those of the run."""
-    if run.result.is_file():
-        hashes = {task["name"]: task["hash"] for task in run.read_result()["tasks"]}
-        for one in data:
-            if hashes.get(one.name, one.hash) != one.hash:
-                tracker.message(f"task {one.name}: the data have changed since {run.path} was searched")
+def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: TerminalTracker) -> None:
+    """Scores of another model or on other data are no longer those of the run."""
+    if not run.result.is_file():
+        return
+    from moe_evo.models.loading import model_hash
+
+    result = run.read_result()
+    if model_hash(model) != result["model"]["hash"]:
+        tracker.message(f"{model.path}: is not the model that {run.path} searched")
+    hashes = {task["name"]: task["hash"] for task in result["tasks"]}
+    for one in data:
+        if hashes.get(one.name, one.hash) != one.hash:
+            tracker.message(f"task {one.name}: the data have changed since {run.path} was searched")
 
 
 def export(
@@ -283,19 +292,15 @@ def export(
     if not genome_file.is_file():
         raise RunError(f"{folder.path}: has no {genome_file.name}; this run merged nothing, export 'best'")
     genome = load_genome(genome_file)
-    if result["router"] == "eep" and not genome.is_pruning:
-        raise ExportError(
-            f"{folder.path}: was searched with model.router eep, which no stock architecture can hold once the router "
-            "is remapped; export --which best_pruning, or search with model.router exported"
-        )
     row = next(row for row in result["rows"] if row["key"] == which)
-    from moe_evo.models.export import export_checkpoint
-    from moe_evo.models.loading import load_model, model_hash, resolve_device
+    from moe_evo.models.export import check_router, export_checkpoint
+    from moe_evo.models.loading import load_model, model_hash, renormalises, resolve_device
     from moe_evo.models.target_folder import check_target
 
     resolve_device(device)
     model = replace(resumed_config(str(folder.path)).model, device=device)
     check_target(target.absolute(), Path(model.path), overwrite=overwrite)
+    check_router(genome, model.router, renormalises=renormalises(model))
     if model_hash(model) != result["model"]["hash"]:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
     tracker.message(f"loading {model.path}")
@@ -349,7 +354,7 @@ def show(folder: RunFolder) -> dict[str, Any]:
         "evaluations": len(individuals),
         "of": config.search.evaluations,
         "under_way": proposed - len(individuals),
-        "failures": len(individuals) - len(population),
+        **_failures(one.outcome for one in individuals),
         "best_fitness": best.evaluation.fitness if best else None,
         "best_kept": [list(layer) for layer in best.genome.kept] if best else None,
         "config": asdict_plain(config),

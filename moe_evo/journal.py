@@ -114,13 +114,15 @@ class Journal:
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
     @property
-    def has_outcomes(self) -> bool:
-        return bool(self._fetch("SELECT 1 FROM outcomes LIMIT 1", ()))
+    def has_evaluations(self) -> bool:
+        """Whether anything was evaluated with success."""
+        return bool(self._fetch("SELECT 1 FROM outcomes WHERE failure_kind IS NULL LIMIT 1", ()))
 
     def clear(self) -> None:
-        """Forget candidates and hashes of a run that came to no outcome."""
-        assert not self.has_outcomes, "finished evaluations are never thrown away"
+        """Forget a run in which nothing was evaluated with success."""
+        assert not self.has_evaluations, "finished evaluations are never thrown away"
         with self._write() as database:
+            database.execute("DELETE FROM outcomes")
             database.execute("DELETE FROM candidates")
             database.execute("DELETE FROM meta WHERE key != 'schema'")
 

@@ -80,7 +80,7 @@ class RunFolder:
         """Check the config against the one that is kept here, then keep it."""
         if self.result.is_file() and self._difference(config) == []:
             return  # finished: its config stays as it was run
-        if not journal.has_outcomes:  # a start that failed binds nobody
+        if not journal.has_evaluations:  # a start that failed binds nobody
             journal.clear()
         else:
             lines = self._difference(config)

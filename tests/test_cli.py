@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_export_loads_with_stock_transformers_and_generates(
 def test_resume_of_a_finished_run_shows_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert moe_evo("search", "--resume", str(finished), "--json") == 0
     assert json.loads(capsys.readouterr().out)["search"]["evaluations"] == 6
+
+
+def test_resume_takes_a_folder_whose_name_holds_an_equals_sign(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "keep=4")
+    assert moe_evo("search", "--resume", str(run), "--json") == 0
+    assert moe_evo("search", f"--resume={run}", "--json") == 0
 
 
 def test_a_search_from_a_yaml_file_with_flags_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,9 +304,15 @@ def test_what_router_mode_eep_merged_is_not_exported_and_not_recommended(
     run = tmp_path / "run"
     assert moe_evo("search", *FAST, "--model.router", "eep", "--folder", str(run)) == 0
     merged = LayerGenome(np.eye(4, 8) + 0.01, np.eye(4, 8) + 0.01, 2)
-    individual = Individual(Candidate(5, Genome((merged,) * 4), "gaussian_mutation"), Evaluation(0.5))
+    exportable = replace(merged, router_mapping=np.eye(4, 8))  # what only merges has a stock router
+    individual = Individual(Candidate(5, Genome((exportable,) * 4), "gaussian_mutation"), Evaluation(0.5))
     shape = ModelShape("mixtral", (8,) * 4, (2,) * 4, (0, 1, 2, 3))
-    save_individual(run / "best.safetensors", individual, SearchSpace.build(shape, num_kept=4), {"router": "eep"})
+    space = SearchSpace.build(shape, num_kept=4)
+    save_individual(run / "best.safetensors", individual, space, {"router": "eep"})
+    assert moe_evo("export", str(run), "--to", str(tmp_path / "merged")) == 0
+    individual = replace(individual, candidate=replace(individual.candidate, genome=Genome((merged,) * 4)))
+    save_individual(run / "best.safetensors", individual, space, {"router": "eep"})
+    capsys.readouterr()
     assert moe_evo("show", str(run)) == 0
     assert "--which best_pruning" in capsys.readouterr().out
     monkeypatch.setattr("moe_evo.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))

@@ -31,6 +31,7 @@ from moe_evo.genome import Genome
 from moe_evo.genome_file import load_genome
 from moe_evo.journal import Journal
 from moe_evo.population import EvaluationFailure, Outcome
+from moe_evo.report.terminal import print_run
 from moe_evo.run_folder import RunFolder
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
@@ -165,15 +166,27 @@ def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
     assert content(tmp_path / "run") == content(finished.path)
 
 
+@pytest.mark.parametrize("frequency", [True, False])
 def test_out_of_memory_is_one_line_that_says_what_to_lower(
-    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    frequency: bool, resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(resident, "forward", exhausted)
     with pytest.raises(ModelError, match=r"out of memory on cpu: lower evaluation.batch_tokens \(now 8192\)"):
-        run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=False)))
+        run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=frequency)))
+
+
+def test_a_full_model_without_fitness_does_not_bind_the_folder(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    with pytest.raises(ModelError, match=r"try model\.dtype float32"):
+        run(tmp_path / "run")
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    result = run(tmp_path / "run", replace(CONFIG, model=replace(CONFIG.model, dtype="float32"))).read_result()
+    assert result["search"]["evaluations"] == 24
 
 
 def test_a_config_written_before_an_option_existed_still_resumes(finished: RunFolder, resident: Evaluator) -> None:
@@ -332,7 +345,7 @@ class FailingEvaluator(InterruptedRun):
 
 
 def test_failed_genomes_are_kept_in_the_journal_and_never_win(
-    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
     config = replace(CONFIG, selection=SelectionConfig(finalists=3, frequency=False))
@@ -340,6 +353,8 @@ def test_failed_genomes_are_kept_in_the_journal_and_never_win(
     assert 0 < result["search"]["failures"] < 24
     assert result["search"]["failure_reasons"] == ["logits are NaN"]
     assert all(0 not in row["kept"][0] for row in result["rows"] if row["key"] != "full")
+    print_run(RunFolder(tmp_path / "run"), result)
+    assert "failed   logits are NaN" in capsys.readouterr().out
 
 
 def test_a_full_model_without_fitness_ends_the_run_with_one_message(

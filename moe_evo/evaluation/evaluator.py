@@ -71,22 +71,28 @@ class Evaluator:
     ) -> dict[str, TaskScores] | EvaluationFailure:
         """The scores of every example, by task name."""
         started = time.perf_counter()
-        with torch.inference_mode(), _threads(self._config.threads):
+        with torch.inference_mode(), _threads(self._config.threads), self.within_memory():
             prepared = self._prepared(split, indices)
             try:
                 with self.model.applied(genome) if genome is not None else nullcontext():
                     partials = [self._partials(one) for one in prepared]
-            except torch.OutOfMemoryError as error:
-                raise ModelError(
-                    f"out of memory on {self.model.device}: lower evaluation.batch_tokens (now "
-                    f"{self._config.batch_tokens}) or model.merged_cache_gib, then run the same command again"
-                ) from error
             except NonFiniteLogits as error:
                 return EvaluationFailure("non_finite", str(error), time.perf_counter() - started)
         return {
             one.task.name: one.task.combine(split, one.batches, parts)
             for one, parts in zip(prepared, partials, strict=True)
         }
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Turn running out of memory into a ModelError that says what to lower."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of memory on {self.model.device}: lower evaluation.batch_tokens (now "
+                f"{self._config.batch_tokens}) or model.merged_cache_gib, then run the same command again"
+            ) from error
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits (B, n, V) of whatever function the model computes at the moment."""

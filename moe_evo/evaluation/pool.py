@@ -71,4 +71,5 @@ class LocalPool:
         return request, self._evaluator.evaluate([request.genome], request.split)[0]
 
     def frequency_pruning(self, space: SearchSpace) -> Genome:
-        return frequency_pruning(self._evaluator, space)
+        with self._evaluator.within_memory():
+            return frequency_pruning(self._evaluator, space)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_evo.config import RouterMode
 from moe_evo.errors import ExportError
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
@@ -74,7 +75,7 @@ def export_checkpoint(
     """
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
-    _check_router(moe, genome)
+    check_router(genome, moe.router_mode, renormalises=moe.family.renormalises(moe.language_model.config))
     check_target(folder, Path(moe.language_model.config.name_or_path), overwrite=overwrite)
     is_uniform = len(set(genome.num_kept)) == 1 and len(set(genome.top_k)) == 1
     loader: Loader = "transformers" if is_uniform else "moe_evo"
@@ -94,16 +95,15 @@ def export_checkpoint(
     return report
 
 
-def _check_router(moe: MoEModel, genome: Genome) -> None:
-    """Refuse genomes whose mapped probabilities no stock router computes."""
-    if moe.router_mode == "exported":
+def check_router(genome: Genome, router_mode: RouterMode, *, renormalises: bool) -> None:
+    """Raise ExportError for genomes whose mapped probabilities no stock router computes."""
+    if router_mode == "exported":
         return
-    renormalises = moe.family.renormalises(moe.language_model.config)
     for index, layer in enumerate(genome.layers):
         if not _same_in_both_modes(layer, renormalises=renormalises):
             raise ExportError(
                 f"genome layer {index}: router mode 'eep' maps probabilities after the softmax, which no stock "
-                "architecture can hold; search with model.router: exported"
+                "architecture can hold; export one that only prunes, or search with model.router: exported"
             )
 
 

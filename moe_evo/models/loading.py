@@ -73,6 +73,12 @@ def read_shape(config: ModelConfig) -> ModelShape:
     return _family(config, source).shape(_transformers_config(config, source))
 
 
+def renormalises(config: ModelConfig) -> bool:
+    """Whether the router divides the chosen gate weights by their sum, from config.json alone."""
+    source = _source(config.path)
+    return _family(config, source).renormalises(_transformers_config(config, source))
+
+
 def model_hash(config: ModelConfig) -> str:
     """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
 

@@ -21,6 +21,7 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
         console.print(
             f"{folder.path}: {result['evaluations']} of {result['of']} evaluations done, {result['failures']} failed, "
             f"best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
+            f"{_reasons(result)}"
             f"go on with: moe-evo search --resume {folder.path}",
             highlight=False,
             soft_wrap=True,
@@ -33,6 +34,7 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
         f"{search['evaluation_s']:.0f} s of evaluation\n"
+        f"{_reasons(search)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -40,6 +42,10 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _reasons(counted: dict[str, Any]) -> str:
+    return "".join(f"failed   {reason}\n" for reason in counted["failure_reasons"])
 
 
 def _print_whole(console: Console, table: Table) -> None:
@@ -52,10 +58,10 @@ def _print_whole(console: Console, table: Table) -> None:
 
 def _next_step(folder: RunFolder, result: dict[str, Any], *, is_pruning: bool) -> str:
     target = folder.path / "checkpoint"
-    if target.exists():
+    exportable = is_pruning or result["router"] == "exported"  # what is merged in mode 'eep' has no stock router
+    if target.exists() or not (exportable or folder.best_pruning.is_file()):
         return f"moe-evo evaluate {folder.path} --split test"
-    # what is merged in router mode 'eep' has no stock architecture
-    which = "" if is_pruning or result["router"] == "exported" else " --which best_pruning"
+    which = "" if exportable else " --which best_pruning"
     return f"moe-evo export {folder.path} --to {target}{which}"
 
 

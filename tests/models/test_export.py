@@ -183,7 +183,7 @@ def test_genome_of_another_model_is_refused(mixtral: MoEModel, tmp_path: Path) -
 
 def test_eep_genome_that_no_stock_architecture_holds_is_refused(tmp_path: Path) -> None:
     moe = MoEModel(tiny_model("mixtral"), router_mode="eep")
-    with pytest.raises(ExportError, match=r"no stock architecture can hold; search with model\.router: exported"):
+    with pytest.raises(ExportError, match=r"no stock architecture can hold; .*search with model\.router: exported"):
         export_checkpoint(moe, random_merge(moe.shape, 4), tmp_path / "small", provenance={})
     olmoe = MoEModel(tiny_model("olmoe"), router_mode="eep")
     with pytest.raises(ExportError, match="no stock architecture"):
