@@ -21,6 +21,9 @@ Metric = Literal[
 ]  # fmt: skip
 Algorithm = Literal["eep", "eep_release", "random"]
 FitnessRule = Literal["mean", "worst"]
+Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
+Offload = Literal["none", "cpu", "nvme"]
+PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 
 
 def _require(condition: bool, option: str, got: object, expected: str) -> None:
@@ -44,6 +47,13 @@ class ModelConfig:
         self_check: After loading, rebuild every expert once and compare the view with the untouched model.
         merged_cache_gib: Memory for merged layers that are kept for the next genomes; what does not fit
             is merged anew in every forward pass. Default: half of the memory that is free after loading.
+        sharding: 'single', one process and one device; 'device_map', one process that spreads layers over
+            several GPUs, the CPU and disk; 'tensor_parallel', cluster.gang_size processes that each hold a
+            slice of every expert; 'zero3', the same number that each hold a slice of every weight and
+            gather one layer at a time (DeepSpeed), for a model larger than the gang's GPU memory.
+        offload: zero3: where the slices lie between uses: 'none' (the GPU), 'cpu' or 'nvme'.
+        offload_folder: Folder for what is offloaded to disk (zero3 with 'nvme', device_map).
+        max_memory: device_map: most memory for weights on each device, as in {0: 70GiB, cpu: 200GiB}.
     """
 
     path: str = "embedded"
@@ -54,11 +64,29 @@ class ModelConfig:
     trust_remote_code: bool = False
     self_check: bool = True
     merged_cache_gib: float | None = None
+    sharding: Sharding = "single"
+    offload: Offload = "none"
+    offload_folder: str | None = None
+    max_memory: dict[int | str, str] | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
         cache = self.merged_cache_gib
         _require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
+        zero3 = self.sharding == "zero3"
+        _require(zero3 or self.offload == "none", "model.offload", self.offload, "'none' without model.sharding zero3")
+        _require(
+            self.offload != "nvme" or self.offload_folder is not None, "model.offload_folder", self.offload_folder,
+            "a folder on a fast local disk, as model.offload is 'nvme'",
+        )  # fmt: skip
+        _require(
+            self.offload_folder is None or self.offload == "nvme" or self.sharding == "device_map",
+            "model.offload_folder", self.offload_folder, "none: only model.offload nvme and device_map use it",
+        )  # fmt: skip
+        _require(
+            self.max_memory is None or self.sharding == "device_map", "model.max_memory", self.max_memory,
+            "none: only model.sharding device_map uses it",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -266,6 +294,69 @@ class SelectionConfig:
         _require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
 
 
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where evaluations run: in this process, or on Ray gangs that each hold the model once.
+
+    Args:
+        address: Default: in this process, without Ray. 'local' starts a Ray of this command's own on this
+            machine, 'auto' joins the Ray cluster that runs here (or that RAY_ADDRESS names), HOST:PORT
+            joins that one.
+        num_gangs: How many gangs, or 'auto': as many as fit and are needed, more when nodes join, fewer
+            when nodes leave or a gang is idle for idle_release_s.
+        gang_size: Ranks of a gang, one GPU each, that hold one model together (model.sharding says how);
+            with device_map the GPUs of its one process.
+        resources: Ray resources of one rank, as in {GPU: 1, CPU: 4}; default: one GPU where the cluster
+            has any, else one CPU.
+        labels: Ray node labels that a gang's nodes must have, as in {accelerator: h100}.
+        strategy: Placement of a gang's ranks on nodes (Ray's placement group strategies).
+        max_batch: Most genomes in one request; fewer are sent while evaluations are slow or few are left.
+        deadline_s: Longest time for one evaluation before its gang counts as hung; default: 20 times the
+            slowest so far and at least one minute, and half an hour for a gang's first.
+        load_timeout_s: Longest time for a gang to load the model.
+        max_attempts: A genome that broke so many gangs is given up; the same number of failures to load
+            in a row, with no success before, ends the run.
+        idle_release_s: 'auto': a gang that is idle for so long is released; a shared service ends when it
+            had no run for so long.
+        service: Name of a service of gangs that several runs on one cluster share in fair turns, with
+            their evaluations in one cache; default: gangs of this run alone.
+    """
+
+    address: str | None = None
+    num_gangs: int | Literal["auto"] = "auto"
+    gang_size: int = 1
+    resources: dict[str, float] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    strategy: PlacementStrategy = "PACK"
+    max_batch: int = 16
+    deadline_s: float | None = None
+    load_timeout_s: float = 3600.0
+    max_attempts: int = 3
+    idle_release_s: float = 300.0
+    service: str | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("num_gangs", "gang_size", "max_batch", "max_attempts"):
+            value = getattr(self, option)
+            _require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
+        for option in ("deadline_s", "load_timeout_s", "idle_release_s"):
+            value = getattr(self, option)
+            _require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
+        amounts = self.resources
+        _require(
+            amounts is None or (bool(amounts) and min(amounts.values()) > 0), "cluster.resources", amounts,
+            "positive amounts, as in {GPU: 1, CPU: 4}",
+        )  # fmt: skip
+        _require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
+        if self.address is None:
+            defaults = ClusterConfig(address="auto")
+            for option, value in vars(self).items():
+                _require(
+                    option == "address" or value == getattr(defaults, option), f"cluster.{option}", value,
+                    "none without cluster.address; add --cluster.address auto (or local)",
+                )  # fmt: skip
+
+
 def _embedded_tasks() -> list[TaskConfig]:
     return [TaskConfig(data="syll")]
 
@@ -278,14 +369,26 @@ class ScoringConfig:
         model: The model.
         tasks: List of tasks; a bare string is a task's data. --tasks.KEY changes the last task.
         evaluation: How genomes are scored.
+        cluster: Where they are scored.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=_embedded_tasks)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.tasks), "tasks", self.tasks, "at least one task")
+        sharding, size = self.model.sharding, self.cluster.gang_size
+        needs_gang = sharding in ("tensor_parallel", "zero3")
+        _require(
+            not needs_gang or self.cluster.address is not None, "model.sharding", sharding,
+            "'single' or 'device_map' in one process; add --cluster.address auto (or local) for gangs",
+        )  # fmt: skip
+        _require(
+            size == 1 or sharding != "single", "cluster.gang_size", size,
+            "1, as model.sharding is 'single'; use tensor_parallel, zero3 or device_map",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -297,6 +400,7 @@ class RunConfig(ScoringConfig):
         tasks: List of the tasks whose fitness is searched for; a bare string is a task's data.
             --tasks.KEY changes the last task.
         evaluation: How genomes are scored.
+        cluster: Where they are scored.
         search: The search.
         selection: How the winner is chosen, and what stands beside it.
         folder: Where the run is kept; default: runs/ and a name made of tasks, num_kept, algorithm and seed.

@@ -21,12 +21,20 @@ class ModelError(MoeEvoError, ValueError):
     """A model cannot be loaded, is not a supported Mixture-of-Experts model, or misbehaves."""
 
 
+class OutOfMemory(ModelError):
+    """An evaluation needs more memory than the device has, with one row in a batch too."""
+
+
 class TaskError(MoeEvoError, ValueError):
     """Task data are missing, malformed or too few."""
 
 
 class JournalError(MoeEvoError, RuntimeError):
     """The journal of a run cannot be read or written."""
+
+
+class ClusterError(MoeEvoError, RuntimeError):
+    """A Ray cluster cannot be reached, has no room for a gang, or no gang of it can load the model."""
 
 
 class RunError(MoeEvoError, RuntimeError):

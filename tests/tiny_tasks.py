@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -18,6 +19,8 @@ from transformers import (
 
 from moe_evo.config import TaskConfig
 from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.space import ModelShape
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
@@ -79,6 +82,16 @@ def tiny_mixtral(num_experts: int = 4) -> Any:
     return MixtralForCausalLM(config).eval()
 
 
+def tiny_merge(shape: ModelShape, *, num_kept: int = 2, scale: float = 0.5) -> Genome:
+    """Random W_EM and W_RM; a huge `scale` makes numbers that are not finite."""
+    rng = np.random.default_rng(0)
+
+    def matrix(num_experts: int, size: float) -> np.ndarray:
+        return rng.normal(0, size, size=(num_kept, num_experts)).astype(np.float32)
+
+    return Genome(tuple(LayerGenome(matrix(one, scale), matrix(one, 0.5), 2) for one in shape.num_experts))
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -128,18 +141,18 @@ def run_task(
     indices: list[int] | None = None,
 ) -> TaskScores:
     """What an evaluator does, without genomes: forward or generate, score, combine."""
-    batches, partials = task.batches(split, indices), []
-    for batch in batches:
+    parts = []
+    for batch in task.batches(split, indices):
         reference = None
         if task.needs_reference:
             assert isinstance(batch, ForwardBatch)
             reference = task.reference(batch, forward(reference_model, batch))
-        partials.append(task.score(batch, _output(model, tokenizer, batch), reference))
-    return task.combine(split, batches, partials)
+        parts.append((batch.examples, task.score(batch, _output(model, tokenizer, batch), reference)))
+    return task.combine(split, parts)
 
 
 def _output(model: Any, tokenizer: Any, batch: Batch) -> torch.Tensor:
-    return forward(model, batch) if isinstance(batch, ForwardBatch) else generate_greedily(model, tokenizer, batch)
+    return forward(model, batch) if isinstance(batch, ForwardBatch) else generate_greedily(model, tokenizer, batch)[0]
 
 
 @torch.inference_mode()

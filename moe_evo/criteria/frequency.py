@@ -6,8 +6,9 @@ counts, and every example's prompt counts once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,11 @@ from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
 from moe_evo.tasks.base import ForwardBatch
+from moe_evo.tasks.share import share_of
 from moe_evo.tasks.task import Task
 
 Counts = Sequence[npt.NDArray[np.float64]]
+T = TypeVar("T")
 
 
 class Observed(Protocol):
@@ -32,27 +35,28 @@ class Observed(Protocol):
     @property
     def tasks(self) -> Sequence[Task]: ...
 
+    @property
+    def batch_tokens(self) -> int: ...
+
     def forward(self, batch: ForwardBatch) -> Tensor: ...
+
+    def within_memory(self, compute: Callable[[], T]) -> T: ...
 
 
 def routing_counts(evaluator: Observed, split: str = "search") -> Counts:
-    """Tokens routed to each expert, (E,) a MoE layer, over the prompts of all tasks."""
-    with torch.inference_mode(), evaluator.model.observe_routing() as counts:
-        for task in evaluator.tasks:
-            for batch in task.prompt_batches(split):
-                placed = batch.to(evaluator.model.device)
-                counts.mask = placed.attention_mask
-                evaluator.forward(placed)
-    return counts.layers
+    """Tokens routed to each expert, (E,) a MoE layer, over the prompts of all tasks.
+
+    All ranks of a gang call this together and all get the same. Raises OutOfMemory.
+    """
+    return evaluator.within_memory(lambda: _counted(evaluator, split))
 
 
-def frequency_pruning(evaluator: Observed, space: SearchSpace, split: str = "search") -> Genome:
+def frequency_pruning(counts: Counts, space: SearchSpace) -> Genome:
     """The pruning of `space` that keeps the most used experts; the lower number wins a tie.
 
-    Layers that share genes keep what is most used in all of them together, and a group-limited
-    router keeps the best of each of its groups.
+    counts: (E,) a MoE layer, of `routing_counts`. Layers that share genes keep what is most used in all
+    of them together, and a group-limited router keeps the best of each of its groups.
     """
-    counts = routing_counts(evaluator, split)
     kept: list[list[int]] = [[] for _ in counts]
     for group, layers in enumerate(space.layer_groups):
         used = np.sum([counts[layer] for layer in layers], axis=0)
@@ -60,6 +64,21 @@ def frequency_pruning(evaluator: Observed, space: SearchSpace, split: str = "sea
         for layer in layers:
             kept[layer] = experts
     return Genome.from_kept(kept, space.shape.num_experts, space.top_k)
+
+
+def _counted(evaluator: Observed, split: str) -> Counts:
+    ranks = evaluator.model.share
+    with torch.inference_mode(), evaluator.model.observe_routing() as counts:
+        for task in evaluator.tasks:
+            make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens)
+            share = share_of(ranks.rank, ranks.size, task.numbers(split), make)
+            for position, batch in enumerate(share.batches):
+                placed = batch.to(evaluator.model.device)
+                is_counted = position < share.num_counted
+                counts.mask = placed.attention_mask if is_counted else torch.zeros_like(placed.attention_mask)
+                evaluator.forward(placed)
+    of_ranks = ranks.gather(counts.layers)
+    return tuple(np.sum(layer, axis=0) for layer in zip(*of_ranks, strict=True))
 
 
 def _most_used(used: npt.NDArray[np.float64], space: SearchSpace, group: int) -> list[int]:

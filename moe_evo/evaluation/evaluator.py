@@ -8,39 +8,62 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from moe_evo.config import EvaluationConfig
-from moe_evo.errors import ModelError
-from moe_evo.evaluation.generate import NonFiniteLogits, generate_greedily
+from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
+from moe_evo.evaluation.generate import generate_greedily
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.space import check_fits
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
+from moe_evo.tasks.share import share_of
 from moe_evo.tasks.task import Task
 
 Indices = Mapping[str, Sequence[int]]
 """Example numbers by task name; a task that is not named is used whole."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class _Prepared:
-    """One task's batches on the model's device, each with its reference where the task needs one."""
+    """One task's batches on the model's device, each with its reference where the task needs one.
+
+    num_counted: the first so many batches count; others only keep this rank in step with the rest.
+    """
 
     task: Task
     batches: tuple[Batch, ...]
     references: tuple[Tensor | None, ...]
+    num_counted: int
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank found of one task: the partial results of its batches, and whether all numbers are finite."""
+
+    parts: list[tuple[npt.NDArray[np.int64], Tensor]]
+    is_finite: bool
 
 
 class Evaluator:
-    """A loaded model and the tasks that its genomes are scored on."""
+    """A loaded model and the tasks that its genomes are scored on.
+
+    Where several ranks hold the model, each has its evaluator, and all make the same calls in the same
+    order. All get the same outcomes; an outcome that is a failure leaves them in step.
+    """
 
     def __init__(self, model: MoEModel, tasks: Sequence[Task], config: EvaluationConfig) -> None:
         assert tasks and len({task.name for task in tasks}) == len(tasks), "tasks need distinct names"
@@ -48,11 +71,18 @@ class Evaluator:
         self.tasks = tuple(tasks)
         self._config = config
         self._whole: dict[str, tuple[_Prepared, ...]] = {}
+        self._memory = BatchMemory(config.batch_tokens, model)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of a batch: the config's number, or less where that did not fit in memory."""
+        return self._memory.batch_tokens
 
     def evaluate(self, genomes: Sequence[Genome | None], split: str, indices: Indices | None = None) -> list[Outcome]:
         """One outcome a genome, in order; None is the untouched model.
 
-        Raises GenomeError, before anything is computed, where a genome does not fit the model.
+        Raises GenomeError, before anything is computed, where a genome does not fit the model, and
+        OutOfMemory.
         """
         for genome in genomes:
             if genome is not None:
@@ -71,31 +101,32 @@ class Evaluator:
     ) -> dict[str, TaskScores] | EvaluationFailure:
         """The scores of every example, by task name."""
         started = time.perf_counter()
-        with torch.inference_mode(), _threads(self._config.threads), self.within_memory():
-            prepared = self._prepared(split, indices)
-            try:
-                with self.model.applied(genome) if genome is not None else nullcontext():
-                    partials = [self._partials(one) for one in prepared]
-            except NonFiniteLogits as error:
-                return EvaluationFailure("non_finite", str(error), time.perf_counter() - started)
-        return {
-            one.task.name: one.task.combine(split, one.batches, parts)
-            for one, parts in zip(prepared, partials, strict=True)
-        }
+        own = self.within_memory(lambda: self._reports(genome, split, indices))
+        scores = {}
+        for task, reports in zip(self.tasks, zip(*self.model.share.gather(own), strict=True), strict=True):
+            if not all(report.is_finite for report in reports):
+                reason = f"task {task.name}: logits or scores are not finite"
+                return EvaluationFailure("non_finite", reason, time.perf_counter() - started)
+            scores[task.name] = task.combine(split, [part for report in reports for part in report.parts])
+        return scores
 
-    @contextmanager
-    def within_memory(self) -> Iterator[None]:
-        """Turn running out of memory into a ModelError that says what to lower."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"out of memory on {self.model.device}: lower evaluation.batch_tokens (now "
-                f"{self._config.batch_tokens}) or model.merged_cache_gib, then run the same command again"
-            ) from error
+    def within_memory(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns; where memory runs out, it is called again with half the tokens in a batch.
+
+        Raises OutOfMemory where a batch of one row is too much, or where other ranks wait for this one.
+        """
+        while True:
+            try:
+                return compute()
+            except MEMORY_ERRORS as error:
+                self._memory.lower_after(error)
+            # only now, as the error holds on to the tensors of the calls that it went through
+            self._whole.clear()  # references, too, are of the old batches
+            self._memory.free()
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits (B, n, V) of whatever function the model computes at the moment."""
+        self._memory.note(batch)
         logits: Tensor = self.model.language_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -105,17 +136,31 @@ class Evaluator:
         ).logits
         return logits
 
-    def _partials(self, prepared: _Prepared) -> list[Tensor]:
-        partials = []
-        for batch, reference in zip(prepared.batches, prepared.references, strict=True):
-            if isinstance(batch, ForwardBatch):
-                output = self.forward(batch)
-            else:
-                output = generate_greedily(self.model.language_model, self.model.tokenizer, batch)
-            partials.append(prepared.task.score(batch, output, reference))
-        if not all(bool(part.isfinite().all()) for part in partials):
-            raise NonFiniteLogits(f"task {prepared.task.name}: scores are not finite")
-        return partials
+    def _reports(self, genome: Genome | None, split: str, indices: Indices | None) -> list[_Report]:
+        """One a task. Nothing that goes wrong with a genome ends this early: other ranks go on, too."""
+        with torch.inference_mode(), _threads(self._config.threads):
+            prepared = self._prepared(split, indices)
+            with self.model.applied(genome) if genome is not None else nullcontext():
+                return [self._report(one) for one in prepared]
+
+    def _report(self, prepared: _Prepared) -> _Report:
+        parts, finite = [], []
+        for position, (batch, reference) in enumerate(zip(prepared.batches, prepared.references, strict=True)):
+            output, is_finite = self._run(batch)
+            if position < prepared.num_counted:
+                parts.append((batch.examples, prepared.task.score(batch, output, reference)))
+                finite.append(is_finite)
+        all_finite = all(finite) and all(bool(partial.isfinite().all()) for _, partial in parts)
+        return _Report([(examples, partial.cpu()) for examples, partial in parts], all_finite)
+
+    def _run(self, batch: Batch) -> tuple[Tensor, bool]:
+        """The output of a batch, and whether the logits that it was generated from are finite."""
+        if isinstance(batch, ForwardBatch):
+            return self.forward(batch), True
+        self._memory.note(batch)
+        return generate_greedily(
+            self.model.language_model, self.model.tokenizer, batch, in_lockstep=self.model.ranks.size > 1
+        )
 
     def _prepared(self, split: str, indices: Indices | None) -> tuple[_Prepared, ...]:
         if indices is not None:
@@ -125,14 +170,17 @@ class Evaluator:
         return self._whole[split]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
-        batches = tuple(batch.to(self.model.device) for batch in task.batches(split, indices))
+        ranks = self.model.share
+        make = partial(task.batches, split, batch_tokens=self.batch_tokens)
+        share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
+        batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(
             task.reference(batch, self.forward(batch))
             if task.needs_reference and isinstance(batch, ForwardBatch)
             else None
             for batch in batches
         )
-        return _Prepared(task, batches, references)
+        return _Prepared(task, batches, references, share.num_counted)
 
     def _outcome(self, examined: dict[str, TaskScores] | EvaluationFailure, duration_s: float) -> Outcome:
         if isinstance(examined, EvaluationFailure):

@@ -11,41 +11,41 @@ from transformers import GenerationConfig
 from moe_evo.tasks.base import GenerateBatch
 
 
-class NonFiniteLogits(ArithmeticError):
-    """The model's logits hold NaN or infinity while it generates."""
-
-
 class _Watch:
     """A stopping criterion: a row is done when its new text holds the stop text.
 
-    It also looks at the logits, as greedy decoding makes words of NaN without complaint.
+    As a logits processor it looks for logits that are not finite, of which greedy decoding makes words
+    without complaint; after the first, all rows are done.
     """
 
     def __init__(self, tokenizer: Any, batch: GenerateBatch) -> None:
         self._tokenizer = tokenizer
         self._stop = batch.stop
         self._prompt_length = batch.input_ids.shape[1]
+        self.is_finite = True
+
+    def look(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # a row of which one logit is finite has a greatest one; masked vocabulary at -inf is legitimate
+        self.is_finite = self.is_finite and bool(scores.max(dim=-1).values.isfinite().all())
+        return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         new = input_ids[:, self._prompt_length :]
-        if not self._stop:
-            return torch.zeros(len(new), dtype=torch.bool, device=new.device)
+        if not (self._stop and self.is_finite):
+            return torch.full((len(new),), not self.is_finite, device=new.device)
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         return torch.tensor([self._stop in text for text in texts], device=new.device)
 
 
-def _refuse_non_finite(input_ids: Tensor, scores: Tensor) -> Tensor:
-    # a row of which one logit is finite has a greatest one; masked vocabulary at -inf is legitimate
-    if not scores.max(dim=-1).values.isfinite().all():
-        raise NonFiniteLogits("logits are not finite during generation")
-    return scores
+def generate_greedily(
+    language_model: Any, tokenizer: Any, batch: GenerateBatch, *, in_lockstep: bool = False
+) -> tuple[Tensor, bool]:
+    """New tokens (B, at most max_new_tokens), each row padded after its end, and whether all logits were finite.
 
-
-def generate_greedily(language_model: Any, tokenizer: Any, batch: GenerateBatch) -> Tensor:
-    """New tokens (B, at most max_new_tokens), each row padded after its end.
-
-    Raises NonFiniteLogits.
+    in_lockstep: other ranks of the process group generate too, and all run as many forward passes as the
+    one that needs most. That is also why logits that are not finite raise nothing.
     """
+    watch = _Watch(tokenizer, batch)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
@@ -57,10 +57,11 @@ def generate_greedily(language_model: Any, tokenizer: Any, batch: GenerateBatch)
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         generation_config=config,
-        stopping_criteria=[_Watch(tokenizer, batch)],
-        logits_processor=[_refuse_non_finite],
+        stopping_criteria=[watch],
+        logits_processor=[watch.look],
+        synced_gpus=in_lockstep,
     )
-    return sequences[:, batch.input_ids.shape[1] :]
+    return sequences[:, batch.input_ids.shape[1] :], watch.is_finite
 
 
 def _padding(tokenizer: Any) -> int:

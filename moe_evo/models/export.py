@@ -24,8 +24,9 @@ from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
 from moe_evo.models.merging import is_selection
 from moe_evo.models.model_card import model_card
 from moe_evo.models.pruned import load_pruned, save_pruned
+from moe_evo.models.slices import is_whole
 from moe_evo.models.target_folder import EXPORT_RECORD, check_target, written_beside
-from moe_evo.models.view import TOLERANCES, MoEModel, random_tokens, relative_difference
+from moe_evo.models.view import TOLERANCES, MoEModel, relative_difference
 from moe_evo.space import check_fits
 
 Loader = Literal["transformers", "moe_evo"]
@@ -76,6 +77,8 @@ def export_checkpoint(
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
     check_router(genome, moe.router_mode, renormalises=moe.family.renormalises(moe.language_model.config))
+    if not all(map(is_whole, moe.language_model.parameters())):
+        raise ExportError(f"{folder}: parts of the model are not in this process; export with model.sharding single")
     check_target(folder, Path(moe.language_model.config.name_or_path), overwrite=overwrite)
     is_uniform = len(set(genome.num_kept)) == 1 and len(set(genome.top_k)) == 1
     loader: Loader = "transformers" if is_uniform else "moe_evo"
@@ -131,7 +134,7 @@ def exported_state(moe: MoEModel, genome: Genome) -> dict[str, Tensor]:
 def _view_logits(moe: MoEModel, genome: Genome) -> Tensor:
     """What was evaluated, on the random tokens of `_verify`."""
     with torch.inference_mode(), moe.applied(genome):
-        logits: Tensor = moe.language_model(input_ids=random_tokens(moe.language_model), use_cache=False).logits
+        logits: Tensor = moe.language_model(input_ids=moe.random_tokens(), use_cache=False).logits
     moe.merged_cache.clear()  # room for the exported model, which has the same merged layers
     return logits
 
@@ -176,7 +179,7 @@ def _verify(moe: MoEModel, expected: Tensor, folder: Path, loader: Loader) -> fl
     except LIBRARY_ERRORS as error:
         raise ExportError(f"the exported checkpoint cannot be loaded again ({one_line(error)})") from error
     with torch.inference_mode():
-        got = exported(input_ids=random_tokens(moe.language_model), use_cache=False).logits
+        got = exported(input_ids=moe.random_tokens(), use_cache=False).logits
     difference = relative_difference(got, expected)
     if not difference <= TOLERANCES[moe.dtype]:
         raise ExportError(

@@ -7,7 +7,7 @@ and one tiny model in the contract suite.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_evo.errors import ConfigError, ModelError
@@ -26,7 +26,9 @@ class Family:
     experts are always `experts`. router_tensors, expert_tensors: those with one row an expert.
     scoring: 'softmax' over all experts then top-k, 'top_k_softmax' the other way round, or 'sigmoid'
     with a correction bias that takes part in the choice only. renormalisation: whether the chosen
-    weights are divided by their sum. min_kept_per_group: see `ModelShape`.
+    weights are divided by their sum. min_kept_per_group: see `ModelShape`. experts_plan: tensor parallel
+    styles of the experts' tensors ('' is the module) where transformers has none. output_biases: expert
+    tensors that are added to an output; under tensor parallelism ranks sum theirs, so one rank has them.
     """
 
     model_type: str
@@ -38,6 +40,8 @@ class Family:
     router_tensors: tuple[str, ...] = ("weight",)
     expert_tensors: tuple[str, ...] = ("gate_up_proj", "down_proj")
     min_kept_per_group: int = 1
+    experts_plan: Mapping[str, str] = field(default_factory=dict)
+    output_biases: tuple[str, ...] = ()
 
     top_k_field = "num_experts_per_tok"
 
@@ -66,6 +70,28 @@ class Family:
             reason = "chooses groups of experts, which mapped probabilities no longer have"
         if reason:
             raise ConfigError(f"model.router: got 'eep', but {self.model_type} {reason}; use 'exported'")
+
+    def check_tensor_parallel(self, config: Any, size: int) -> None:
+        """Raise ConfigError where `size` ranks cannot hold equal slices of every expert."""
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        if width % size:
+            raise ConfigError(
+                f"model.sharding: got 'tensor_parallel' over {size} ranks, but the experts of this {self.model_type} "
+                f"model are {width} wide, which {size} does not divide; use another cluster.gang_size, or zero3"
+            )
+
+    def tensor_parallel_plan(self, config: Any, size: int) -> dict[str, str]:
+        """Rules, by parameter or module, that complete or replace those of transformers' own plan.
+
+        Attention whose heads cannot be divided among `size` ranks is computed whole by each of them.
+        """
+        experts = f"model.layers.*.{self.block}.experts"
+        plan = {f"{experts}.{name}" if name else experts: style for name, style in self.experts_plan.items()}
+        heads = (config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 0)
+        if any(number % size for number in heads):
+            own_rules = config.base_model_tp_plan or {}
+            plan |= {f"model.{rule}": "replicate" for rule in own_rules if ".self_attn." in rule}
+        return plan
 
     def shape(self, config: Any) -> ModelShape:
         """What a model of this family with this (transformers) config offers."""
@@ -119,6 +145,14 @@ FAMILIES: dict[str, Family] = {
         router="router",
         router_tensors=("weight", "bias"),
         expert_tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+        # stored (E, in, out) with gate and up interleaved, so even slices of the last dimension keep pairs
+        experts_plan={
+            "gate_up_proj": "rowwise",
+            "gate_up_proj_bias": "rowwise",
+            "down_proj": "colwise",
+            "": "moe_tp_experts",
+        },
+        output_biases=("down_proj_bias",),
     ),
     "granitemoe": Family(
         "granitemoe",

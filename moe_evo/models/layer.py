@@ -6,6 +6,7 @@ The router's forward is wrapped and the experts go through a function registered
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from moe_evo.models.families import Family
 from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route
+from moe_evo.models.slices import local_shape, whole_shape
 
 IMPLEMENTATION = "moe_evo"
 _HOOK = "moe_evo_forward"
@@ -73,14 +75,20 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return int(self.router_tensors()["weight"].shape[0])
+        return whole_shape(self.router_tensors()["weight"])[0]
 
     def router_tensors(self) -> dict[str, Tensor]:
-        """Everything of the router that has one row an expert: weight (E, H), biases (E,)."""
+        """Everything of the router that has one row an expert: weight (E, H), biases (E,).
+
+        Offloaded and ZeRO-3 tensors are empty outside of the router's forward.
+        """
         return {name: getattr(self.router, name) for name in self._family.router_tensors}
 
     def expert_tensors(self) -> dict[str, Tensor]:
-        """The experts' stacked weights (E, ...) and biases."""
+        """The experts' stacked weights (E, ...) and biases; in a forward the slices of this rank.
+
+        Offloaded and ZeRO-3 tensors are empty outside of the experts' forward.
+        """
         return {name: getattr(self.experts, name) for name in self._family.expert_tensors}
 
     def mapped_router(self, router_mapping: Matrix) -> dict[str, Tensor]:
@@ -94,11 +102,13 @@ class MoELayer:
             return {name: mix_rows(expert_merging, stacked) for name, stacked in self.expert_tensors().items()}
 
     def merged_bytes(self, expert_merging: Matrix) -> int:
-        """Memory that `merged_tensors` takes; 0 where W_EM (K, E) merges nothing."""
+        """Memory that `merged_tensors` takes on this rank; 0 where W_EM (K, E) merges nothing."""
         if is_selection(expert_merging):
             return 0
         tensors = self.expert_tensors().values()
-        return sum(len(expert_merging) * tensor[0].numel() * tensor.element_size() for tensor in tensors)
+        return sum(
+            len(expert_merging) * math.prod(local_shape(tensor)[1:]) * tensor.element_size() for tensor in tensors
+        )
 
     def merged_key(self, plan: LayerPlan) -> MergedKey | None:
         """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""

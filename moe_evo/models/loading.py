@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,30 @@ from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models.families import Family, family_of
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.placement import (
+    check_device,
+    check_placement,
+    drop_repeated_biases,
+    grouped_mm_is_aligned,
+    input_device,
+    placement_options,
+    weights_dtype,
+)
+from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.view import MoEModel
+from moe_evo.models.zero3 import load_zero3
 from moe_evo.space import ModelShape
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 
-def load_model(config: ModelConfig) -> MoEModel:
+def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
     """Read a checkpoint and put the view around it.
 
-    Raises ModelError (missing folder, unsupported family, no safetensors, failed self-check) or
-    ConfigError (device, router) in one line.
+    ranks: the processes that hold the model together, where config.sharding divides it; each of them
+    calls this. Raises ModelError (missing folder, unsupported family, no safetensors, failed self-check)
+    or ConfigError (device, router, sharding) in one line.
     """
     source = _source(config.path)
     family = _family(config, source)
@@ -41,14 +53,30 @@ def load_model(config: ModelConfig) -> MoEModel:
     if config.router == "eep":
         family.check_eep_router(transformers_config)
     device = resolve_device(config.device)
+    check_placement(config, family, transformers_config, ranks)
+    check_device(config, device, ranks)
+    options = placement_options(config, family, transformers_config, device, ranks)
     with quiet():
-        language_model = _language_model(config, source, device)
+        if config.sharding == "zero3":
+            dtype = weights_dtype(config, transformers_config)
+            language_model = load_zero3(
+                lambda: _language_model(config, source, options), config, transformers_config, dtype
+            )
+        else:
+            language_model = _language_model(config, source, options)
         tokenizer = _tokenizer(config, source, transformers_config)
+    if not grouped_mm_is_aligned(language_model):
+        language_model.set_experts_implementation("eager")
+    if config.sharding == "tensor_parallel":
+        drop_repeated_biases(language_model, family, ranks)
     moe = MoEModel(
         language_model,
         tokenizer,
         router_mode=config.router,
         merged_cache_gib=config.merged_cache_gib,
+        device=input_device(language_model, device),
+        ranks=ranks,
+        splits_examples=config.sharding == "zero3" and ranks.size > 1,
     )
     if config.self_check:
         moe.reference_self_check()
@@ -182,7 +210,7 @@ def _transformers_config(config: ModelConfig, source: Path | str) -> Any:
         raise ModelError(f"{source}: config.json cannot be used ({one_line(error)})") from error
 
 
-def _language_model(config: ModelConfig, source: Path | str, device: torch.device) -> Any:
+def _language_model(config: ModelConfig, source: Path | str, options: Mapping[str, Any]) -> Any:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         language_model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -192,22 +220,14 @@ def _language_model(config: ModelConfig, source: Path | str, device: torch.devic
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **({} if device.type == "cpu" else {"device_map": {"": device}}),
+            **options,
         )
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source}: cannot be loaded ({one_line(error)})") from error
     lacking = sorted(report["missing_keys"])
     if lacking:
         raise ModelError(f"{source}: lacks {len(lacking)} weights, {lacking[0]} among them")
-    if not _grouped_mm_is_aligned(language_model):
-        language_model.set_experts_implementation("eager")
     return language_model
-
-
-def _grouped_mm_is_aligned(language_model: Any) -> bool:
-    """Whether the rows of all expert weights are multiples of 16 bytes, as grouped_mm demands."""
-    stacked = (weight for weight in language_model.parameters() if weight.ndim == 3)
-    return all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in stacked)
 
 
 def _tokenizer(config: ModelConfig, source: Path | str, transformers_config: Any) -> Any | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_evo.config import RouterMode
@@ -20,6 +21,8 @@ from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
 from moe_evo.models.merged_cache import MergedCache, half_of_free_gib
 from moe_evo.models.observer import RoutingCounts, observed
+from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.slices import whole_shape
 from moe_evo.space import check_fits
 
 # Relative to the largest logit. The forced hooks run the same kernels on the same numbers.
@@ -31,7 +34,9 @@ class MoEModel:
 
     language_model: the transformers model, in eval mode; call it and `generate` as usual.
     tokenizer: may be None where a checkpoint has none. merged_cache_gib: memory for merged layers that
-    are kept for the next genomes; None is half of what is free on the model's device now.
+    are kept for the next genomes; None is half of what is free on the model's device now. device: where
+    inputs go; default: where the weights are. ranks: who holds the model; all of them must make the same
+    calls in the same order. splits_examples: each rank runs its own inputs (ZeRO-3), else all the same.
     """
 
     def __init__(
@@ -41,11 +46,17 @@ class MoEModel:
         *,
         router_mode: RouterMode = "exported",
         merged_cache_gib: float | None = None,
+        device: torch.device | None = None,
+        ranks: Ranks = ALONE,
+        splits_examples: bool = False,
     ) -> None:
         config = language_model.config
         self.language_model = language_model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.router_mode: RouterMode = router_mode
+        self.device: torch.device = language_model.device if device is None else device
+        self.ranks = ranks
+        self.splits_examples = splits_examples
         self.family = family_of({"model_type": config.model_type}, config.name_or_path or "model")
         self.shape = self.family.shape(config)
         if router_mode == "eep":
@@ -56,9 +67,9 @@ class MoEModel:
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
     @property
-    def device(self) -> torch.device:
-        device: torch.device = self.language_model.device
-        return device
+    def share(self) -> Ranks:
+        """The ranks that divide examples among them: this one alone where all run the same."""
+        return self.ranks if self.splits_examples else ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,9 +107,10 @@ class MoEModel:
     def reference_self_check(self) -> None:
         """Raise ModelError unless both hooks together reproduce the untouched model on random tokens.
 
-        A release of transformers that changes the contract of routers or experts fails here, loudly.
+        A release of transformers that changes the contract of routers or experts fails here, loudly, on
+        all ranks alike.
         """
-        tokens = random_tokens(self.language_model)
+        tokens = self.random_tokens()
         plans = [
             LayerPlan.reversed_identity(num_experts, top_k)
             for num_experts, top_k in zip(self.shape.num_experts, self.shape.top_k, strict=True)
@@ -115,12 +127,18 @@ class MoEModel:
                 ) from error
             finally:
                 self.merged_cache.clear()
-        difference = relative_difference(got, expected)
+        difference = float(np.max(self.ranks.gather(relative_difference(got, expected))))  # NaN where any rank has it
         if not difference <= TOLERANCES[self.dtype]:
             raise ModelError(
                 f"{where}: the view differs from the untouched model by {difference:.1e} of the largest "
                 f"logit, expected at most {TOLERANCES[self.dtype]:.0e}; use another version of transformers"
             )
+
+    def random_tokens(self, *, batch: int = 2, length: int = 16) -> torch.Tensor:
+        """(batch, length) token ids that are the same in every process."""
+        generator = torch.Generator().manual_seed(0)
+        num_tokens = whole_shape(self.language_model.get_input_embeddings().weight)[0]
+        return torch.randint(0, num_tokens, (batch, length), generator=generator).to(self.device)
 
     def _find_layers(self) -> list[MoELayer]:
         decoder_layers = self.language_model.get_decoder().layers
@@ -165,13 +183,6 @@ class MoEModel:
             for layer in self.layers:
                 layer.remove()
             self._is_applied = False
-
-
-def random_tokens(language_model: Any, *, batch: int = 2, length: int = 16) -> torch.Tensor:
-    """(batch, length) token ids that are the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    num_tokens = language_model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, num_tokens, (batch, length), generator=generator).to(language_model.device)
 
 
 def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ Left padding with positions that skip it puts the logits that matter last in eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,11 @@ class BatchLimits:
     batch_tokens: int
     vocabulary: int
 
+    def lowered_to(self, batch_tokens: int | None) -> BatchLimits:
+        """These limits, with at most `batch_tokens` tokens; None changes nothing."""
+        lowest = self.batch_tokens if batch_tokens is None else min(self.batch_tokens, batch_tokens)
+        return BatchLimits(lowest, self.vocabulary)
+
 
 class TokenisedSplits:
     """The rows that `make` makes of each example, all at once: what is wrong with any shows at the start."""
@@ -64,12 +69,6 @@ class TokenisedSplits:
     def of(self, split: str) -> Sequence[list[Row]]:
         """The rows of each example."""
         return self._made[split]
-
-    def select(self, split: str, indices: Iterable[int] | None) -> list[Row]:
-        """All rows of the split, or those of the examples numbered `indices`, each once."""
-        rows = self.of(split)
-        chosen = range(len(rows)) if indices is None else sorted({int(index) for index in indices})
-        return [row for index in chosen for row in rows[index]]
 
 
 def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBatch, ...]:

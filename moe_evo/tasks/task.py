@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_log_probs
@@ -57,13 +58,28 @@ class Task:
     def num_examples(self, split: str) -> int:
         return len(self._splits[split])
 
-    def batches(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Batch]:
-        """The examples (or those numbered `indices`) as batches; tokens are made once and kept."""
-        return self.scorer.batches(self._rows.select(split, indices), self._limits)
+    def numbers(self, split: str, indices: Iterable[int] | None = None) -> list[int]:
+        """The numbers of all examples of the split, or those among `indices`, ascending and each once."""
+        return list(range(self.num_examples(split))) if indices is None else sorted({int(one) for one in indices})
 
-    def prompt_batches(self, split: str) -> Sequence[ForwardBatch]:
+    def batches(
+        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None
+    ) -> Sequence[Batch]:
+        """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
+
+        batch_tokens: most tokens of a batch where that is less than the task's own limit.
+        """
+        rows = self._rows.of(split)
+        chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
+        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens))
+
+    def prompt_batches(
+        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None
+    ) -> Sequence[ForwardBatch]:
         """Each example's input once, without an answer: what is seen before the model speaks."""
-        return forward_batches([rows[0].prompt for rows in self._rows.of(split)], self._limits)
+        rows = self._rows.of(split)
+        chosen = [rows[number][0].prompt for number in self.numbers(split, indices)]
+        return forward_batches(chosen, self._limits.lowered_to(batch_tokens))
 
     def reference(self, batch: ForwardBatch, logits: Tensor) -> Tensor:
         """What `score` needs to know of the untouched model, on the CPU; see `needs_reference`."""
@@ -78,11 +94,11 @@ class Task:
         """
         return self.scorer.score(batch, output, reference)
 
-    def combine(self, split: str, batches: Sequence[Batch], partials: Sequence[Tensor]) -> TaskScores:
-        """The partial results of batches of this split, put together."""
+    def combine(self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]) -> TaskScores:
+        """Partial results of this split put together; parts: (B,) examples and (B, anything) results of a batch."""
         of_example: dict[int, list[Tensor]] = {}
-        for batch, partial in zip(batches, partials, strict=True):
-            for number, row in zip(batch.examples.tolist(), partial.cpu(), strict=True):
+        for examples, partial in parts:
+            for number, row in zip(examples.tolist(), partial.cpu(), strict=True):
                 of_example.setdefault(number, []).append(row)
         numbers = sorted(of_example)
         found = self.scorer.combine(

@@ -94,7 +94,7 @@ def test_equal_choices_tie_and_the_first_wins(tmp_path):
     task = tiny.make_task(tmp_path / "t", rows, tokenizer)
     (batch,) = task.batches("search")
     flat = torch.zeros(len(batch.examples), batch.logits_to_keep, 350)
-    scores = task.combine("search", [batch], [task.score(batch, flat)])
+    scores = task.combine("search", [(batch.examples, task.score(batch, flat))])
     assert scores.score.tolist() == [1, 0, 1, 0]
 
 

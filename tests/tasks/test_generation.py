@@ -6,7 +6,7 @@ import pytest
 import tiny_tasks as tiny
 import torch
 
-from moe_evo.evaluation.generate import NonFiniteLogits, generate_greedily
+from moe_evo.evaluation.generate import generate_greedily
 
 PROMPTS = ["one two three", "yes", "the capital of france is paris and of japan", "good bad", "a cat and"]
 
@@ -34,7 +34,7 @@ def test_generated_texts_equal_those_of_each_prompt_alone(tmp_path, build, batch
     got = {}
     for batch in task.batches("search"):
         for number, text in zip(
-            batch.examples, task.scorer.texts(generate_greedily(model, tokenizer, batch)), strict=True
+            batch.examples, task.scorer.texts(generate_greedily(model, tokenizer, batch)[0]), strict=True
         ):
             got[int(number)] = text
     assert [got[number] for number in range(len(PROMPTS))] == expected
@@ -50,7 +50,8 @@ def test_generation_ends_at_the_stop_text(tmp_path):
     rows = [{"prompt": "yes", "answers": ["x"]}, {"prompt": "yes no", "answers": ["x"]}]
     task = tiny.make_task(tmp_path / "t", rows, tokenizer, batch_tokens=1, max_new_tokens=8, stop=stop)
     batch = task.batches("search")[0]
-    new = generate_greedily(model, tokenizer, batch)
+    new, is_finite = generate_greedily(model, tokenizer, batch)
+    assert is_finite
     assert task.scorer.texts(new) == [free.split(stop)[0]]
     assert new.shape[1] < 8
 
@@ -80,7 +81,7 @@ def test_choices_with_a_label_can_be_generated(tmp_path):
     (batch,) = task.batches("search")
     order = [texts[number] for number in batch.examples]
     output = tokenizer(order, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
-    assert task.combine("search", [batch], [output]).score.tolist() == [1, 0, 0, 1, 1]
+    assert task.combine("search", [(batch.examples, output)]).score.tolist() == [1, 0, 0, 1, 1]
 
 
 def test_logits_that_are_not_finite_stop_generation(tmp_path):
@@ -88,5 +89,6 @@ def test_logits_that_are_not_finite_stop_generation(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     task = tiny.make_task(tmp_path / "t", [{"prompt": p, "answers": "x"} for p in PROMPTS], tokenizer)
-    with pytest.raises(NonFiniteLogits):
-        generate_greedily(model, tokenizer, task.batches("search")[0])
+    new, is_finite = generate_greedily(model, tokenizer, task.batches("search")[0])
+    assert not is_finite
+    assert new.shape[1] == 1

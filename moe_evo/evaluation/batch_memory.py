@@ -1,0 +1,62 @@
+"""How large batches may be: what was configured, or less after memory has run out.
+
+torch tells of it in several ways: by an error of its own on a GPU, by a RuntimeError of its allocator on
+the CPU, and Python by MemoryError.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_evo.errors import OutOfMemory
+from moe_evo.models.view import MoEModel
+from moe_evo.tasks.base import Batch, ForwardBatch
+
+MEMORY_ERRORS = (RuntimeError, MemoryError)
+"""What may tell that memory ran out; torch.OutOfMemoryError is a RuntimeError, and so are others."""
+
+_SIGNS = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class BatchMemory:
+    """The most tokens of a batch for a model on its device, lowered whenever they do not fit."""
+
+    def __init__(self, batch_tokens: int, model: MoEModel) -> None:
+        self.batch_tokens = batch_tokens
+        self._model = model
+        self._rows, self._tokens = 1, batch_tokens
+
+    def note(self, batch: Batch) -> None:
+        """Remember the batch that runs now: it is the one that does not fit if memory runs out."""
+        new_tokens = 0 if isinstance(batch, ForwardBatch) else batch.max_new_tokens
+        self._rows, length = batch.input_ids.shape
+        self._tokens = self._rows * (length + new_tokens)
+
+    def lower_after(self, error: BaseException) -> None:
+        """Halve `batch_tokens`.
+
+        Raises `error` where it tells of something else, and OutOfMemory where the batch had one row, or
+        where other ranks are waiting in the middle of a pass that this one has left.
+        """
+        if not _is_out_of_memory(error):
+            raise error
+        is_smallest = self._rows == 1 or self.batch_tokens == 1  # the latter where no batch has begun to run
+        if is_smallest or self._model.ranks.size > 1:
+            what = "one row in a batch" if is_smallest else f"batches of {self._tokens} tokens"
+            raise OutOfMemory(
+                f"out of memory on {self._model.device} with {what}: lower evaluation.batch_tokens (now "
+                f"{self.batch_tokens}), model.merged_cache_gib or the tasks' max_length, "
+                "then run the same command again"
+            ) from error
+        self.batch_tokens = max(min(self.batch_tokens, self._tokens) // 2, 1)
+
+    def free(self) -> None:
+        """Give back what can be built again: merged layers, and what torch keeps for later."""
+        self._model.merged_cache.clear()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(sign in str(error) for sign in _SIGNS)

@@ -1,0 +1,97 @@
+"""Where weights go: what each `model.sharding` asks of transformers, and what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from moe_evo.config import ModelConfig
+from moe_evo.errors import ConfigError
+from moe_evo.models.families import Family
+from moe_evo.models.ranks import Ranks
+from moe_evo.models.slices import local_shape, local_slice, whole_shape
+from moe_evo.models.zero3 import check_deepspeed
+
+
+def check_placement(config: ModelConfig, family: Family, transformers_config: Any, ranks: Ranks) -> None:
+    """Raise ConfigError for what can be known to fail before weights are read."""
+    if config.sharding == "tensor_parallel":
+        family.check_tensor_parallel(transformers_config, ranks.size)
+    elif config.sharding == "zero3":
+        check_deepspeed()
+        weights_dtype(config, transformers_config)
+    elif ranks.size > 1:
+        raise ConfigError(
+            f"model.sharding: got {config.sharding!r}, which is for one process, with {ranks.size} ranks; "
+            "use tensor_parallel or zero3"
+        )
+
+
+def check_device(config: ModelConfig, device: torch.device, ranks: Ranks) -> None:
+    """Raise ConfigError where the libraries would put weights elsewhere than on `device`."""
+    takes_gpus = config.sharding == "zero3" or ranks.size > 1
+    if takes_gpus and device.type == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            f"model.device: got {config.device!r}, but {config.sharding} takes the GPUs that are here; use 'auto', "
+            "or hide them with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def placement_options(
+    config: ModelConfig, family: Family, transformers_config: Any, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put weights in their places."""
+    if config.sharding == "device_map":
+        return {
+            "device_map": "auto",
+            "max_memory": _max_memory(config, device),
+            "offload_folder": config.offload_folder,
+        }
+    if config.sharding == "zero3":
+        return {}  # DeepSpeed takes each weight as it is made
+    if config.sharding == "tensor_parallel" and ranks.size > 1:
+        plan = family.tensor_parallel_plan(transformers_config, ranks.size)
+        return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=plan or None)}
+    return {} if device.type == "cpu" else {"device_map": {"": device}}
+
+
+def weights_dtype(config: ModelConfig, transformers_config: Any) -> torch.dtype:
+    """The dtype that all weights will have; ConfigError where only the weights themselves tell it."""
+    dtype = transformers_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError("model.dtype: got 'auto', but config.json names no dtype; with zero3 give one")
+    return dtype
+
+
+def input_device(language_model: Any, device: torch.device) -> torch.device:
+    """Where inputs go: `device`, or with a device map the first device that computes."""
+    places = [place for place in getattr(language_model, "hf_device_map", {}).values() if place != "disk"]
+    computing = [place for place in places if place not in ("cpu", torch.device("cpu"))] or places
+    return torch.device(computing[0]) if computing else device
+
+
+def drop_repeated_biases(language_model: Any, family: Family, ranks: Ranks) -> None:
+    """Leave the biases of tensor parallel experts' outputs, which ranks sum, on the first rank alone."""
+    if ranks.rank == 0:
+        return
+    with torch.no_grad():
+        for name, weight in language_model.named_parameters():
+            if name.rpartition(".")[2] in family.output_biases:
+                local_slice(weight).zero_()
+
+
+def grouped_mm_is_aligned(language_model: Any) -> bool:
+    """Whether the rows of all expert weights are multiples of 16 bytes here, as grouped_mm demands."""
+    stacked = (weight for weight in language_model.parameters() if len(whole_shape(weight)) == 3)
+    return all(local_shape(weight)[-1] * weight.element_size() % 16 == 0 for weight in stacked)
+
+
+def _max_memory(config: ModelConfig, device: torch.device) -> dict[int | str, Any] | None:
+    if config.max_memory is not None:  # keys from the command line are text
+        return {int(key) if str(key).isdigit() else key: limit for key, limit in config.max_memory.items()}
+    if device.type == "cpu":  # 'cpu' was asked for, though there may be GPUs
+        return {"cpu": get_max_memory()["cpu"]}
+    return None
