@@ -6,12 +6,15 @@ goes on from where the journal stands.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from moe_evo.config import RunConfig
+from moe_evo.criteria.frequency import frequency_pruning
 from moe_evo.errors import ModelError, RunError
-from moe_evo.evaluation.pool import Pool, Request
+from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.journal import Journal
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome, Population
 from moe_evo.result import Row, Score
@@ -25,6 +28,8 @@ from moe_evo.tracking.terminal import TerminalTracker
 MAIN, RANDOM, REFERENCE = "search", "random", "reference"
 """The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
 
+_STATUS_INTERVAL_S = 5.0
+
 
 class Run:
     """Evaluations of one run: through the pool, into the journal, once for every digest and split."""
@@ -34,6 +39,8 @@ class Run:
         self._pool = pool
         self._tracker = tracker
         self._known: dict[tuple[str, str], Outcome] = {}
+        self._status_at = -math.inf
+        pool.listener = self._hear
         for name in (MAIN, RANDOM, REFERENCE):
             genomes = {one.number: one.genome for one in journal.candidates(name)}
             for split in SPLITS:
@@ -56,21 +63,23 @@ class Run:
             num_asked += len(candidates)
             waiting |= self._begin(name, search, candidates)
             if waiting:
-                request, outcome = self._collect()
-                self._tell(search, Individual(waiting.pop(request.number), outcome))
+                finished = [Individual(waiting.pop(request.number), outcome) for request, outcome in self._collect()]
+                self._tell(search, finished)
             elif not candidates:
                 return search.population
 
     def _begin(self, name: str, search: Search, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
         """Submit candidates and answer them by number; those whose digest is known are told at once."""
-        waiting = {}
+        waiting, finished = {}, []
         for candidate in candidates:
             outcome = self._known.get((candidate.genome.digest, "search"))
             if outcome is None:
                 waiting[candidate.number] = candidate
             else:
-                self._journal.record(name, candidate.number, "search", outcome)
-                self._tell(search, Individual(candidate, outcome))
+                finished.append(Individual(candidate, outcome))
+        if finished:
+            self._journal.record([(name, one.number, "search", one.outcome) for one in finished])
+            self._tell(search, finished)
         self._submit(name, "search", waiting.values())
         return waiting
 
@@ -90,15 +99,19 @@ class Run:
             if (digest, split) not in self._known and digest not in submitted:
                 submitted.add(digest)
                 self._submit(name, split, [candidate])
-        for _ in submitted:
-            request, outcome = self._collect()
-            key = (request.search, request.number)
-            outcomes[key] = outcome
-            self._tracker.evaluated(Individual(missing.pop(key), outcome), None, "")
-        for key, candidate in missing.items():  # what is known of another search, or of a twin just now
-            outcomes[key] = self._known[candidate.genome.digest, split]
-            self._journal.record(*key, split, outcomes[key])
-            self._tracker.evaluated(Individual(candidate, outcomes[key]), None, "")
+        num_left = len(submitted)
+        while num_left:
+            for request, outcome in self._collect():
+                num_left -= 1
+                key = (request.search, request.number)
+                outcomes[key] = outcome
+                self._tracker.evaluated(Individual(missing.pop(key), outcome), None, "")
+        twins = {key: self._known[one.genome.digest, split] for key, one in missing.items()}
+        if twins:  # known from another search, or of an equal genome just now
+            self._journal.record([(*key, split, outcome) for key, outcome in twins.items()])
+        for key, candidate in missing.items():
+            self._tracker.evaluated(Individual(candidate, twins[key]), None, "")
+        outcomes |= twins
         return [Individual(one, outcomes[name, one.number]) for name, one in entries]
 
     def references(self, space: SearchSpace, *, frequency: bool) -> list[Candidate]:
@@ -108,23 +121,35 @@ class Run:
             known = [Candidate(0, space.shape.identity(), "full")]
             if frequency and space.can_prune:
                 self._tracker.message("counting how often each expert is used")
-                known.append(Candidate(1, self._pool.frequency_pruning(space), "frequency"))
+                known.append(Candidate(1, frequency_pruning(self._pool.routing_counts(), space), "frequency"))
             self._journal.propose(REFERENCE, known)
         return known
 
     def _submit(self, name: str, split: str, candidates: Iterable[Candidate]) -> None:
         self._pool.submit([Request(name, one.number, one.genome, split) for one in candidates])
 
-    def _collect(self) -> tuple[Request, Outcome]:
-        request, outcome = self._pool.next_outcome()
-        self._journal.record(request.search, request.number, request.split, outcome)
-        self._known[request.genome.digest, request.split] = outcome
-        return request, outcome
+    def _collect(self) -> list[tuple[Request, Outcome]]:
+        """Wait for outcomes, and write them down before anybody hears of them."""
+        finished = self._pool.next_outcomes()
+        self._journal.record([(request.search, request.number, request.split, one) for request, one in finished])
+        for request, outcome in finished:
+            self._known[request.genome.digest, request.split] = outcome
+        return finished
 
-    def _tell(self, search: Search, individual: Individual) -> None:
-        search.tell([individual])
+    def _tell(self, search: Search, individuals: Sequence[Individual]) -> None:
+        search.tell(individuals)
         best = search.population.best if len(search.population) else None
-        self._tracker.evaluated(individual, best, search.phase)
+        for individual in individuals:
+            self._tracker.evaluated(individual, best, search.phase)
+
+    def _hear(self, news: PoolNews) -> None:
+        """Write down and show what happens to gangs."""
+        now = time.monotonic()
+        if news.events or (news.status.gangs and now - self._status_at > _STATUS_INTERVAL_S):
+            self._status_at = now
+            events = [(one.at, one.gang, one.kind, one.detail) for one in news.events]
+            self._journal.record_pool(events, asdict(news.status))
+        self._tracker.pool(news)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -47,18 +47,21 @@ class LayerGenome:
     expert_merging: W_EM (K, E); slot i computes with sum_j W_EM[i, j] * theta_j (EEP eq. 6).
     router_mapping: W_RM (K, E); how the router's E outputs become K (EEP eq. 5).
     top_k: experts active a token, 1 <= top_k <= K.
+    is_pruning: every slot is one unchanged expert with its own router output.
 
-    The rows of a pruning (see `is_pruning`) are put in ascending order of the kept expert, so that
+    The rows of a pruning are put in ascending order of the kept expert, so that
     a pruning is the same value whatever the order in which its experts were named.
     """
 
     expert_merging: Matrix
     router_mapping: Matrix
     top_k: int
+    is_pruning: bool = field(init=False)
 
     def __post_init__(self) -> None:
         merging = _frozen_matrix("expert_merging", self.expert_merging)
-        mapping = _frozen_matrix("router_mapping", self.router_mapping)
+        is_tied = self.router_mapping is self.expert_merging  # as in every pruning: one matrix is enough
+        mapping = merging if is_tied else _frozen_matrix("router_mapping", self.router_mapping)
         if merging.shape != mapping.shape:
             raise GenomeError(f"router_mapping: got shape {mapping.shape}, expected {merging.shape} as expert_merging")
         if not 1 <= self.top_k <= merging.shape[0]:
@@ -67,8 +70,10 @@ class LayerGenome:
                 f"{merging.shape[0]}; keep more experts or lower top_k"
             )
         kept = _kept_of_one_hot(merging)
-        if kept is not None and np.array_equal(merging, mapping) and list(kept) != sorted(kept):
+        is_pruning = kept is not None and (is_tied or np.array_equal(merging, mapping))
+        if kept is not None and is_pruning and list(kept) != sorted(kept):
             merging = mapping = _frozen_matrix("expert_merging", merging[np.argsort(kept)])
+        object.__setattr__(self, "is_pruning", is_pruning)
         object.__setattr__(self, "expert_merging", merging)
         object.__setattr__(self, "router_mapping", mapping)
         object.__setattr__(self, "top_k", int(self.top_k))
@@ -91,12 +96,6 @@ class LayerGenome:
     @property
     def num_experts(self) -> int:
         return int(self.expert_merging.shape[1])
-
-    @cached_property
-    def is_pruning(self) -> bool:
-        """True where every slot is one unchanged expert with its own router output."""
-        same = np.array_equal(self.expert_merging, self.router_mapping)
-        return same and _kept_of_one_hot(self.expert_merging) is not None
 
     @property
     def is_identity(self) -> bool:

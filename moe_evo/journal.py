@@ -22,7 +22,7 @@ from moe_evo.errors import GenomeError, JournalError
 from moe_evo.genome_file import genome_from_bytes, genome_to_bytes
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -37,6 +37,8 @@ CREATE TABLE outcomes (
     UNIQUE (search, number, split),
     FOREIGN KEY (search, number) REFERENCES candidates (search, number)
 );
+CREATE TABLE gang_events (at REAL NOT NULL, gang INTEGER NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL);
+CREATE TABLE pool_status (at REAL NOT NULL, status TEXT NOT NULL);
 """
 
 
@@ -124,6 +126,8 @@ class Journal:
         with self._write() as database:
             database.execute("DELETE FROM outcomes")
             database.execute("DELETE FROM candidates")
+            database.execute("DELETE FROM gang_events")
+            database.execute("DELETE FROM pool_status")
             database.execute("DELETE FROM meta WHERE key != 'schema'")
 
     def propose(self, search: str, candidates: Sequence[Candidate]) -> None:
@@ -142,27 +146,32 @@ class Journal:
         with self._write() as database:
             database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", rows)
 
-    def record(self, search: str, number: int, split: str, outcome: Outcome) -> None:
-        """Write one outcome; it is on disk when this returns."""
-        if isinstance(outcome, Evaluation):
-            metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
-            score = (
-                outcome.fitness,
-                outcome.tie_break,
-                outcome.standard_error,
-                outcome.num_examples,
-                metrics,
-            )
-            row: tuple[object, ...] = (*score, None, None)
-        else:
-            row = (None, None, None, None, None, outcome.kind, outcome.reason)
+    def record(self, outcomes: Sequence[tuple[str, int, str, Outcome]]) -> None:
+        """Write outcomes as (search, number, split, outcome), together; they are on disk when this returns."""
+        now = time.time()
+        rows = [(*key, *_columns(outcome), outcome.duration_s, now) for *key, outcome in outcomes]
         with self._write() as database:
-            database.execute(
+            database.executemany(
                 "INSERT INTO outcomes (search, number, split, fitness, tie_break, standard_error, num_examples,"
                 " metrics, failure_kind, failure_reason, duration_s, finished_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (search, number, split, *row, outcome.duration_s, time.time()),
+                rows,
             )
+
+    def record_pool(self, events: Sequence[tuple[float, int, str, str]], status: Mapping[str, Any]) -> None:
+        """Write what happened to gangs, as (seconds since the epoch, gang, kind, detail), and how they are now."""
+        with self._write() as database:
+            database.executemany("INSERT INTO gang_events VALUES (?, ?, ?, ?)", events)
+            database.execute("INSERT INTO pool_status VALUES (?, ?)", (time.time(), json.dumps(status)))
+
+    def gang_events(self) -> list[tuple[float, int, str, str]]:
+        """What happened to gangs, as `record_pool` takes it, in order."""
+        return self._fetch("SELECT at, gang, kind, detail FROM gang_events ORDER BY rowid", ())
+
+    def pool_status(self) -> dict[str, Any] | None:
+        """How the gangs were when it was last written; None for a run without gangs."""
+        rows = self._fetch("SELECT status FROM pool_status ORDER BY rowid DESC LIMIT 1", ())
+        return json.loads(rows[0][0]) if rows else None
 
     def candidates(self, search: str) -> list[Candidate]:
         """All candidates of a search in the order of their numbers."""
@@ -208,6 +217,14 @@ class Journal:
 
 
 _RESTORE = "restore the file from a copy, or start anew in another folder"
+
+
+def _columns(outcome: Outcome) -> tuple[object, ...]:
+    """An outcome's columns from fitness to failure_reason."""
+    if isinstance(outcome, EvaluationFailure):
+        return (None,) * 5 + (outcome.kind, outcome.reason)
+    metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
+    return (*outcome.rank_key, outcome.standard_error, outcome.num_examples, metrics, None, None)
 
 
 def _outcome(row: Any) -> Outcome:

@@ -6,6 +6,7 @@ Fitness is higher-is-better everywhere. A failure is a type, never a sentinel nu
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,8 +101,14 @@ class Population:
 
     def with_outcomes(self, individuals: Iterable[Individual]) -> Population:
         """This population and those of `individuals` that did not fail."""
-        succeeded = (one for one in individuals if isinstance(one.outcome, Evaluation))
-        return Population((*self.individuals, *succeeded))
+        succeeded = [one for one in individuals if isinstance(one.outcome, Evaluation)]
+        grown = Population((*self.individuals, *succeeded))
+        if "ranked" in self.__dict__:  # a search asks for the ranking after every outcome: do not sort it anew
+            ranked = list(self.ranked)
+            for one in succeeded:
+                insort(ranked, one, key=_descending)
+            grown.__dict__["ranked"] = tuple(ranked)
+        return grown
 
     def __len__(self) -> int:
         return len(self.individuals)

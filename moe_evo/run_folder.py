@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from moe_evo.config import ModelConfig, RunConfig, difference
+from moe_evo.config import ModelConfig, RunConfig, ScoringConfig, difference
 from moe_evo.config_file import read_config
 from moe_evo.errors import RunError
 from moe_evo.journal import Journal
@@ -22,11 +22,13 @@ RESULT_VERSION = 1
 _NAME_LENGTH = 200
 
 _FREE_TO_CHANGE = {
-    "": ("folder",),
-    "model": ("device", "self_check", "merged_cache_gib"),
+    "": ("folder", "cluster"),
+    "model": ("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
     "evaluation": ("batch_tokens", "threads"),
 }
 """What a run may be continued with differently: where and how fast it computes, not what."""
+
+RunState = Literal["new", "begun", "finished"]
 
 
 class RunFolder:
@@ -53,17 +55,36 @@ class RunFolder:
             )
         return folder
 
-    def claim(self, config: RunConfig) -> Journal:
-        """Open the journal of this folder for writing, with the lock that keeps others out.
-
-        A new folder is made for this config; an old one must hold a run of the same config.
-        """
+    def check_foreign(self) -> None:
+        """Raise RunError where the folder holds something else than a run."""
         if self.path.is_dir() and not self.config.is_file():
             foreign = [one.name for one in self.path.iterdir() if not one.name.startswith((".", self.journal.stem))]
             if foreign:
                 raise RunError(
                     f"{self.path}: holds other files and no run ({foreign[0]}); give a new folder with --folder"
                 )
+
+    def state(self, config: RunConfig, journal: Journal | None) -> RunState:
+        """How far the run of this config has come here; raises RunError where the folder holds another.
+
+        journal: of this folder, if there is one. A start that evaluated nothing binds nobody.
+        """
+        if journal is None or not journal.has_evaluations:
+            return "new"
+        lines = difference(_defining(read_config(self.config)), _defining(config))
+        if lines:
+            raise RunError(
+                f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, "
+                f"or go on with the old config: moe-evo search --resume {self.path}"
+            )
+        return "finished" if self.result.is_file() else "begun"
+
+    def claim(self, config: RunConfig) -> Journal:
+        """Open the journal of this folder for writing, with the lock that keeps others out.
+
+        A new folder is made for this config; an old one must hold a run of the same config.
+        """
+        self.check_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,24 +99,15 @@ class RunFolder:
 
     def _keep(self, config: RunConfig, journal: Journal) -> None:
         """Check the config against the one that is kept here, then keep it."""
-        if self.result.is_file() and self._difference(config) == []:
-            return  # finished: its config stays as it was run
-        if not journal.has_evaluations:  # a start that failed binds nobody
+        state = self.state(config, journal)
+        if state == "finished":
+            return  # its config stays as it was run
+        if state == "new":
             journal.clear()
-        else:
-            lines = self._difference(config)
-            if lines:
-                raise RunError(
-                    f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, "
-                    f"or go on with the old config: moe-evo search --resume {self.path}"
-                )
         try:
             self.write(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _difference(self, config: RunConfig) -> Sequence[str]:
-        return difference(_defining(read_config(self.config)), _defining(config))
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder")
@@ -148,6 +160,9 @@ def _defining(config: RunConfig) -> dict[str, Any]:
         part = data[section] if section else data
         for key in keys:
             del part[key]
+    for task, plain in zip(config.tasks, data["tasks"], strict=True):
+        # the journal knows a task's content by hash, which may lie elsewhere on another machine
+        plain |= {"name": task_name(task), "data": "", "few_shot": task.few_shot is not None}
     return data
 
 
@@ -160,10 +175,15 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / (f"{tasks}-keep{label}"[: _NAME_LENGTH - len(tail)] + tail)
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+Config = TypeVar("Config", bound=ScoringConfig)
+
+
+def with_absolute_paths(config: Config) -> Config:
     """The config with its local paths absolute, so that it means the same from any folder."""
     embedded = embedded_task_names()
     model = replace(config.model, path=_absolute(config.model.path, [ModelConfig().path]))
+    if model.offload_folder is not None:
+        model = replace(model, offload_folder=str(Path(model.offload_folder).expanduser().absolute()))
     tasks = [
         replace(task, data=_absolute(task.data, embedded), few_shot=task.few_shot and _absolute(task.few_shot, []))
         for task in config.tasks

@@ -25,7 +25,7 @@ from moe_evo.config import (
     SelectionConfig,
     TaskConfig,
 )
-from moe_evo.errors import JournalError, ModelError, RunError
+from moe_evo.errors import JournalError, ModelError, OutOfMemory, RunError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
 from moe_evo.genome_file import load_genome
@@ -168,13 +168,15 @@ def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
 
 @pytest.mark.parametrize("frequency", [True, False])
 def test_out_of_memory_is_one_line_that_says_what_to_lower(
-    frequency: bool, resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    frequency: bool, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*_: object) -> None:
+    def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(resident, "forward", exhausted)
-    with pytest.raises(ModelError, match=r"out of memory on cpu: lower evaluation.batch_tokens \(now 8192\)"):
+    other = Evaluator(evaluator.model, evaluator.tasks, CONFIG.evaluation)
+    monkeypatch.setattr(evaluator.model.language_model, "forward", exhausted)
+    monkeypatch.setattr(commands, "load_evaluator", lambda *_: other)
+    with pytest.raises(OutOfMemory, match=r"out of memory on cpu with one row in a batch: lower evaluation.batch_tok"):
         run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=frequency)))
 
 

@@ -31,9 +31,9 @@ FAILED = EvaluationFailure("non_finite", "logits are NaN", 0.2)
 def test_candidates_and_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.sqlite") as journal:
         journal.propose("search", [PRUNING, MERGED])
-        journal.record("search", 1, "search", FAILED)
-        journal.record("search", 0, "search", SCORED)
-        journal.record("search", 0, "test", SCORED)
+        journal.record([("search", 1, "search", FAILED)])
+        journal.record([("search", 0, "search", SCORED)])
+        journal.record([("search", 0, "test", SCORED)])
     with Journal(tmp_path / "journal.sqlite") as journal:
         assert journal.candidates("search") == [PRUNING, MERGED]
         assert journal.individuals("search") == [Individual(MERGED, FAILED), Individual(PRUNING, SCORED)]
@@ -44,11 +44,11 @@ def test_candidates_and_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
 def test_no_outcome_is_written_twice_or_without_its_candidate(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.sqlite") as journal:
         journal.propose("search", [PRUNING])
-        journal.record("search", 0, "search", SCORED)
+        journal.record([("search", 0, "search", SCORED)])
         with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
-            journal.record("search", 0, "search", SCORED)
+            journal.record([("search", 0, "search", SCORED)])
         with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
-            journal.record("search", 7, "search", SCORED)
+            journal.record([("search", 7, "search", SCORED)])
 
 
 def test_the_candidates_of_one_ask_are_written_all_or_none(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     database.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     database.commit()
     database.close()
-    with pytest.raises(JournalError, match="schema 99, expected 1"):
+    with pytest.raises(JournalError, match="schema 99, expected 2"):
         Journal(path)
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     with Journal(path) as journal:
         journal.propose("search", [PRUNING])
-        journal.record("search", 0, "search", SCORED)
+        journal.record([("search", 0, "search", SCORED)])
         pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
         journal._database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own SQLITE_FULL
         many = [Candidate(n, MERGED.genome, "gaussian_mutation", (0,)) for n in range(1, 200)]

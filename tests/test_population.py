@@ -64,3 +64,14 @@ def test_metrics_cannot_be_changed_and_survive_pickling():
     with pytest.raises(TypeError):
         evaluation.metrics["task/accuracy"] = 1.0
     assert pickle.loads(pickle.dumps(evaluation)) == evaluation
+
+
+def test_a_ranking_that_grows_equals_one_that_is_sorted_anew() -> None:
+    rng = np.random.default_rng(0)
+    outcomes = [Evaluation(float(fitness), float(tie)) for fitness, tie in rng.integers(0, 4, (60, 2))]
+    individuals = [Individual(Candidate(n, PRUNING, "test"), one) for n, one in enumerate(outcomes)]
+    grown = Population()
+    for start in range(0, 60, 3):
+        assert len(grown.ranked) == start
+        grown = grown.with_outcomes(individuals[start : start + 3])
+    assert grown.ranked == Population().with_outcomes(individuals).ranked

@@ -1,17 +1,20 @@
-"""Where evaluation requests go: `Pool`, and `LocalPool`, which evaluates in this process."""
+"""Where evaluation requests go: `Pool`, and what it tells of itself.
+
+`LocalPool` evaluates in this process, `RayPool` on gangs of Ray actors; both pass one contract suite.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from moe_evo.criteria.frequency import frequency_pruning
-from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
 from moe_evo.population import Outcome
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.space import ModelShape
+
+if TYPE_CHECKING:  # what serves a pool from afar needs no torch
+    from moe_evo.criteria.frequency import Counts
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,75 @@ class Request:
     split: str
 
 
+GangState = Literal["waiting", "loading", "ready", "busy"]
+
+
+@dataclass(frozen=True)
+class GangStatus:
+    """One gang as it is now.
+
+    state: 'waiting' for room on the cluster, 'loading' its model, 'ready', or 'busy'. node: address of
+    rank 0. pids: its ranks' processes. restarts: how often it was built anew. progress: of loading, in words.
+    """
+
+    number: int
+    state: GangState = "waiting"
+    node: str = ""
+    pids: tuple[int, ...] = ()
+    evaluations: int = 0
+    evaluations_per_s: float = 0.0
+    restarts: int = 0
+    progress: str = ""
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """All gangs and the queue before them; a pool without gangs has none to show.
+
+    waiting: evaluations that no gang has taken. under_way: those that one has. runs: how many share the gangs.
+    """
+
+    gangs: tuple[GangStatus, ...] = ()
+    waiting: int = 0
+    under_way: int = 0
+    evaluations: int = 0
+    failures: int = 0
+    restarts: int = 0
+    runs: int = 1
+
+
+@dataclass(frozen=True)
+class PoolEvent:
+    """Something that happened to a gang: kind is a word to count by, detail a line to read.
+
+    at: seconds since the epoch.
+    """
+
+    at: float
+    gang: int
+    kind: Literal["waiting", "placed", "ready", "broken", "released", "quarantined", "batch_halved"]
+    detail: str
+
+
+@dataclass(frozen=True)
+class PoolNews:
+    """What changed since the last news."""
+
+    status: PoolStatus = field(default_factory=PoolStatus)
+    events: Sequence[PoolEvent] = ()
+
+
+Listener = Callable[[PoolNews], None]
+
+
 class Pool(Protocol):
-    """Evaluators behind a queue. Outcomes come in the order in which they are ready."""
+    """Evaluators behind a queue. Outcomes come in the order in which they are ready.
+
+    listener: is told what happens to the evaluators, from within calls of `next_outcomes` and
+    `routing_counts` only.
+    """
+
+    listener: Listener
 
     @property
     def shape(self) -> ModelShape: ...
@@ -36,40 +106,11 @@ class Pool(Protocol):
 
     def submit(self, requests: Sequence[Request]) -> None: ...
 
-    def next_outcome(self) -> tuple[Request, Outcome]:
-        """Wait for the next outcome; call only while requests are under way."""
+    def next_outcomes(self) -> list[tuple[Request, Outcome]]:
+        """Wait for outcomes, at least one; call only while requests are under way."""
 
-    def frequency_pruning(self, space: SearchSpace) -> Genome:
-        """The pruning that keeps the experts which the search split uses most."""
+    def routing_counts(self) -> Counts:
+        """Tokens routed to each expert over the prompts of the search split, (E,) a MoE layer."""
 
-
-class LocalPool:
-    """One evaluator in this process, one request at a time.
-
-    A slot is free only while nothing is under way, so what a search knew when it proposed a candidate
-    depends on the order of candidates alone, and an interrupted run repeats exactly.
-    """
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self._evaluator = evaluator
-        self._waiting: deque[Request] = deque()
-
-    @property
-    def shape(self) -> ModelShape:
-        return self._evaluator.model.shape
-
-    @property
-    def free_slots(self) -> int:
-        return 0 if self._waiting else 1
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._waiting.extend(requests)
-
-    def next_outcome(self) -> tuple[Request, Outcome]:
-        assert self._waiting, "next_outcome was called with no request under way"
-        request = self._waiting.popleft()
-        return request, self._evaluator.evaluate([request.genome], request.split)[0]
-
-    def frequency_pruning(self, space: SearchSpace) -> Genome:
-        with self._evaluator.within_memory():
-            return frequency_pruning(self._evaluator, space)
+    def close(self) -> None:
+        """Let go of everything; nothing may be under way that is still wanted."""

@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.population import Evaluation, Individual
 
 _PLAIN_INTERVAL_S = 5.0
+_LOADING_INTERVAL_S = 30.0
+_MOST_GANGS = 16  # rows of the live table
+
+
+class _ProgressWithGangs(Progress):
+    """Progress bars, and below them the gangs."""
+
+    status = PoolStatus()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.status.gangs:
+            yield _gang_table(self.status)
+
+
+def _gang_table(status: PoolStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("gang", justify="right")
+    for title in ("state", "node"):
+        table.add_column(title)
+    for title in ("evaluations", "rate", "restarts"):
+        table.add_column(title, justify="right")
+    for gang in status.gangs[:_MOST_GANGS]:
+        state = f"{gang.state} {gang.progress}".rstrip()
+        rate = f"{gang.evaluations_per_s:.1f}/s" if gang.evaluations else ""
+        table.add_row(str(gang.number), state, gang.node, str(gang.evaluations), rate, str(gang.restarts))
+    if len(status.gangs) > _MOST_GANGS:
+        table.add_row("", f"and {len(status.gangs) - _MOST_GANGS} more")
+    return table
+
+
+def _in_words(status: PoolStatus) -> str:
+    """The gangs in one line, as in '3 busy, 1 loading; 5 waiting'."""
+    states = Counter(gang.state for gang in status.gangs)
+    gangs = ", ".join(f"{number} {state}" for state, number in states.items())
+    parts = [f"gangs: {gangs}", f"queue {status.waiting}"]
+    if status.restarts:
+        parts.append(f"{status.restarts} restarts")
+    if status.runs > 1:
+        parts.append(f"shared by {status.runs} runs")
+    return ", ".join(parts)
 
 
 class TerminalTracker:
@@ -18,7 +63,7 @@ class TerminalTracker:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._live = self._console.is_terminal
-        self._progress = Progress(
+        self._progress = _ProgressWithGangs(
             TextColumn("{task.description:<26}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -32,6 +77,8 @@ class TerminalTracker:
         self._total = self._done = self._done_before = 0
         self._started = self._last_line = 0.0
         self._failures = 0
+        self._status = PoolStatus()
+        self._status_line = 0.0
 
     def __enter__(self) -> TerminalTracker:
         if self._live:
@@ -69,6 +116,20 @@ class TerminalTracker:
             left_s = (self._total - self._done) / self._rate()
             self.message(f"{self._title}: {self._done}/{self._total}  {rate}  {left_s:.0f} s left  {note}")
 
+    def pool(self, news: PoolNews) -> None:
+        """What gangs do: events as lines, and their states below the bar or, while none serves, as lines too."""
+        self._progress.status = self._status = news.status
+        for event in news.events:
+            self.message(f"gang {event.gang} {event.kind.replace('_', ' ')}: {event.detail}")
+        gangs = news.status.gangs
+        is_serving = any(gang.state in ("ready", "busy") for gang in gangs)
+        if gangs and not is_serving and not self._live:
+            now = time.monotonic()
+            if now - self._status_line > _LOADING_INTERVAL_S:
+                self._status_line = now
+                progress = next((f" ({gang.progress})" for gang in gangs if gang.progress), "")
+                self.message(f"{_in_words(news.status)}{progress}")
+
     def _rate(self) -> float:
         elapsed_s = max(time.monotonic() - self._started, 1e-6)
         return max(self._done - self._done_before, 1) / elapsed_s
@@ -79,4 +140,6 @@ class TerminalTracker:
             parts.append(f"best {best.evaluation.fitness:.4f} (#{best.number})")
         if self._failures:
             parts.append(f"{self._failures} failed")
+        if self._status.gangs and not self._live:
+            parts.append(_in_words(self._status))
         return "  ".join(parts)

@@ -1,0 +1,47 @@
+"""The pool without a cluster: one evaluator in this process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from moe_evo.criteria.frequency import Counts, routing_counts
+from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.evaluation.pool import Listener, Request
+from moe_evo.population import Outcome
+from moe_evo.space import ModelShape
+
+
+class LocalPool:
+    """One evaluator in this process, one request at a time.
+
+    A slot is free only while nothing is under way, so what a search knew when it proposed a candidate
+    depends on the order of candidates alone, and an interrupted run repeats exactly.
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._waiting: deque[Request] = deque()
+        self.listener: Listener = lambda news: None
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._evaluator.model.shape
+
+    @property
+    def free_slots(self) -> int:
+        return 0 if self._waiting else 1
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._waiting.extend(requests)
+
+    def next_outcomes(self) -> list[tuple[Request, Outcome]]:
+        assert self._waiting, "next_outcomes was called with no request under way"
+        request = self._waiting.popleft()
+        return [(request, self._evaluator.evaluate([request.genome], request.split)[0])]
+
+    def routing_counts(self) -> Counts:
+        return routing_counts(self._evaluator, "search")
+
+    def close(self) -> None:
+        self._waiting.clear()

@@ -1,0 +1,211 @@
+"""Which gang evaluates what next: fair turns among runs, batches, retries, quarantine, one cache.
+
+A plain state machine without Ray, clocks or waiting. A job that several runs ask for is done once; a job
+whose gang broke is tried again alone, so that in the end only the genome that breaks gangs is given up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from moe_evo.genome import Genome
+from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+
+if TYPE_CHECKING:
+    from moe_evo.criteria.frequency import Counts
+
+Answer: TypeAlias = "Outcome | Counts"
+
+_REQUEST_S = 0.2  # a request that takes so long hides what sending it costs
+_CACHE_SIZE = 100_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A genome to evaluate on a split of the tasks `work`; without genome, counts of routed tokens."""
+
+    work: str
+    split: str
+    genome: Genome | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.work, self.split, self.genome.digest if self.genome is not None else "")
+
+
+Key = tuple[str, str, str]
+Batch = tuple[Job, ...]
+"""Jobs for one request: all of one work and split, and either all with a genome or one without."""
+
+
+@dataclass
+class _Run:
+    """One run's queue. turns: jobs that were begun for it, on the scale that `Dispatcher._fair_start` keeps."""
+
+    turns: float = 0.0
+    queue: deque[Key] = field(default_factory=deque)
+    answers: list[tuple[int, Answer]] = field(default_factory=list)
+
+
+@dataclass
+class _Entry:
+    """A job that is not done. wanted_by: runs and the numbers that they know it by."""
+
+    job: Job
+    wanted_by: list[tuple[str, int]]
+    attempts: int = 0
+
+
+class Dispatcher:
+    """Jobs of several runs on their way to gangs and back.
+
+    max_batch: most jobs in a batch. max_attempts: a job that broke so many gangs fails.
+    """
+
+    def __init__(self, max_batch: int, max_attempts: int) -> None:
+        self._max_batch = max_batch
+        self._max_attempts = max_attempts
+        self._runs: dict[str, _Run] = {}
+        self._entries: dict[Key, _Entry] = {}
+        self._under_way: set[Key] = set()
+        self._cache: OrderedDict[Key, Answer] = OrderedDict()
+        self._seconds: float | None = None  # a job takes, by the latest batches
+        self.longest_s: float | None = None
+        self.evaluations = self.failures = 0
+
+    @property
+    def runs(self) -> frozenset[str]:
+        return frozenset(self._runs)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._entries) - len(self._under_way)
+
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def batch_size(self) -> int:
+        """Jobs that take about as long as is worth one request."""
+        if self._seconds is None:
+            return 1
+        return max(1, min(self._max_batch, math.ceil(_REQUEST_S / max(self._seconds, 1e-6))))
+
+    def slots(self, num_gangs: int) -> int:
+        """Jobs that keep so many gangs busy until the next are submitted: a batch each and some in reserve."""
+        return (num_gangs + math.ceil(num_gangs / 4)) * self.batch_size
+
+    def join(self, run: str) -> None:
+        self._runs.setdefault(run, _Run(turns=self._fair_start()))
+
+    def leave(self, run: str) -> None:
+        """Forget a run; what nobody else wants and no gang has taken is dropped."""
+        self._runs.pop(run, None)
+        for key, entry in list(self._entries.items()):
+            entry.wanted_by = [(name, number) for name, number in entry.wanted_by if name != run]
+            if key in self._under_way:
+                continue
+            if not entry.wanted_by:
+                del self._entries[key]
+            elif not any(key in other.queue for other in self._runs.values()):
+                self._runs[entry.wanted_by[0][0]].queue.append(key)
+
+    def submit(self, run: str, jobs: Sequence[tuple[int, Job]]) -> None:
+        """Queue jobs, each under a number of the run's own; what is known is answered at once."""
+        mine = self._runs[run]
+        if not mine.queue:
+            mine.turns = max(mine.turns, self._fair_start())
+        for number, job in jobs:
+            key = job.key
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                mine.answers.append((number, self._cache[key]))
+            elif key in self._entries:
+                self._entries[key].wanted_by.append((run, number))
+            else:
+                self._entries[key] = _Entry(job, [(run, number)])
+                mine.queue.append(key)
+
+    def take(self, num_gangs: int) -> Batch:
+        """The next batch for one of `num_gangs` gangs; () where nothing waits.
+
+        The run with the fewest turns is next. Towards the end batches shrink so that all gangs have some.
+        """
+        waiting = [run for run in self._runs.values() if run.queue]
+        if not waiting:
+            return ()
+        run = min(waiting, key=lambda one: one.turns)
+        size = min(self.batch_size, math.ceil(self.waiting / max(num_gangs, 1)))
+        first = self._entries[run.queue.popleft()]
+        keys = [first.job.key]
+        while len(keys) < size and run.queue and _go_together(first, self._entries[run.queue[0]]):
+            keys.append(run.queue.popleft())
+        run.turns += len(keys)
+        self._under_way.update(keys)
+        return tuple(self._entries[key].job for key in keys)
+
+    def finish(self, batch: Batch, answers: Sequence[Answer], duration_s: float) -> None:
+        """A gang has done a batch."""
+        each_s = duration_s / len(batch)
+        self._seconds = each_s if self._seconds is None else 0.8 * self._seconds + 0.2 * each_s
+        self.longest_s = max(self.longest_s or 0.0, each_s)
+        for job, answer in zip(batch, answers, strict=True):
+            self._answer(job, answer)
+
+    def give_back(self, batch: Batch, reason: str, *, blame: bool) -> list[Job]:
+        """A gang broke before it had done a batch; answers the jobs that are given up.
+
+        blame: whether a job of the batch may have broken it. Only one that was alone is given up.
+        """
+        given_up = []
+        for job in reversed(batch):
+            entry = self._entries[job.key]
+            entry.attempts += blame
+            if len(batch) == 1 and entry.attempts >= self._max_attempts:
+                gangs = f"{entry.attempts} gangs" if entry.attempts > 1 else "a gang"
+                self._answer(job, EvaluationFailure("quarantined", f"broke {gangs}: {reason}"))
+                given_up.append(job)
+                continue
+            self._under_way.discard(job.key)
+            if entry.wanted_by:
+                self._runs[entry.wanted_by[0][0]].queue.appendleft(job.key)
+            else:
+                del self._entries[job.key]
+        return given_up
+
+    def answers(self, run: str) -> list[tuple[int, Answer]]:
+        """What is done for a run since the last call, by the run's numbers."""
+        mine = self._runs[run]
+        ready, mine.answers = mine.answers, []
+        return ready
+
+    def has_answers(self, run: str) -> bool:
+        return bool(self._runs[run].answers)
+
+    def _answer(self, job: Job, answer: Answer) -> None:
+        entry = self._entries.pop(job.key)
+        self._under_way.discard(job.key)
+        if isinstance(answer, EvaluationFailure):
+            self.failures += 1
+        else:
+            self._cache[job.key] = answer
+            if len(self._cache) > _CACHE_SIZE:
+                self._cache.popitem(last=False)
+        self.evaluations += isinstance(answer, Evaluation | EvaluationFailure)
+        for run, number in entry.wanted_by:
+            self._runs[run].answers.append((number, answer))
+
+    def _fair_start(self) -> float:
+        """Turns of whoever is served next: a newcomer neither waits for the others nor goes before them."""
+        return min((run.turns for run in self._runs.values() if run.queue), default=0.0)
+
+
+def _go_together(first: _Entry, second: _Entry) -> bool:
+    """Whether two jobs may be one request: what broke a gang, and what is no evaluation, goes alone."""
+    alone = first.attempts or second.attempts or first.job.genome is None or second.job.genome is None
+    return not alone and (first.job.work, first.job.split) == (second.job.work, second.job.split)

@@ -1,0 +1,138 @@
+"""What one process of a gang does: join the others, load its part of the model, evaluate.
+
+A plain class; `gang.py` makes it an actor. All ranks of a gang get the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.errors import ModelError
+from moe_evo.genome import Genome
+from moe_evo.population import Outcome
+from moe_evo.tasks.data import TaskData
+
+if TYPE_CHECKING:  # torch is imported when a rank loads its model
+    from moe_evo.criteria.frequency import Counts
+    from moe_evo.evaluation.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class Work:
+    """The tasks of a run, and how they are scored.
+
+    key: equal for equal tasks, data and scoring, whichever run they belong to.
+    """
+
+    key: str
+    data: tuple[TaskData, ...]
+    evaluation: EvaluationConfig
+
+
+class Rank:
+    """Rank `rank` of `size`, with its part of one model and an evaluator for each work."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._evaluators: dict[str, Evaluator] = {}
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def free_port(self) -> int:
+        """A port of this machine that nothing listens on."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port: int = listener.getsockname()[1]
+            return port
+
+    def watch(self) -> None:
+        """Never return: whoever waits for this learns at once when the process dies."""
+        threading.Event().wait()
+
+    def load(
+        self,
+        model: ModelConfig,
+        model_hash: str,
+        meeting_point: tuple[str, int],
+        timeout_s: float,
+        report: Callable[[str], None],
+    ) -> None:
+        """Join the other ranks and load the model; `report` is told how far it is, in words.
+
+        timeout_s: longest wait of one rank for another.
+        Raises ModelError, also where the checkpoint is not the one that `model_hash` names.
+        """
+        from moe_evo.models.loading import load_model, load_tokenizer
+        from moe_evo.models.loading import model_hash as hash_of
+        from moe_evo.models.ranks import Ranks, join_ranks
+
+        found = hash_of(model)
+        if found != model_hash:
+            raise ModelError(
+                f"{model.path} on {socket.gethostname()}: is not the checkpoint that the run was started with; "
+                "put the same files on every node"
+            )
+        with _reported(report):
+            self._tokenizer = load_tokenizer(model)
+            ranks = join_ranks(self._rank, self._size, *meeting_point, timeout_s) if self._size > 1 else Ranks()
+            self._model = load_model(model, ranks)
+
+    def begin(self, work: Work, halvings: int) -> None:
+        """Tokenise the tasks of `work`; batches are so many times half as large as it says."""
+        from moe_evo.evaluation.evaluator import Evaluator
+        from moe_evo.tasks.registry import build_task
+
+        evaluation = replace(work.evaluation, batch_tokens=max(work.evaluation.batch_tokens >> halvings, 1))
+        tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
+        self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation)
+
+    def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+        """One outcome a genome; see `Evaluator.evaluate`."""
+        return self._evaluators[key].evaluate(genomes, split)
+
+    def routing_counts(self, key: str, split: str) -> Counts:
+        from moe_evo.criteria.frequency import routing_counts
+
+        return routing_counts(self._evaluators[key], split)
+
+
+class _reported:
+    """Tell once a second how much memory the process has taken, until the block is left."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._before_gib = 0.0
+
+    def __enter__(self) -> None:
+        self._before_gib = _held_gib()
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        while not self._left.wait(1.0):
+            held_gib = max(_held_gib() - self._before_gib, 0.0)
+            self._report(f"{held_gib:.1f} GiB a rank after {time.monotonic() - started:.0f} s")
+
+
+def _held_gib() -> float:
+    """Memory of this process: on its GPU where it has one, else on the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -1,0 +1,190 @@
+"""The pool on a cluster: this run's side of a service of gangs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import count
+from typing import TYPE_CHECKING
+
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from moe_evo.config import EvaluationConfig, ScoringConfig
+from moe_evo.errors import ClusterError
+from moe_evo.evaluation.pool import Listener, Request
+from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
+from moe_evo.gangs.dispatcher import Answer, Job
+from moe_evo.gangs.library import ActorHandle, ray
+from moe_evo.gangs.rank import Rank, Work
+from moe_evo.gangs.service import News, ServiceSpec
+from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.room import ClusterRoom, gangs_that_fit
+from moe_evo.space import ModelShape
+from moe_evo.tasks.data import TaskData
+
+if TYPE_CHECKING:
+    from moe_evo.criteria.frequency import Counts
+
+_NEWS_S = 1.0
+_SILENCE_S = 60.0
+_MOST_SERVICES = 3
+
+
+@contextmanager
+def ray_pool(
+    config: ScoringConfig, data: Sequence[TaskData], shape: ModelShape, model_hash: str, rank: type[Rank] = Rank
+) -> Iterator[RayPool]:
+    """A pool of gangs on the cluster that `config` names, until the block is left.
+
+    shape, model_hash: of the model, as the run knows them. Raises ClusterError.
+    """
+    address = config.cluster.address
+    assert address is not None, "a config without cluster.address is evaluated in this process"
+    with connected(address):
+        spec = ServiceSpec(config.model, model_hash, config.cluster, rank_bundle(config.model, config.cluster), rank)
+        if address == "local":
+            _check_room(spec, cluster_room(config.model, config.cluster))
+        pool = RayPool(lambda: start_service(spec), work_of(data, config.evaluation), shape)
+        try:
+            yield pool
+        finally:
+            pool.close()
+            if config.cluster.service is None:
+                end_service(pool.service, spec)
+
+
+def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
+    """The work of a run: equal keys for whatever gives equal scores on one model."""
+    scoring = {**asdict(evaluation), "threads": None}
+    content = json.dumps([scoring, [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]])
+    return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation)
+
+
+def _check_room(spec: ServiceSpec, room: ClusterRoom) -> None:
+    """On a cluster that cannot grow, a gang that is too large would wait for ever."""
+    cluster = spec.cluster
+    if not gangs_that_fit(room.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
+        total = ", ".join(f"{name} {room.nodes[0].total.get(name, 0):g}" for name in spec.bundle)
+        raise ClusterError(
+            f"cluster: a gang needs {spec.needs}, this machine has {total}; lower cluster.gang_size or "
+            "cluster.resources"
+        )
+
+
+class RayPool:
+    """Requests of one run to a service of gangs.
+
+    start: starts the service or finds it; called again when it is lost, with all that is under way
+    submitted once more.
+    """
+
+    def __init__(self, start: Callable[[], ActorHandle], work: Work, shape: ModelShape) -> None:
+        self.listener: Listener = lambda news: None
+        self._start = start
+        self._work = work
+        self._shape = shape
+        self._name = uuid.uuid4().hex
+        self._numbers = count()
+        self._jobs: dict[int, Job] = {}
+        self._requests: dict[int, Request] = {}
+        self._unsent: list[int] = []
+        self._lost = 0
+        self._find()
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._shape
+
+    @property
+    def free_slots(self) -> int:
+        return max(self._slots - len(self._jobs), 0)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            number = self._add(Job(self._work.key, request.split, request.genome))
+            self._requests[number] = request
+
+    def next_outcomes(self) -> list[tuple[Request, Outcome]]:
+        assert self._requests, "next_outcomes was called with no request under way"
+        outcomes = []
+        for number, answer in self._next_answers():
+            assert isinstance(answer, Evaluation | EvaluationFailure)
+            outcomes.append((self._requests.pop(number), answer))
+        return outcomes
+
+    def routing_counts(self) -> Counts:
+        """See `Pool`; raises ClusterError where counting breaks every gang."""
+        assert not self._requests, "count before or after evaluations, not among them"
+        self._add(Job(self._work.key, "search"))
+        ((_, answer),) = self._next_answers()
+        if isinstance(answer, EvaluationFailure):
+            raise ClusterError(f"the use of experts could not be counted: {answer.reason}")
+        assert not isinstance(answer, Evaluation)
+        return answer
+
+    def close(self) -> None:
+        """Leave the service."""
+        with suppress(RayError):  # a service that is gone needs no farewell
+            ray.get(self.service.leave.remote(self._name), timeout=_SILENCE_S)
+
+    def _add(self, job: Job) -> int:
+        number = next(self._numbers)
+        self._jobs[number] = job
+        self._unsent.append(number)
+        return number
+
+    def _next_answers(self) -> Sequence[tuple[int, Answer]]:
+        """Wait for at least one answer; tell the listener what happens meanwhile."""
+        while True:
+            news = self._exchange()
+            if not news.known:
+                self._join()
+                continue
+            self._slots = news.slots
+            self.listener(news.pool)
+            if news.answers:
+                self._lost = 0
+                for number, _ in news.answers:
+                    del self._jobs[number]
+                return news.answers
+            if news.fatal is not None:
+                raise news.fatal
+
+    def _exchange(self) -> News:
+        """Send what is not sent and hear what is new; a service that was lost is started again."""
+        jobs = [(number, self._jobs[number]) for number in self._unsent]
+        try:
+            news: News = ray.get(self.service.exchange.remote(self._name, jobs, _NEWS_S), timeout=_SILENCE_S)
+        except (RayActorError, GetTimeoutError) as error:
+            self._lost += 1
+            if self._lost >= _MOST_SERVICES:
+                raise ClusterError(
+                    f"the service of gangs was lost {self._lost} times in a row ({type(error).__name__}); look at the "
+                    "Ray cluster, then run the same command again: it goes on where it stood"
+                ) from error
+            if isinstance(error, GetTimeoutError):
+                ray.kill(self.service)
+            self._find()
+            return News(slots=self._slots)
+        except RayError as error:
+            raise ClusterError(
+                f"the Ray cluster is gone ({' '.join(str(error).split())[:200]}); run the same command again, on any "
+                "cluster: it goes on where it stood"
+            ) from error
+        self._unsent.clear()
+        return news
+
+    def _find(self) -> None:
+        """Find the service, or start it, and join it."""
+        self.service = self._start()
+        self._join()
+
+    def _join(self) -> None:
+        """Make the run known to the service, with all its jobs still to be sent."""
+        ray.get(self.service.join.remote(self._name, self._work))
+        self._unsent = list(self._jobs)
+        self._slots = 1

@@ -1,0 +1,388 @@
+"""The owner of all gangs: builds them, feeds them, replaces them, and answers the runs they serve.
+
+An asynchronous actor, one coroutine a gang. It holds no truth: a run keeps its own journal and submits
+again what a lost service had not answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_evo.config import ClusterConfig, ModelConfig
+from moe_evo.errors import ClusterError
+from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
+from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
+from moe_evo.gangs.gang import Gang, GangBroken
+from moe_evo.gangs.library import ActorHandle, ray
+from moe_evo.gangs.metrics import PoolMetrics
+from moe_evo.gangs.rank import Rank, Work
+
+_TICK_S = 1.0
+_PATIENCE_S = 10.0  # for room on the cluster, before the run is told that there is none
+_FIRST_DEADLINE_S = 1800.0
+_SHORTEST_DEADLINE_S = 60.0
+_DEADLINE_FACTOR = 20
+_MOST_HALVINGS = 10
+_LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """What a service serves, and where.
+
+    bundle: Ray resources of one rank. lease_s: a run that has not asked for news for so long is gone.
+    name: the names of its gangs begin so.
+    """
+
+    model: ModelConfig
+    model_hash: str
+    cluster: ClusterConfig
+    bundle: dict[str, float]
+    rank: type[Rank] = Rank
+    lease_s: float = 120.0
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a gang; a device map is one that has all the GPUs."""
+        return 1 if self.model.sharding == "device_map" else self.cluster.gang_size
+
+    @property
+    def needs(self) -> str:
+        """What a gang asks the cluster for, in words."""
+        amounts = ", ".join(f"{name} {amount:g}" for name, amount in self.bundle.items())
+        labels = f" on nodes with {self.cluster.labels}" if self.cluster.labels else ""
+        return f"{self.ranks} x ({amounts}){labels}, {self.cluster.strategy}"
+
+
+@dataclass(frozen=True)
+class News:
+    """What a run is told when it asks.
+
+    known: False where the service has never heard of the run, or has forgotten it. slots: how many
+    jobs the run may have submitted at a time. fatal: why no gang can ever serve, if that is so.
+    """
+
+    known: bool = True
+    answers: Sequence[tuple[int, Answer]] = ()
+    slots: int = 0
+    pool: PoolNews = field(default_factory=PoolNews)
+    fatal: Exception | None = None
+
+
+@dataclass
+class _Listener:
+    """A run that asks for news."""
+
+    asked_at: float
+    events: list[PoolEvent] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class GangService:
+    """Gangs for one model; runs `join`, `exchange` jobs for answers, and `leave`."""
+
+    def __init__(self, spec: ServiceSpec) -> None:
+        cluster = spec.cluster
+        self._spec = spec
+        self._dispatcher = Dispatcher(cluster.max_batch, cluster.max_attempts)
+        self._listeners: dict[str, _Listener] = {}
+        self._works: dict[str, Work] = {}
+        self._gangs: dict[int, GangStatus] = {}
+        self._coroutines: dict[int, asyncio.Task[None]] = {}
+        self._idle: dict[int, asyncio.Future[Batch]] = {}
+        self._next_number = 0
+        self._halvings = 0
+        self._restarts = 0
+        self._failed_loads = 0
+        self._was_ready = False
+        self._fatal: Exception | None = None
+        self._left_at = time.monotonic()
+        self._metrics = PoolMetrics(cluster.service or "private")
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def spec(self) -> ServiceSpec:
+        return self._spec
+
+    async def join(self, run: str, work: Work) -> None:
+        """Make a run known; harmless where it is."""
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise())
+        if self._fatal is not None and not self._listeners:  # whoever comes next may have mended what was wrong
+            self._fatal, self._failed_loads = None, 0
+        self._listeners.setdefault(run, _Listener(time.monotonic()))
+        self._works[work.key] = work
+        self._dispatcher.join(run)
+
+    async def leave(self, run: str) -> None:
+        self._listeners.pop(run, None)
+        self._dispatcher.leave(run)
+        self._left_at = time.monotonic()
+
+    async def exchange(self, run: str, jobs: Sequence[tuple[int, Job]], timeout_s: float) -> News:
+        """Take jobs, wait until there is something to tell or the time is over, and tell it."""
+        listener = self._listeners.get(run)
+        if listener is None:
+            return News(known=False)
+        listener.asked_at = time.monotonic()
+        if jobs:
+            self._dispatcher.submit(run, jobs)
+            self._grow()
+            self._assign()
+        if not (self._dispatcher.has_answers(run) or listener.events or self._fatal):
+            listener.wake.clear()
+            with suppress(TimeoutError):  # the status is news too
+                await asyncio.wait_for(listener.wake.wait(), timeout_s)
+        if run not in self._listeners:
+            return News(known=False)
+        listener.asked_at = time.monotonic()
+        events, listener.events = listener.events, []
+        return News(
+            answers=self._dispatcher.answers(run),
+            slots=self._dispatcher.slots(max(len(self._gangs), 1)),
+            pool=PoolNews(self._status(), tuple(events)),
+            fatal=self._fatal,
+        )
+
+    async def report(self, gang: int, text: str) -> None:
+        """A rank tells how far it has loaded."""
+        if gang in self._gangs and self._gangs[gang].state == "loading":
+            self._update(gang, progress=text)
+
+    async def _supervise(self) -> None:
+        """Once a second: forget runs that are gone, see whether another gang is wanted, publish the numbers."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            for run in [name for name, one in self._listeners.items() if now - one.asked_at > self._spec.lease_s]:
+                await self.leave(run)
+            is_shared = self._spec.cluster.service is not None
+            if is_shared and not self._listeners and now - self._left_at > self._spec.cluster.idle_release_s:
+                self._end()
+            self._grow()
+            self._metrics.tell(self._status())
+
+    def _end(self) -> None:
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _grow(self) -> None:
+        """Start the gangs that are wanted and not there."""
+        if self._fatal is not None or not self._listeners:
+            return
+        wanted = self._spec.cluster.num_gangs
+        while len(self._gangs) < wanted if wanted != "auto" else self._wants_one_more():
+            number = self._next_number
+            self._next_number += 1
+            self._gangs[number] = GangStatus(number)
+            self._coroutines[number] = asyncio.create_task(self._live(number))
+            self._coroutines[number].add_done_callback(self._end_at_defects)
+
+    def _end_at_defects(self, coroutine: asyncio.Task[None]) -> None:
+        """What a gang's coroutine did not expect is told to the runs, or they would wait for ever."""
+        if not coroutine.cancelled() and (error := coroutine.exception()) is not None:
+            self._fatal = RuntimeError(f"a gang's supervisor failed: {type(error).__name__}: {error}")
+            self._wake()
+
+    def _wants_one_more(self) -> bool:
+        """One gang at a time asks the cluster for room, and only while more waits than those to come can take."""
+        states = [gang.state for gang in self._gangs.values()]
+        to_come = states.count("loading") * self._dispatcher.batch_size
+        return "waiting" not in states and self._dispatcher.waiting > to_come
+
+    async def _live(self, number: int) -> None:
+        """The life of one gang, built anew whenever it breaks, until nobody needs it."""
+        try:
+            while self._fatal is None:
+                gang = self._build()
+                try:
+                    if not await self._is_placed(gang, number):
+                        return
+                    await self._load(gang, number)
+                    await self._serve(gang, number)
+                    self._tell(number, "released", f"idle for {self._spec.cluster.idle_release_s:.0f} s")
+                    return
+                except GangBroken as broken:
+                    self._note(number, broken)
+                finally:
+                    gang.kill()
+                await asyncio.sleep(self._pause_s())
+        finally:
+            del self._gangs[number], self._coroutines[number]
+
+    def _build(self) -> Gang:
+        spec = self._spec
+        name = f"{spec.name} {uuid.uuid4().hex}"
+        return Gang(name, spec.ranks, spec.bundle, spec.cluster, halvings=self._halvings, rank=spec.rank)
+
+    async def _is_placed(self, gang: Gang, number: int) -> bool:
+        """Wait for room on the cluster; False once nobody needs the gang any more."""
+        self._update(number, state="waiting", node="", pids=(), progress="")
+        placed = asyncio.ensure_future(gang.placed())
+        try:
+            if not (await asyncio.wait({placed}, timeout=_PATIENCE_S))[0]:
+                self._tell(number, "waiting", f"needs {self._spec.needs}; the cluster has free: {_free_resources()}")
+            limit_s = self._spec.cluster.idle_release_s
+            while not (await asyncio.wait({placed}, timeout=limit_s))[0]:
+                if self._spec.cluster.num_gangs == "auto" and not self._dispatcher.waiting:
+                    return False
+            self._update(number, pids=placed.result(), node=gang.node)
+            self._tell(number, "placed", f"on {self._gangs[number].node}")
+            return True
+        finally:
+            placed.cancel()
+
+    async def _load(self, gang: Gang, number: int) -> None:
+        self._update(number, state="loading")
+        started = time.monotonic()
+        try:
+            await gang.load(self._spec.model, self._spec.model_hash, _Report(_own_handle(), number))
+        except GangBroken:
+            self._failed_loads += 1
+            raise
+        self._failed_loads, self._was_ready = 0, True
+        self._update(number, state="ready", progress="")
+        self._tell(number, "ready", f"the model is loaded after {time.monotonic() - started:.1f} s")
+
+    async def _serve(self, gang: Gang, number: int) -> None:
+        """Evaluate batches until the gang has been idle for too long."""
+        can_end = self._spec.cluster.num_gangs == "auto"
+        idle_s = self._spec.cluster.idle_release_s if can_end else None
+        while True:
+            batch = await self._next_batch(gang, number, idle_s)
+            if not batch:
+                return
+            self._update(number, state="busy")
+            started = time.monotonic()
+            try:
+                answers = await gang.run(batch, self._works[batch[0].work], self._deadline_s(batch))
+            except GangBroken as broken:
+                self._give_back(gang, number, batch, broken)
+                raise
+            self._finish(number, batch, answers, time.monotonic() - started)
+
+    async def _next_batch(self, gang: Gang, number: int, idle_s: float | None) -> Batch:
+        """Wait for work; () after `idle_s` without. Raises GangBroken where a rank dies meanwhile."""
+        future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
+        self._idle[number] = future
+        self._assign()
+        try:
+            await asyncio.wait({future, gang.died}, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._idle.pop(number, None)
+        if gang.died.done():
+            if future.done():
+                self._dispatcher.give_back(future.result(), "", blame=False)
+                self._assign()
+            await gang.died  # raises what it died of
+        return future.result() if future.done() else ()
+
+    def _assign(self) -> None:
+        """Batches for idle gangs, as long as there are both."""
+        num_serving = sum(gang.state in ("ready", "busy") for gang in self._gangs.values())
+        while self._idle:
+            batch = self._dispatcher.take(num_serving)
+            if not batch:
+                return
+            self._idle.popitem()[1].set_result(batch)  # the latest: the others may stay idle and be released
+
+    def _finish(self, number: int, batch: Batch, answers: Sequence[Answer], duration_s: float) -> None:
+        self._dispatcher.finish(batch, answers, duration_s)
+        status = self._gangs[number]
+        each_s = duration_s / len(batch)
+        before = status.evaluations_per_s or 1 / max(each_s, 1e-9)
+        rate = 0.8 * before + 0.2 / max(each_s, 1e-9)
+        done = status.evaluations + len(batch)
+        self._update(number, state="ready", evaluations=done, evaluations_per_s=rate)
+        self._wake()
+
+    def _give_back(self, gang: Gang, number: int, batch: Batch, broken: GangBroken) -> None:
+        """Put the batch of a broken gang back into the queue, or give up a genome that breaks every gang."""
+        shortens = broken.out_of_memory and gang.halvings < _MOST_HALVINGS
+        if shortens and gang.halvings == self._halvings:
+            self._halvings += 1
+            self._tell(number, "batch_halved", f"out of memory: batches are 1/{2**self._halvings} as large from now on")
+        for job in self._dispatcher.give_back(batch, str(broken), blame=not shortens):
+            digest = job.genome.digest[:8] if job.genome is not None else "counting"
+            self._tell(number, "quarantined", f"genome {digest}: {broken}")
+        self._assign()
+        self._wake()
+
+    def _note(self, number: int, broken: GangBroken) -> None:
+        """A gang broke: tell it, and end everything where no gang can ever serve."""
+        self._restarts += 1
+        self._update(number, state="waiting", restarts=self._gangs[number].restarts + 1)
+        self._tell(number, "broken", str(broken))
+        limit = self._spec.cluster.max_attempts * (10 if self._was_ready else 1)
+        # a rank whose neighbour was killed may say that the model cannot be loaded, but not twice in a row
+        is_sure = self._failed_loads >= min(self._spec.ranks, 2)
+        if is_sure and broken.permanent is not None:
+            self._fatal = broken.permanent
+        elif self._failed_loads >= limit:
+            self._fatal = ClusterError(
+                f"no gang can load {self._spec.model.path}: {self._failed_loads} failures in a row, the last: {broken}"
+            )
+        self._wake()
+
+    def _pause_s(self) -> float:
+        """Longer and longer while gangs fail to load, none while they serve."""
+        return min(2.0 ** (self._failed_loads - 1), _LONGEST_PAUSE_S) if self._failed_loads else 0.0
+
+    def _deadline_s(self, batch: Batch) -> float:
+        limit_s = self._spec.cluster.deadline_s
+        if limit_s is None:
+            longest_s = self._dispatcher.longest_s
+            grown = None if longest_s is None else max(_DEADLINE_FACTOR * longest_s, _SHORTEST_DEADLINE_S)
+            limit_s = _FIRST_DEADLINE_S if grown is None else grown
+        return limit_s * len(batch)
+
+    def _status(self) -> PoolStatus:
+        dispatcher = self._dispatcher
+        return PoolStatus(
+            gangs=tuple(self._gangs[number] for number in sorted(self._gangs)),
+            waiting=dispatcher.waiting,
+            under_way=dispatcher.under_way,
+            evaluations=dispatcher.evaluations,
+            failures=dispatcher.failures,
+            restarts=self._restarts,
+            runs=len(self._listeners),
+        )
+
+    def _update(self, number: int, **changes: Any) -> None:
+        self._gangs[number] = replace(self._gangs[number], **changes)
+
+    def _tell(self, number: int, kind: Any, detail: str) -> None:
+        event = PoolEvent(time.time(), number, kind, detail)
+        for listener in self._listeners.values():
+            listener.events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let those runs ask on that have something to hear."""
+        for run, listener in self._listeners.items():
+            if listener.events or self._fatal or self._dispatcher.has_answers(run):
+                listener.wake.set()
+
+
+def _free_resources() -> str:
+    free = ray.available_resources()
+    return ", ".join(f"{name} {free[name]:g}" for name in ("GPU", "CPU") if name in free) or "nothing"
+
+
+def _own_handle() -> ActorHandle:
+    return ray.get_runtime_context().current_actor
+
+
+class _Report:
+    """Travels to the ranks of a gang and tells the service what they report."""
+
+    def __init__(self, service: ActorHandle, gang: int) -> None:
+        self._service, self._gang = service, gang
+
+    def __call__(self, text: str) -> None:
+        self._service.report.remote(self._gang, text)
