@@ -1,4 +1,4 @@
-"""`python -m moe_evo` is `moe-evo`."""
+"""`python -m moe_evo` is the command `moe-evo`."""
 
 import sys
 

@@ -1,28 +1,32 @@
 """The command line: parsing, printing and exit codes. Nothing heavy is imported before it is needed.
 
-Exit codes: 0 done; 2 the input was wrong (one line says how); 130 interrupted; 1 a defect of ours.
+Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the cluster failed, the same command again
+goes on; 130 interrupted; 1 a defect of ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.errors import ConfigError, MoeEvoError
+from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-_USAGE = "moe-evo {search,evaluate,show,export} ...  (--help after each for its options)"
+_USAGE = "moe-evo {search,plan,evaluate,show,export} ...  (--help after each for its options)"
 _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model a task needs; export the smaller model.
 
   moe-evo search                              try it on the embedded model and task
   moe-evo search CONFIG.yaml --search.num_kept 4
+  moe-evo plan CONFIG.yaml                    memory, gangs and time of a search, and what is wrong with it
   moe-evo show RUN                            what a run found, as table and picture
   moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
@@ -40,6 +44,30 @@ def _search_parser() -> ArgumentParser:
         RunConfig,
     )
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    return parser
+
+
+def _plan_parser() -> ArgumentParser:
+    from moe_evo.config import RunConfig
+    from moe_evo.config_file import config_parser
+
+    parser = config_parser(
+        "plan",
+        "Tell what a search would take, without loading weights: the model's size, memory of each rank for each way "
+        "of sharding, gangs that fit the cluster, and everything that is wrong with the config.",
+        "moe-evo plan [CONFIG.yaml] [--section.key VALUE ...] [--calibrate]",
+        RunConfig,
+    )
+    parser.add_argument(
+        "--memory_gib",
+        type=float | None,
+        help="memory of one rank's device; default: what is free here, and unknown for a cluster",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="load the model once and time a few evaluations, so that the time of the whole search can be told",
+    )
     return parser
 
 
@@ -106,6 +134,24 @@ def _search(argv: Sequence[str], *, as_json: bool) -> None:
     with TerminalTracker() as tracker:
         folder = commands.search(config, tracker)
     _print_run(str(folder.path), as_json=as_json)
+
+
+def _plan(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config import RunConfig
+    from moe_evo.config_file import parse_config
+    from moe_evo.plan import planned, require_no_problems
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments, config = parse_config(_plan_parser(), argv, RunConfig)
+    with TerminalTracker() as tracker:
+        answer = planned(config, arguments.memory_gib, calibrate=arguments.calibrate, tracker=tracker)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        from moe_evo.report.plan import print_plan
+
+        print_plan(answer, shlex.join(["moe-evo", "search", *_without(argv, "--memory_gib", "--calibrate")]))
+    require_no_problems(answer)
 
 
 def _show(argv: Sequence[str], *, as_json: bool) -> None:
@@ -178,6 +224,7 @@ def _export(argv: Sequence[str], *, as_json: bool) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
     "search": (_search, _search_parser),
+    "plan": (_plan, _plan_parser),
     "evaluate": (_evaluate, _evaluate_parser),
     "show": (_show, _show_parser),
     "export": (_export, _export_parser),
@@ -186,13 +233,15 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; answers the exit code."""
+    if argv is None:  # the process is ours: being told to end, as `ray job stop` does, is an interrupt too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take(words, "--debug")
     as_json = _take(words, "--json")
     try:
         return _dispatch(words, as_json=as_json)
     except MoeEvoError as error:
-        return _fail(f"error: {' '.join(str(error).split())}", 2, debug=debug)
+        return _fail(f"error: {' '.join(str(error).split())}", 3 if isinstance(error, ClusterError) else 2, debug=debug)
     except KeyboardInterrupt:
         kept = "; all finished evaluations are kept, the same command goes on" if words[:1] == ["search"] else ""
         return _fail(f"interrupted{kept}", 130, debug=debug)
@@ -202,6 +251,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the border of the process: a defect still ends in one line
         message = f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
         return _fail(message, 1, debug=debug)
+
+
+def _without(words: Sequence[str], option: str, flag: str) -> list[str]:
+    """Words without an option and its value, and without a flag."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and word != flag and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept
 
 
 def _take(words: list[str], flag: str) -> bool:

@@ -5,7 +5,9 @@ Everything that can be wrong with the input is found before a model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.evaluation.pool import Pool
     from moe_evo.result import Row
 
 
@@ -49,7 +52,8 @@ def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
     data = check_tasks(config.tasks)
     from moe_evo.models.loading import model_hash, read_shape, resolve_device
 
-    resolve_device(config.model.device)
+    if config.cluster.address is None:  # else the ranks' devices count, not this machine's
+        resolve_device(config.model.device)
     if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     space = build_space(read_shape(config.model), config.search)
@@ -87,20 +91,14 @@ def _run(
     tracker: TerminalTracker,
 ) -> None:
     from moe_evo.driver import MAIN, RANDOM, run_search
-    from moe_evo.evaluation.pool import LocalPool
     from moe_evo.report.figure import kept_figure, search_figure
 
-    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
     if config.search.algorithm != "random" and space.can_prune:
         merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
         if merging_starts >= config.search.evaluations:
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
-    if config.search.algorithm != "random" and not evaluator.model.merged_fits(_fully_merged(space)):
-        tracker.message(
-            "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
-            "pass; keep fewer experts, set model.merged_cache_gib, or only prune (search.eep.num_pruning)"
-        )
-    rows = run_search(config, space, journal, LocalPool(evaluator), tracker, is_share=is_share(data))
+    with open_pool(config, data, tracker, space) as pool:
+        rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data))
     result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
@@ -118,6 +116,33 @@ def _run(
     )
     kept_figure(folder.kept_figure, rows[-1].candidate.genome)
     folder.write_result(result)  # last: a run with a result is finished
+
+
+@contextmanager
+def open_pool(
+    config: ScoringConfig, data: Sequence[TaskData], tracker: TerminalTracker, space: SearchSpace | None = None
+) -> Iterator[Pool]:
+    """The evaluators that a config asks for: in this process, or gangs on a cluster.
+
+    space: what will be searched, so that it can be told where its genomes will be slow.
+    """
+    if config.cluster.address is None:
+        from moe_evo.evaluation.local_pool import LocalPool
+
+        evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+        if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
+            tracker.message(
+                "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
+                "pass; keep fewer experts, set model.merged_cache_gib, or only prune (search.eep.num_pruning)"
+            )
+        yield LocalPool(evaluator)
+    else:
+        from moe_evo.gangs.ray_pool import ray_pool
+        from moe_evo.models.loading import model_hash, read_shape
+
+        tracker.message(f"connecting to Ray ({config.cluster.address})")
+        with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
+            yield pool
 
 
 def _fully_merged(space: SearchSpace) -> Genome:
@@ -173,8 +198,18 @@ def _result(
             **_failures(outcomes.values()),
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
+        "gangs": _gangs(journal),
         "rows": [row.to_json() for row in rows],
     }
+
+
+def _gangs(journal: Journal) -> dict[str, Any] | None:
+    """What became of the gangs of a run on a cluster: counts by kind of event, and why gangs broke."""
+    events = journal.gang_events()
+    if not events:
+        return None
+    kinds = Counter(kind for _, _, kind, _ in events)
+    return {**kinds, "reasons": sorted({detail for _, _, kind, detail in events if kind == "broken"})}
 
 
 def _failures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
@@ -239,13 +274,15 @@ def evaluate(
     top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
     come from, if any.
     """
+    config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     if run is not None:
         _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
     from moe_evo.models.loading import read_shape, resolve_device
     from moe_evo.result import Score
 
-    resolve_device(config.model.device)
+    if config.cluster.address is None:
+        resolve_device(config.model.device)
     shape = read_shape(config.model)
     wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
     genome = named_genome(genome_name, wanted, config.model.router)
@@ -253,8 +290,12 @@ def evaluate(
     check_fits(genome, shape)
     if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
         tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")
-    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
-    outcome = evaluator.evaluate([genome], split)[0]
+    from moe_evo.evaluation.pool import Request
+
+    with open_pool(config, data, tracker) as pool:
+        pool.listener = tracker.pool
+        pool.submit([Request("evaluate", 0, genome, split)])
+        ((_, outcome),) = pool.next_outcomes()
     if isinstance(outcome, EvaluationFailure):
         raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
     return {
@@ -345,6 +386,7 @@ def show(folder: RunFolder) -> dict[str, Any]:
     with folder.open_journal() as journal:
         individuals = journal.individuals(MAIN)
         proposed = len(journal.candidates(MAIN))
+        gangs = _gangs(journal)
     from moe_evo.population import Population
 
     population = Population().with_outcomes(individuals)
@@ -355,6 +397,7 @@ def show(folder: RunFolder) -> dict[str, Any]:
         "of": config.search.evaluations,
         "under_way": proposed - len(individuals),
         **_failures(one.outcome for one in individuals),
+        "gangs": gangs,
         "best_fitness": best.evaluation.fitness if best else None,
         "best_kept": [list(layer) for layer in best.genome.kept] if best else None,
         "config": asdict_plain(config),

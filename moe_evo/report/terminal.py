@@ -21,20 +21,20 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
         console.print(
             f"{folder.path}: {result['evaluations']} of {result['of']} evaluations done, {result['failures']} failed, "
             f"best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
-            f"{_reasons(result)}"
+            f"{_reasons(result)}{_gangs(result)}"
             f"go on with: moe-evo search --resume {folder.path}",
             highlight=False,
             soft_wrap=True,
         )
         return
-    _print_whole(console, final_table(result))
+    print_whole(console, final_table(result))
     winner = load_genome(folder.best)
     console.print(kept_picture(winner, result["model"]["decoder_layers"]))
     search = result["search"]
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
         f"{search['evaluation_s']:.0f} s of evaluation\n"
-        f"{_reasons(search)}"
+        f"{_reasons(search)}{_gangs(result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -48,7 +48,16 @@ def _reasons(counted: dict[str, Any]) -> str:
     return "".join(f"failed   {reason}\n" for reason in counted["failure_reasons"])
 
 
-def _print_whole(console: Console, table: Table) -> None:
+def _gangs(result: dict[str, Any]) -> str:
+    """How often gangs of a run on a cluster were loaded, and why they broke."""
+    gangs = result.get("gangs")
+    if not gangs:
+        return ""
+    lines = [f"gangs    loaded {gangs.get('ready', 0)} times, broken {gangs.get('broken', 0)} times"]
+    return "\n".join([*lines, *(f"broken   {reason}" for reason in gangs["reasons"])]) + "\n"
+
+
+def print_whole(console: Console, table: Table) -> None:
     """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     width, console.width = console.width, max(console.width, needed)

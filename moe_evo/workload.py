@@ -1,0 +1,52 @@
+"""How many evaluations a run makes on each split, and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moe_evo.config import RunConfig, SearchConfig
+from moe_evo.search.eep import eep_config, schedule
+
+
+def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:
+    """The most evaluations that a run makes on each split; equal genomes are not evaluated twice."""
+    budget, finalists = config.search.evaluations, config.selection.finalists
+    evolves = config.search.algorithm != "random"
+    compares_random = config.selection.random_search and evolves
+    counts_use = config.selection.frequency and can_prune
+    is_merged = merges(config.search, can_prune=can_prune)
+    # the winner; the best pruning, where merging came after it; the best random one; full and frequency
+    populations = 1 + (is_merged and can_prune) + compares_random
+    references = 1 + counts_use
+    return {
+        "search": budget * (1 + compares_random) + references + counts_use,  # counting is a pass of its own
+        "validation": populations * min(finalists, budget) + references,
+        "test": populations + references,
+    }
+
+
+def merges(config: SearchConfig, *, can_prune: bool) -> bool:
+    """Whether the search leaves prunings behind before its budget is spent."""
+    if config.algorithm == "random":
+        return False
+    return not can_prune or schedule(eep_config(config), config.evaluations)[1] < config.evaluations
+
+
+def estimate(
+    evaluations: Mapping[str, int], examples: Mapping[str, int], evaluation_s: float, gangs: int
+) -> dict[str, float]:
+    """Time of a run whose evaluations on the search split take `evaluation_s` on one gang.
+
+    evaluations, examples: by split; an evaluation takes as long as its split has examples. Hours are those
+    of `gangs` gangs that are busy all the time, so the run takes at least that.
+    """
+    seconds = {
+        split: number * evaluation_s * examples[split] / examples["search"] for split, number in evaluations.items()
+    }
+    return {
+        "evaluation_s": evaluation_s,
+        "gangs": gangs,
+        "evaluations_per_h": 3600 * gangs / evaluation_s,
+        **{f"{split}_h": second / gangs / 3600 for split, second in seconds.items()},
+        "total_h": sum(seconds.values()) / gangs / 3600,
+    }
