@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+BENCHMARKS := $(filter-out benchmarks/figures.py, $(wildcard benchmarks/*.py))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint bench clean
@@ -33,7 +34,7 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 bench: .venv/ready
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf .venv runs build *.egg-info

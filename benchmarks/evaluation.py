@@ -10,10 +10,7 @@ Both must give the same fitness. Prints a table and one JSON line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -84,20 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for way, values in seconds.items():
         table.add_row(way, f"{np.median(values):.3f}")
     Console().print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        json.dumps(
-            {
-                "benchmark": "evaluation",
-                "commit": commit.stdout.strip() or None,
-                "device": platform.processor() or platform.machine(),
-                "ratio_median": float(np.median(ratios)),
-                "ratio_min": float(ratios.min()),
-                "ratio_max": float(ratios.max()),
-                "view_s": float(np.median(seconds["view"])),
-                "checkpoint_s": float(np.median(seconds["checkpoint"])),
-            }
-        )
+    print_figures(
+        "evaluation",
+        {
+            "ratio_median": float(np.median(ratios)),
+            "ratio_min": float(ratios.min()),
+            "ratio_max": float(ratios.max()),
+            "view_s": float(np.median(seconds["view"])),
+            "checkpoint_s": float(np.median(seconds["checkpoint"])),
+        },
     )
     return 0
 
