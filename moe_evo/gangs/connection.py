@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_evo.config import ClusterConfig, ModelConfig
@@ -20,6 +20,7 @@ from moe_evo.gangs.service import GangService, ServiceSpec
 from moe_evo.room import ClusterRoom, NodeRoom
 
 NAMESPACE = "moe_evo"
+_START_S = 300.0
 _END_S = 10.0
 
 
@@ -95,9 +96,10 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
         options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     service = ray.remote(GangService).options(**options).remote(spec)
     try:
-        found = ray.get(service.spec.remote())
-    except RayActorError as error:
-        raise ClusterError(f"the service of gangs did not start ({error}); see the logs of the Ray cluster") from error
+        found = ray.get(service.spec.remote(), timeout=_START_S)
+    except (RayActorError, GetTimeoutError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"the service of gangs did not start ({reason}); see the logs of the Ray cluster") from error
     if (found.model, found.model_hash, _gangs(found)) != (spec.model, spec.model_hash, _gangs(spec)):
         raise ClusterError(
             f"cluster.service: {name!r} serves {found.model.path} with other options or other gangs; use its options, "

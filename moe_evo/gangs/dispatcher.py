@@ -74,7 +74,7 @@ class Dispatcher:
         self._under_way: set[Key] = set()
         self._cache: OrderedDict[Key, Answer] = OrderedDict()
         self._seconds: float | None = None  # a job takes, by the latest batches
-        self.longest_s: float | None = None
+        self._longest_s: dict[tuple[str, str], float] = {}
         self.evaluations = self.failures = 0
 
     @property
@@ -95,6 +95,10 @@ class Dispatcher:
         if self._seconds is None:
             return 1
         return max(1, min(self._max_batch, math.ceil(_REQUEST_S / max(self._seconds, 1e-6))))
+
+    def longest_s(self, batch: Batch) -> float | None:
+        """The longest that a job on the same examples has taken; None before the first."""
+        return self._longest_s.get((batch[0].work, batch[0].split))
 
     def slots(self, num_gangs: int) -> int:
         """Jobs that keep so many gangs busy until the next are submitted: a batch each and some in reserve."""
@@ -153,7 +157,8 @@ class Dispatcher:
         """A gang has done a batch."""
         each_s = duration_s / len(batch)
         self._seconds = each_s if self._seconds is None else 0.8 * self._seconds + 0.2 * each_s
-        self.longest_s = max(self.longest_s or 0.0, each_s)
+        kind = (batch[0].work, batch[0].split)
+        self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), each_s)
         for job, answer in zip(batch, answers, strict=True):
             self._answer(job, answer)
 

@@ -84,8 +84,8 @@ class Gang:
 
     async def load(self, model: ModelConfig, model_hash: str, report: Callable[[str], None]) -> None:
         """Load the model on all ranks; `report` must be fit to travel to them."""
-        where = (self.node, await _answer(self._ranks[0].free_port.remote()))
         timeout_s = self._load_timeout_s
+        where = (self.node, (await self._all("free_port", timeout_s=timeout_s))[0])
         await self._all("load", model, model_hash, where, timeout_s, report, timeout_s=timeout_s)
 
     @property
@@ -179,7 +179,9 @@ def _distance(error: BaseException) -> int:
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Ray tells a page about a dead actor; its cause is in the line that begins so."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    """Ray tells a page about a dead actor; its cause is in the line that begins so, or in the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "raised in its creation task" in lines[0]:
+        return lines[-1]
     told = [line for line in lines if line.startswith(("The actor", "The process", "Worker unexpectedly"))]
     return (told or lines or [type(error).__name__])[-1].split(". ")[0].rstrip(".")

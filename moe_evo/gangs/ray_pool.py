@@ -92,8 +92,10 @@ class RayPool:
         self._jobs: dict[int, Job] = {}
         self._requests: dict[int, Request] = {}
         self._unsent: list[int] = []
+        self._slots = 1
         self._lost = 0
-        self._find()
+        self._joined = False
+        self.service = start()
 
     @property
     def shape(self) -> ModelShape:
@@ -140,9 +142,18 @@ class RayPool:
     def _next_answers(self) -> Sequence[tuple[int, Answer]]:
         """Wait for at least one answer; tell the listener what happens meanwhile."""
         while True:
-            news = self._exchange()
+            try:
+                news = self._exchange()
+            except (RayActorError, GetTimeoutError) as error:
+                self._start_again(error)
+                continue
+            except RayError as error:
+                raise ClusterError(
+                    f"the Ray cluster is gone ({' '.join(str(error).split())[:200]}); run the same command again, on "
+                    "any cluster: it goes on where it stood"
+                ) from error
             if not news.known:
-                self._join()
+                self._joined = False
                 continue
             self._slots = news.slots
             self.listener(news.pool)
@@ -155,36 +166,23 @@ class RayPool:
                 raise news.fatal
 
     def _exchange(self) -> News:
-        """Send what is not sent and hear what is new; a service that was lost is started again."""
+        """Send what is not sent and hear what is new."""
+        if not self._joined:
+            ray.get(self.service.join.remote(self._name, self._work), timeout=_SILENCE_S)
+            self._joined, self._unsent = True, list(self._jobs)
         jobs = [(number, self._jobs[number]) for number in self._unsent]
-        try:
-            news: News = ray.get(self.service.exchange.remote(self._name, jobs, _NEWS_S), timeout=_SILENCE_S)
-        except (RayActorError, GetTimeoutError) as error:
-            self._lost += 1
-            if self._lost >= _MOST_SERVICES:
-                raise ClusterError(
-                    f"the service of gangs was lost {self._lost} times in a row ({type(error).__name__}); look at the "
-                    "Ray cluster, then run the same command again: it goes on where it stood"
-                ) from error
-            if isinstance(error, GetTimeoutError):
-                ray.kill(self.service)
-            self._find()
-            return News(slots=self._slots)
-        except RayError as error:
-            raise ClusterError(
-                f"the Ray cluster is gone ({' '.join(str(error).split())[:200]}); run the same command again, on any "
-                "cluster: it goes on where it stood"
-            ) from error
+        news: News = ray.get(self.service.exchange.remote(self._name, jobs, _NEWS_S), timeout=_SILENCE_S)
         self._unsent.clear()
         return news
 
-    def _find(self) -> None:
-        """Find the service, or start it, and join it."""
-        self.service = self._start()
-        self._join()
-
-    def _join(self) -> None:
-        """Make the run known to the service, with all its jobs still to be sent."""
-        ray.get(self.service.join.remote(self._name, self._work))
-        self._unsent = list(self._jobs)
-        self._slots = 1
+    def _start_again(self, error: Exception) -> None:
+        """Find or start another service after one was lost."""
+        self._lost += 1
+        if self._lost >= _MOST_SERVICES:
+            raise ClusterError(
+                f"the service of gangs was lost {self._lost} times in a row ({type(error).__name__}); look at the "
+                "Ray cluster, then run the same command again: it goes on where it stood"
+            ) from error
+        if isinstance(error, GetTimeoutError):
+            ray.kill(self.service)  # it hangs, and would keep its name and its gangs
+        self.service, self._joined = self._start(), False

@@ -201,9 +201,8 @@ class GangService:
             while self._fatal is None:
                 gang = self._build()
                 try:
-                    if not await self._is_placed(gang, number):
+                    if not await self._is_ready(gang, number):
                         return
-                    await self._load(gang, number)
                     await self._serve(gang, number)
                     self._tell(number, "released", f"idle for {self._spec.cluster.idle_release_s:.0f} s")
                     return
@@ -219,6 +218,18 @@ class GangService:
         spec = self._spec
         name = f"{spec.name} {uuid.uuid4().hex}"
         return Gang(name, spec.ranks, spec.bundle, spec.cluster, halvings=self._halvings, rank=spec.rank)
+
+    async def _is_ready(self, gang: Gang, number: int) -> bool:
+        """Place a gang and load its model; False once nobody needs it any more."""
+        try:
+            if not await self._is_placed(gang, number):
+                return False
+            await self._load(gang, number)
+        except GangBroken:
+            self._failed_loads += 1
+            raise
+        self._failed_loads, self._was_ready = 0, True
+        return True
 
     async def _is_placed(self, gang: Gang, number: int) -> bool:
         """Wait for room on the cluster; False once nobody needs the gang any more."""
@@ -240,12 +251,7 @@ class GangService:
     async def _load(self, gang: Gang, number: int) -> None:
         self._update(number, state="loading")
         started = time.monotonic()
-        try:
-            await gang.load(self._spec.model, self._spec.model_hash, _Report(_own_handle(), number))
-        except GangBroken:
-            self._failed_loads += 1
-            raise
-        self._failed_loads, self._was_ready = 0, True
+        await gang.load(self._spec.model, self._spec.model_hash, _Report(_own_handle(), number))
         self._update(number, state="ready", progress="")
         self._tell(number, "ready", f"the model is loaded after {time.monotonic() - started:.1f} s")
 
@@ -336,7 +342,7 @@ class GangService:
     def _deadline_s(self, batch: Batch) -> float:
         limit_s = self._spec.cluster.deadline_s
         if limit_s is None:
-            longest_s = self._dispatcher.longest_s
+            longest_s = self._dispatcher.longest_s(batch)
             grown = None if longest_s is None else max(_DEADLINE_FACTOR * longest_s, _SHORTEST_DEADLINE_S)
             limit_s = _FIRST_DEADLINE_S if grown is None else grown
         return limit_s * len(batch)

@@ -161,8 +161,9 @@ def _cluster(plan: Mapping[str, Any]) -> list[str]:
     cluster = plan["cluster"]
     if cluster is None:
         return []
+    nodes = f"{cluster['nodes']} node{'s' * (cluster['nodes'] != 1)}"
     return [
-        f"cluster     {cluster['nodes']} node{'s' * (cluster['nodes'] != 1)}; gangs of {cluster['needs']}: {cluster['gangs_free']} fit now, "
+        f"cluster     {nodes}; gangs of {cluster['needs']}: {cluster['gangs_free']} fit now, "
         f"{cluster['gangs_whole']} when all is free"
     ]
 
