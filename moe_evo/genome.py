@@ -121,8 +121,17 @@ class LayerGenome:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def __reduce__(self) -> tuple[type[LayerGenome], tuple[Matrix, Matrix, int]]:
-        return (LayerGenome, (self.expert_merging, self.router_mapping, self.top_k))
+    def __reduce__(self) -> tuple[object, tuple[dict[str, object]]]:
+        return (_refrozen, (self.__dict__,))  # with the digest, where it is known: a genome travels often
+
+
+def _refrozen(state: dict[str, object]) -> LayerGenome:
+    """A layer as it was before it was pickled; numpy forgets that an array was frozen."""
+    layer = object.__new__(LayerGenome)
+    layer.__dict__.update(state)
+    layer.expert_merging.setflags(write=False)
+    layer.router_mapping.setflags(write=False)
+    return layer
 
 
 @dataclass(frozen=True)

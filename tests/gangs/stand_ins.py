@@ -1,0 +1,154 @@
+"""Ranks without a model, which misbehave on purpose; a genome's fitness is made of its digest.
+
+All around them is real: processes, Ray, the service and the pool.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import cloudpickle
+
+from moe_evo.errors import OutOfMemory
+from moe_evo.gangs.rank import Rank, Work
+from moe_evo.genome import Genome
+from moe_evo.population import Evaluation, Outcome
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks' processes cannot import tests
+
+_LONG_S = 60.0
+
+
+def outcome_of(genome: Genome, split: str) -> Outcome:
+    """What every stand-in says of a genome."""
+    return Evaluation(zlib.crc32(f"{genome.digest} {split}".encode()) / 2**32, num_examples=16)
+
+
+class StandIn(Rank):
+    """Scores genomes by their digests; what misbehaves overrides `evaluate_one` or `load`."""
+
+    pause_s = 0.01
+
+    def load(self, *arguments: Any) -> None:
+        pass
+
+    def begin(self, work: Work, halvings: int) -> None:
+        self._halvings = halvings
+
+    def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+        return [self.evaluate_one(genome, split) for genome in genomes]
+
+    def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+        time.sleep(self.pause_s)
+        return outcome_of(genome, split)
+
+    def routing_counts(self, key: str, split: str) -> list[Any]:
+        return [np.arange(8.0)] * 4
+
+
+def slow(seconds: float) -> type[Rank]:
+    class Slow(StandIn):
+        pause_s = seconds
+
+    return Slow
+
+
+def writing_down(file: Path, seconds: float) -> type[Rank]:
+    """Every evaluation is a line of `file`: the genome's digest."""
+
+    class WritingDown(StandIn):
+        pause_s = seconds
+
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(f"{genome.digest}\n")
+            return super().evaluate_one(genome, split)
+
+    return WritingDown
+
+
+def once(digest: str, folder: Path, misbehave: Callable[[], None]) -> type[Rank]:
+    """`misbehave` at the first evaluation of one genome."""
+
+    class Once(StandIn):
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            flag = folder / "misbehaved"
+            if genome.digest == digest and not flag.exists():
+                flag.touch()
+                misbehave()
+            return super().evaluate_one(genome, split)
+
+    return Once
+
+
+def always(digest: str, misbehave: Callable[[], None]) -> type[Rank]:
+    """`misbehave` at every evaluation of one genome."""
+
+    class Always(StandIn):
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            if genome.digest == digest:
+                misbehave()
+            return super().evaluate_one(genome, split)
+
+    return Always
+
+
+def short_of_memory(halvings: int) -> type[Rank]:
+    """Batches fit into memory once they were halved so often."""
+
+    class ShortOfMemory(StandIn):
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            if self._halvings < halvings:
+                raise OutOfMemory("out of memory on cpu: lower evaluation.batch_tokens")
+            return super().evaluate_one(genome, split)
+
+    return ShortOfMemory
+
+
+def loading_when(file: Path) -> type[Rank]:
+    """The model is loaded once `file` is there."""
+
+    class LoadingWhen(StandIn):
+        def load(self, *arguments: Any) -> None:
+            deadline = time.monotonic() + _LONG_S
+            while not file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    return LoadingWhen
+
+
+def unable_to_load(error: Exception) -> type[Rank]:
+    class UnableToLoad(StandIn):
+        def load(self, *arguments: Any) -> None:
+            raise error
+
+    return UnableToLoad
+
+
+def unable_to_start() -> type[Rank]:
+    class UnableToStart(StandIn):
+        def __init__(self, rank: int, size: int) -> None:
+            raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    return UnableToStart
+
+
+def raise_value_error() -> None:
+    raise ValueError("logits have 3 dimensions")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(_LONG_S)
