@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_evo.errors import GenomeError, JournalError
+from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_bytes, genome_to_bytes
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 
 SCHEMA_VERSION = "2"
+
+MAIN, RANDOM, REFERENCE = "search", "random", "reference"
+"""The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -184,6 +188,17 @@ class Journal:
                 Candidate(number, genome_from_bytes(genome), operator, tuple(json.loads(parents)))
                 for number, genome, operator, parents in rows
             ]
+
+    def ancestry(self, search: str) -> dict[int, tuple[str, tuple[int, ...]]]:
+        """Operator and parents of every candidate by its number, without its genome."""
+        rows = self._fetch("SELECT number, operator, parents FROM candidates WHERE search = ?", (search,))
+        return {number: (operator, tuple(json.loads(parents))) for number, operator, parents in rows}
+
+    def genome(self, search: str, number: int) -> Genome:
+        """The genome of one candidate."""
+        rows = self._fetch("SELECT genome FROM candidates WHERE search = ? AND number = ?", (search, number))
+        with self._readable():
+            return genome_from_bytes(rows[0][0])
 
     def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
         """Outcomes by candidate number, in the order in which they finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -99,3 +100,16 @@ def print_export(report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_report(written: dict[str, Any]) -> None:
+    """Where the page is, and what to do next."""
+    console = Console()
+    path = Path(written["report"]).resolve()
+    runs = f"{written['runs']} run{'s' * (written['runs'] != 1)}"
+    lines = [f"report   {written['report']} ({runs}, {written['bytes'] / 2**20:.1f} MiB, needs no network)"]
+    lines += [
+        f"         {folder} is not finished: go on, then write the report again" for folder in written["unfinished"]
+    ]
+    lines.append(f"next     open {path.as_uri()} in a browser, or send the file to somebody")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

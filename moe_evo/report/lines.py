@@ -1,0 +1,229 @@
+"""The final tables of several runs as one list of lines: what `moe-evo compare` prints and reports sort."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_evo.population import Evaluation
+from moe_evo.report.plan import count_label
+from moe_evo.report.record import Record
+from moe_evo.report.terminal import print_whole
+
+SPLITS = ("search", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender of one run.
+
+    state: 'finished', or 'unfinished' with what is known so far: search scores of the full model and of the best.
+    num_kept and num_experts: means over MoE layers. parameters: None where the run did not write them down.
+    {split}, {split}_low, {split}_high: fitness and its 95 % interval over examples; None where there is none.
+    """
+
+    run: str
+    folder: str
+    state: str
+    model: str
+    tasks: str
+    algorithm: str
+    seed: int
+    key: str
+    title: str
+    num_kept: float | None
+    num_experts: float | None
+    kept_share: float | None
+    parameters: int | None
+    parameters_share: float | None
+    evaluations: int
+    search: float | None = None
+    search_low: float | None = None
+    search_high: float | None = None
+    validation: float | None = None
+    validation_low: float | None = None
+    validation_high: float | None = None
+    test: float | None = None
+    test_low: float | None = None
+    test_high: float | None = None
+
+    def interval(self, split: str) -> tuple[float, float, float] | None:
+        """Fitness, low and high on one split, where it has all three."""
+        values = (getattr(self, split), getattr(self, f"{split}_low"), getattr(self, f"{split}_high"))
+        return None if None in values else values
+
+
+def lines_of(record: Record) -> list[Line]:
+    """The final table of one run, or what there is of it."""
+    common: dict[str, Any] = {
+        "run": record.label,
+        "folder": str(record.folder),
+        "model": str(record.config["model"]["path"]),
+        "algorithm": record.search.algorithm,
+        "seed": record.search.seed,
+    }
+    if record.result is None:
+        return _unfinished(record, common)
+    tasks = ", ".join(f"{task['name']} ({task['metric']})" for task in record.result["tasks"])
+    model = record.result["model"]
+    whole = next((row.get("parameters") for row in record.result["rows"] if row["key"] == "full"), None)
+    lines = []
+    for row in record.result["rows"]:
+        parameters = row.get("parameters")
+        scores: dict[str, Any] = {
+            f"{split}{suffix}": float(score[name])
+            for split, score in row["scores"].items()
+            for suffix, name in (("", "fitness"), ("_low", "low"), ("_high", "high"))
+        }
+        lines.append(
+            Line(
+                **common,
+                state="finished",
+                tasks=tasks,
+                key=row["key"],
+                title=row["title"],
+                num_kept=float(np.mean(row["num_kept"])),
+                num_experts=float(np.mean(model["num_experts"])),
+                kept_share=sum(row["num_kept"]) / sum(model["num_experts"]),
+                parameters=parameters,
+                parameters_share=parameters / whole if parameters and whole else None,
+                evaluations=row["evaluations"],
+                **scores,
+            )
+        )
+    return lines
+
+
+def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
+    genome = record.genomes.get("best")
+    best = None if record.best is None else record.outcomes[record.best]
+    total = None if genome is None else sum(layer.num_experts for layer in genome.layers)
+    layers = None if genome is None else len(genome.layers)
+    common |= {
+        "state": "unfinished",
+        "tasks": ", ".join(record.task_names),
+        "num_experts": total / layers if total and layers else None,
+        "parameters": None,
+        "parameters_share": None,
+    }
+    found = []
+    if record.full is not None:
+        mean = common["num_experts"]
+        share = None if mean is None else 1.0
+        found.append(
+            Line(**common, key="full", title="full model", num_kept=mean, kept_share=share, evaluations=0,
+                 search=record.full.fitness)
+        )  # fmt: skip
+    kept = record.search.num_kept
+    found.append(
+        Line(
+            **common,
+            key="best",
+            title=f"best of {len(record.outcomes)} so far",
+            num_kept=float(np.mean(kept if genome is None else genome.num_kept)),
+            kept_share=None if genome is None or not total else sum(genome.num_kept) / total,
+            evaluations=len(record.outcomes),
+            search=best.fitness if isinstance(best, Evaluation) else None,
+        )
+    )
+    return found
+
+
+def sorted_lines(records: Sequence[Record]) -> list[Line]:
+    """Lines that can be compared stand together: by tasks and model, then few experts first, then the best test score.
+
+    What has no test score yet comes last among its kind.
+    """
+    return sorted((line for record in records for line in lines_of(record)), key=_order)
+
+
+def _order(line: Line) -> tuple[Any, ...]:
+    tasks = line.tasks if line.state == "finished" else "￿"
+    test = -np.inf if line.test is None else line.test
+    return (tasks, line.model, line.num_kept or 0.0, -test, line.run, line.seed)
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """One header and one record a line, RFC 4180; an empty field is a number that does not exist."""
+    output = io.StringIO()
+    writer = csv.DictWriter(output, list(Line.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    return output.getvalue()
+
+
+def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
+    """Print for people; winners are bold."""
+    console = console or Console()
+    has_parameters = any(line.parameters for line in lines)
+    for tasks in dict.fromkeys(line.tasks for line in lines):
+        group = [line for line in lines if line.tasks == tasks]
+        print_whole(console, _table(tasks, group, has_parameters=has_parameters))
+    unfinished = list(dict.fromkeys(line.folder for line in lines if line.state == "unfinished"))
+    for folder in unfinished:
+        console.print(f"not finished, go on with: moe-evo search --resume {folder}",
+                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _table(tasks: str, lines: Sequence[Line], *, has_parameters: bool) -> Table:
+    table = Table(
+        title=Text(f"{tasks}; higher is better"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("run", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    headings = ["experts", *["parameters"] * has_parameters, "evals", "search", "validation", "test [95 % interval]"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("seed", justify="right", no_wrap=True)
+    for heading in ("algorithm", "folder"):
+        table.add_column(heading, no_wrap=True)
+    for line in lines:
+        mark = " (unfinished)" if line.state == "unfinished" else ""
+        table.add_row(
+            Text(line.run + mark),
+            Text(line.title),
+            kept_label(line),
+            *[parameters_label(line)] * has_parameters,
+            str(line.evaluations or ""),
+            *(f"{value:.3f}" if value is not None else "" for value in (line.search, line.validation)),
+            _interval_label(line),
+            str(line.seed),
+            line.algorithm,
+            Text(line.folder),
+            style="bold" if line.key == "best" else "",
+        )
+    return table
+
+
+def kept_label(line: Line) -> str:
+    """As in '4 of 8'."""
+    if line.num_kept is None:
+        return ""
+    return f"{line.num_kept:.4g}" + (f" of {line.num_experts:.4g}" if line.num_experts else "")
+
+
+def parameters_label(line: Line) -> str:
+    """As in '1.74 M (58 %)'."""
+    if not line.parameters:
+        return ""
+    share = f" ({line.parameters_share:.0%})".replace("%", " %") if line.parameters_share and line.key != "full" else ""
+    return count_label(line.parameters) + share
+
+
+def _interval_label(line: Line) -> str:
+    interval = line.interval("test")
+    return "" if interval is None else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)

@@ -1,0 +1,82 @@
+"""The report as one HTML page that needs nothing else: template, style, scripts and data in one file.
+
+Its content security policy allows these very scripts by their hashes and no network at all, so that neither a name
+in the data nor a library can run or fetch anything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from moe_evo.report.lines import kept_label, lines_of, parameters_label
+from moe_evo.report.payload import finite, index_payload, packed, run_payload
+from moe_evo.report.record import Record
+from moe_evo.report.sections import section
+
+GENERATOR = "moe_evo report"
+"""Stands in the head of every report, by which an older one is known."""
+
+_SCRIPTS = ("tools.js", "tables.js", "plots.js", "maps.js", "compare.js", "page.js")
+_BOKEH = ("bokeh.min.js", "bokeh-api.min.js")
+
+
+def render_page(records: Sequence[Record], *, now: datetime | None = None) -> str:
+    """The whole page of these runs, the first one shown first."""
+    environment = Environment(
+        loader=PackageLoader("moe_evo.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["decimals"] = lambda value: "–" if value is None else f"{value:.3f}"
+    environment.globals |= {"kept_label": kept_label, "parameters_label": parameters_label}
+    lines = [line for record in records for line in lines_of(record)]
+    scripts = [_in_script(text) for text in (*map(_bokeh, _BOKEH), "\n".join(map(_asset, _SCRIPTS)))]
+    return environment.get_template("report.html").render(
+        generator=f"{GENERATOR} {version('moe_evo')}",
+        made=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
+        models=list(dict.fromkeys(line.model for line in lines)),
+        tasks=list(dict.fromkeys(name for record in records for name in record.task_names)),
+        sections=[section(record, number) for number, record in enumerate(records)],
+        lines=lines,
+        numbers={record.label: number for number, record in enumerate(records)},
+        index=finite(index_payload(records, lines)),
+        payloads=[Markup(packed(run_payload(record))) for record in records],
+        style=Markup(_asset("report.css")),
+        scripts=scripts,
+        policy=_policy(scripts),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("moe_evo.report").joinpath("assets", name).read_text("utf-8")
+
+
+def _bokeh(name: str) -> str:
+    return files("bokeh").joinpath("server", "static", "js", name).read_text("utf-8")
+
+
+def _in_script(text: str) -> Markup:
+    """JavaScript as it may stand in a page: nothing in it ends the element early."""
+    return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def is_report(head: str) -> bool:
+    """Whether a file that begins so is a report."""
+    return f'<meta name="generator" content="{GENERATOR}' in head

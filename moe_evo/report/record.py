@@ -1,0 +1,191 @@
+"""A run as reports tell of it: read once from its folder, finished or not, without model, torch or genomes.
+
+Only the genomes that are shown are decoded; a journal may hold thousands of large ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_evo.config import EEPConfig, SearchConfig, TaskConfig
+from moe_evo.errors import ConfigError, RunError
+from moe_evo.genome import Genome
+from moe_evo.genome_file import load_genome
+from moe_evo.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.run_folder import RunFolder
+from moe_evo.search.eep import eep_config, schedule
+from moe_evo.tasks.data import task_name
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """What made a candidate, and of which others."""
+
+    operator: str
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is told of one run.
+
+    label: its name in a report, different from those of the runs beside it. config: as plain data.
+    result: None while the run is not finished. outcomes, random, validation: by candidate number, in the order
+    in which they finished; of the search, of the random search beside it, and of the search's finalists.
+    full: the full model on the search split. gang_events: as `Journal.gang_events`; gangs: their last status.
+    genomes: by key of the final table, those that are more than a list of kept experts; of an unfinished run the
+    best so far, as 'best'.
+    """
+
+    folder: Path
+    label: str
+    config: Mapping[str, Any]
+    search: SearchConfig
+    task_names: tuple[str, ...]
+    result: Mapping[str, Any] | None
+    outcomes: Mapping[int, Outcome] = field(default_factory=dict)
+    ancestry: Mapping[int, Ancestry] = field(default_factory=dict)
+    random: Mapping[int, Outcome] = field(default_factory=dict)
+    validation: Mapping[int, Outcome] = field(default_factory=dict)
+    full: Evaluation | None = None
+    gang_events: Sequence[tuple[float, int, str, str]] = ()
+    gangs: Mapping[str, Any] | None = None
+    genomes: Mapping[str, Genome] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result is not None
+
+    @property
+    def best(self) -> int | None:
+        """The candidate of the winner; of an unfinished run the best so far by search fitness, if any."""
+        if self.result is not None:
+            row = next((row for row in self.result["rows"] if row["key"] == "best"), None)
+            return None if row is None else int(row["candidate"])
+        return _best(self.outcomes)
+
+    @property
+    def failures(self) -> dict[int, EvaluationFailure]:
+        """Failed evaluations of the search by candidate number."""
+        return {number: one for number, one in self.outcomes.items() if isinstance(one, EvaluationFailure)}
+
+    @property
+    def merging_starts(self) -> int | None:
+        """The candidate with which merging starts; None where nothing is merged."""
+        if self.search.algorithm == "random":
+            return None
+        planned = schedule(eep_config(self.search), self.search.evaluations)[1]
+        # earlier where all prunings there are were tried
+        merged = (number for number, one in self.ancestry.items() if one.operator == "gaussian_mutation")
+        starts = min(planned, min(merged, default=planned))
+        return starts if starts < self.search.evaluations else None
+
+    @property
+    def num_initial(self) -> int:
+        """How many candidates are drawn at random before there are children."""
+        if self.search.algorithm == "random":
+            return self.search.evaluations
+        return schedule(eep_config(self.search), self.search.evaluations)[0]
+
+    def ancestors(self) -> list[int]:
+        """The winner and all that it descends from, in the order of their numbers."""
+        found: set[int] = set()
+        waiting = [] if self.best is None else [self.best]
+        while waiting:
+            number = waiting.pop()
+            if number not in found and number in self.ancestry:
+                found.add(number)
+                waiting.extend(self.ancestry[number].parents)
+        return sorted(found)
+
+    def gang_summary(self) -> dict[str, Any] | None:
+        """Counts by kind of event and why gangs broke, as result.json has it; None for a run without gangs."""
+        if self.result is not None and self.result.get("gangs"):
+            return dict(self.result["gangs"])
+        if not self.gang_events:
+            return None
+        kinds = Counter(kind for _, _, kind, _ in self.gang_events)
+        return {**kinds, "reasons": sorted({detail for _, _, kind, detail in self.gang_events if kind == "broken"})}
+
+
+def read_records(folders: Sequence[str | Path]) -> list[Record]:
+    """The runs in `folders`, each once, in the given order; raises RunError for what is no run."""
+    runs = [RunFolder.existing(one) for one in folders]
+    different = list({run.path.resolve(): run for run in runs}.values())
+    labels = _labels([run.path for run in different])
+    return [_read(run, label) for run, label in zip(different, labels, strict=True)]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """As few last parts of each path as tell all of them apart."""
+    parts = [path.resolve().parts for path in paths]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def _read(run: RunFolder, label: str) -> Record:
+    config = _plain_config(run.config)
+    try:
+        search = SearchConfig(**{**config["search"], "eep": EEPConfig(**config["search"]["eep"])})
+        names = tuple(task_name(TaskConfig(**task)) for task in config["tasks"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise RunError(
+            f"{run.config}: is not the config of a run of this moe_evo ({error}); use the moe_evo that wrote it"
+        ) from error
+    result = run.read_result() if run.result.is_file() else None
+    record = Record(run.path, label, config, search, names, result, genomes=_winners(run))
+    if not run.journal.is_file():  # a result that was kept without its journal
+        return record
+    with run.open_journal() as journal:
+        outcomes = journal.outcomes(MAIN, "search")
+        best = _best(outcomes)
+        genomes = dict(record.genomes)
+        if result is None and best is not None:
+            genomes["best"] = journal.genome(MAIN, best)
+        full = journal.outcomes(REFERENCE, "search").get(0)
+        return Record(
+            folder=run.path,
+            label=label,
+            config=config,
+            search=search,
+            task_names=names,
+            result=result,
+            outcomes=outcomes,
+            ancestry={number: Ancestry(*one) for number, one in journal.ancestry(MAIN).items()},
+            random=journal.outcomes(RANDOM, "search"),
+            validation=journal.outcomes(MAIN, "validation"),
+            full=full if isinstance(full, Evaluation) else None,
+            gang_events=journal.gang_events(),
+            gangs=journal.pool_status(),
+            genomes=genomes,
+        )
+
+
+def _plain_config(path: Path) -> dict[str, Any]:
+    # not through the command line's parser, which takes a tenth of a second a run
+    try:
+        content = yaml.load(path.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: got {type(content).__name__}, expected the config of a run")
+    return content
+
+
+def _winners(run: RunFolder) -> dict[str, Genome]:
+    files = {"best": run.best, "best_pruning": run.best_pruning}
+    return {key: load_genome(path) for key, path in files.items() if path.is_file()}
+
+
+def _best(outcomes: Mapping[int, Outcome]) -> int | None:
+    keys = {number: one.rank_key for number, one in outcomes.items() if isinstance(one, Evaluation)}
+    return max(keys, key=lambda number: (*keys[number], -number), default=None)

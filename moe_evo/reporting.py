@@ -1,0 +1,68 @@
+"""Reports over runs, for people without an account anywhere: one HTML page, or lines for terminals and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_evo.errors import RunError
+from moe_evo.report.lines import Line, sorted_lines
+from moe_evo.report.page import is_report, render_page
+from moe_evo.report.record import read_records
+from moe_evo.run_folder import write_whole
+
+
+def compare(folders: Sequence[str]) -> list[Line]:
+    """The final tables of runs as one sorted list; raises RunError for what is no run."""
+    return sorted_lines(read_records(folders))
+
+
+def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> dict[str, Any]:
+    """Write one HTML page over runs, whole or not at all, and tell where it is.
+
+    to: the file; None means report.html in the folder of the only run. overwrite: replace a file that is no report.
+    """
+    target = _target(folders, to)
+    _check_target(target, overwrite=overwrite)
+    records = read_records(folders)
+    # names of folders need not be text; what is not becomes a question mark
+    text = render_page(records).encode("utf-8", "replace").decode("utf-8")
+    _write(target, text)
+    return {
+        "report": str(target),
+        "bytes": target.stat().st_size,
+        "runs": len(records),
+        "unfinished": [str(record.folder) for record in records if not record.is_finished],
+    }
+
+
+def _target(folders: Sequence[str], to: str | None) -> Path:
+    if to is not None:
+        return Path(to)
+    if len({Path(folder).resolve() for folder in folders}) > 1:
+        raise RunError(f"--to: got none for {len(folders)} runs, expected a file such as --to report.html")
+    return Path(folders[0]) / "report.html"
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise RunError where something would be lost or nothing can be written; before any run is read."""
+    if target.is_dir():
+        raise RunError(f"{target}: is a folder, expected a file such as {target / 'report.html'}")
+    if overwrite or not target.exists():
+        return
+    try:
+        with target.open("rb") as file:
+            head = file.read(4096).decode("utf-8", "replace")
+    except OSError as error:
+        raise RunError(f"{target}: cannot be read ({error.strerror}); give another file with --to") from error
+    if not is_report(head):
+        raise RunError(f"{target}: is there and is no report; give another file, or --overwrite to replace it")
+
+
+def _write(target: Path, text: str) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, text)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written ({error.strerror}); give another file with --to") from error
