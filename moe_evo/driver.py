@@ -15,7 +15,8 @@ from moe_evo.config import RunConfig
 from moe_evo.criteria.frequency import frequency_pruning
 from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
-from moe_evo.journal import Journal
+from moe_evo.genome import Genome
+from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome, Population
 from moe_evo.result import Row, Score
 from moe_evo.search import build_search
@@ -23,10 +24,7 @@ from moe_evo.search.base import Search
 from moe_evo.search.random_search import RandomSearch
 from moe_evo.space import SearchSpace
 from moe_evo.tasks.data import SPLITS
-from moe_evo.tracking.terminal import TerminalTracker
-
-MAIN, RANDOM, REFERENCE = "search", "random", "reference"
-"""The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
+from moe_evo.tracking.base import Tracker
 
 _STATUS_INTERVAL_S = 5.0
 
@@ -34,7 +32,7 @@ _STATUS_INTERVAL_S = 5.0
 class Run:
     """Evaluations of one run: through the pool, into the journal, once for every digest and split."""
 
-    def __init__(self, journal: Journal, pool: Pool, tracker: TerminalTracker) -> None:
+    def __init__(self, journal: Journal, pool: Pool, tracker: Tracker) -> None:
         self._journal = journal
         self._pool = pool
         self._tracker = tracker
@@ -64,7 +62,7 @@ class Run:
             waiting |= self._begin(name, search, candidates)
             if waiting:
                 finished = [Individual(waiting.pop(request.number), outcome) for request, outcome in self._collect()]
-                self._tell(search, finished)
+                self._tell(name, search, finished)
             elif not candidates:
                 return search.population
 
@@ -79,7 +77,7 @@ class Run:
                 finished.append(Individual(candidate, outcome))
         if finished:
             self._journal.record([(name, one.number, "search", one.outcome) for one in finished])
-            self._tell(search, finished)
+            self._tell(name, search, finished)
         self._submit(name, "search", waiting.values())
         return waiting
 
@@ -105,14 +103,18 @@ class Run:
                 num_left -= 1
                 key = (request.search, request.number)
                 outcomes[key] = outcome
-                self._tracker.evaluated(Individual(missing.pop(key), outcome), None, "")
+                self._score_told(request.search, split, Individual(missing.pop(key), outcome))
         twins = {key: self._known[one.genome.digest, split] for key, one in missing.items()}
         if twins:  # known from another search, or of an equal genome just now
             self._journal.record([(*key, split, outcome) for key, outcome in twins.items()])
         for key, candidate in missing.items():
-            self._tracker.evaluated(Individual(candidate, twins[key]), None, "")
+            self._score_told(key[0], split, Individual(candidate, twins[key]))
         outcomes |= twins
         return [Individual(one, outcomes[name, one.number]) for name, one in entries]
+
+    def _score_told(self, name: str, split: str, individual: Individual) -> None:
+        self._tracker.recorded(name, split, individual)
+        self._tracker.evaluated(individual, None, "")
 
     def references(self, space: SearchSpace, *, frequency: bool) -> list[Candidate]:
         """The full model and, where asked for, the pruning by frequency of use, as candidates."""
@@ -136,10 +138,11 @@ class Run:
             self._known[request.genome.digest, request.split] = outcome
         return finished
 
-    def _tell(self, search: Search, individuals: Sequence[Individual]) -> None:
+    def _tell(self, name: str, search: Search, individuals: Sequence[Individual]) -> None:
         search.tell(individuals)
         best = search.population.best if len(search.population) else None
         for individual in individuals:
+            self._tracker.recorded(name, "search", individual)
             self._tracker.evaluated(individual, best, search.phase)
 
     def _hear(self, news: PoolNews) -> None:
@@ -164,17 +167,24 @@ class Contender:
 
 
 def run_search(
-    config: RunConfig, space: SearchSpace, journal: Journal, pool: Pool, tracker: TerminalTracker, *, is_share: bool
+    config: RunConfig,
+    space: SearchSpace,
+    journal: Journal,
+    pool: Pool,
+    tracker: Tracker,
+    *,
+    is_share: bool,
+    wider: Sequence[Genome] = (),
 ) -> list[Row]:
     """Search, choose on the validation split, report on the test split.
 
-    is_share: whether fitness is bounded by 0 and 1; see `Score`.
+    is_share: whether fitness is bounded by 0 and 1; see `Score`. wider: see `build_search`.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker)
     references = run.references(space, frequency=config.selection.frequency)
     _require_success(run.score("full model", [(REFERENCE, references[0])], "search")[0])
-    search = build_search(space, config.search)
+    search = build_search(space, config.search, wider)
     population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
     contenders = [Contender(REFERENCE, one.operator, _TITLES[one.operator], one) for one in references]
     if config.selection.random_search and config.search.algorithm != "random":

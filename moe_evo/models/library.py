@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,14 @@ LIBRARY_ERRORS = (
     StrictDataclassError,
 )
 """What reading, building and running a model can raise for a checkpoint that is not as it should be."""
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Lets errors pass: DeepSpeed also warns of ordinary things, and on standard output."""
+    return record.levelno >= logging.ERROR
+
+
+logging.getLogger("DeepSpeed").addFilter(_is_error)  # where it is installed, transformers imports it by itself
 
 
 def one_line(error: BaseException) -> str:

@@ -7,7 +7,6 @@ knows DeepSpeed; importing it needs no DeepSpeed, loading does.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +35,6 @@ def load_zero3(load: Callable[[], Any], config: ModelConfig, transformers_config
     Without a process group this process is the only rank: a single GPU, too, can offload. Raises
     ConfigError where disks cannot be read from, ModelError where DeepSpeed refuses the model.
     """
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
     # its gathers, in every pass, use a name that torch is about to drop
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with warnings.catch_warnings():
@@ -67,11 +65,6 @@ def load_zero3(load: Callable[[], Any], config: ModelConfig, transformers_config
     # an engine that is collected takes its hooks off the model; not a submodule, as that would be a cycle
     language_model.__dict__["zero3_engine"] = engine
     return language_model.eval()
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    """Lets errors pass: DeepSpeed also warns of ordinary things, in passes over the model too."""
-    return record.levelno >= logging.ERROR
 
 
 def _settings(config: ModelConfig, transformers_config: Any, dtype: torch.dtype, *, on_gpu: bool) -> dict[str, Any]:

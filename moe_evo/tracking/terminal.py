@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -115,6 +117,12 @@ class TerminalTracker:
             self._last_line = time.monotonic()
             left_s = (self._total - self._done) / self._rate()
             self.message(f"{self._title}: {self._done}/{self._total}  {rate}  {left_s:.0f} s left  {note}")
+
+    def recorded(self, search: str, split: str, individual: Individual) -> None:
+        """Nothing to show: `evaluated` says it with its stage."""
+
+    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Nothing to show: the command prints what a run found."""
 
     def pool(self, news: PoolNews) -> None:
         """What gangs do: events as lines, and their states below the bar or, while none serves, as lines too."""

@@ -1,0 +1,144 @@
+"""Tracking as a config asks for it: while a search runs, or afterwards from its journal."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_evo.config import RunConfig
+from moe_evo.errors import ConfigError, RunError
+from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.population import Individual
+from moe_evo.result import software_versions
+from moe_evo.run_folder import RunFolder
+from moe_evo.search.eep import eep_config
+from moe_evo.space import SearchSpace
+from moe_evo.tasks.data import SPLITS, task_name
+from moe_evo.tracking.base import Tracker, Trackers
+from moe_evo.tracking.wandb_thread import Mode, WandbRun, wandb_mode, wandb_tracker
+
+_META_ID = "wandb/id"
+_NAME_LENGTH = 120
+_REPLAY_TIMEOUT_S = 600.0
+
+
+@contextmanager
+def tracked(
+    config: RunConfig, space: SearchSpace, journal: Journal, folder: RunFolder, terminal: Tracker
+) -> Iterator[Tracker]:
+    """The terminal, and W&B beside it if `config.tracking` asks for it, told what the journal holds already."""
+    mode = wandb_mode(config.tracking)
+    if mode == "disabled":
+        yield terminal
+        return
+    if journal.meta(_META_ID) is None:
+        journal.set_meta({_META_ID: secrets.token_hex(4)})
+    run = _wandb_run(config, mode, journal, folder.path, space.shape.num_experts, space.num_kept)
+    with wandb_tracker(run, terminal) as wandb:
+        wandb.told(list(_history(journal)))
+        yield Trackers(terminal, wandb)
+
+
+def replay(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Write a new run of W&B from the journal of a search, finished or not; the search goes on with that one."""
+    mode = wandb_mode(config.tracking)
+    if mode == "disabled":
+        raise ConfigError("tracking.wandb: is disabled here; set WANDB_API_KEY or add --tracking.wandb offline")
+    with Journal(folder.journal) as journal:
+        history = list(_history(journal))
+        if not history:
+            raise RunError(f"{folder.path}: nothing was evaluated yet, so there is nothing to tell W&B")
+        old = journal.meta(_META_ID)
+        journal.set_meta({_META_ID: secrets.token_hex(4)})
+        full = next(individual.genome for search, _, individual in history if search == REFERENCE)
+        found = next((individual.genome for search, _, individual in history if search == MAIN), full)
+        num_experts = [layer.num_experts for layer in full.layers]
+        run = _wandb_run(config, mode, journal, folder.path, num_experts, found.num_kept)
+        run = replace(
+            run, tags=["replay"], begin_timeout_s=_REPLAY_TIMEOUT_S, finish_timeout_s=_REPLAY_TIMEOUT_S
+        )  # unlike a search, a replay has nothing else to do
+        with wandb_tracker(run, Trackers()) as wandb:
+            wandb.told(history)
+            if folder.result.is_file():
+                wandb.finished(folder.read_result(), winner_files(folder))
+    if wandb.failure is not None:
+        raise RunError(f"W&B: {wandb.failure}; try again, or add --tracking.wandb offline and upload with wandb sync")
+    return {"mode": mode, "id": run.id, "replaced_id": old, "outcomes": len(history), "where": wandb.where}
+
+
+def winner_files(folder: RunFolder) -> list[Path]:
+    """The genomes of a finished run."""
+    return [path for path in (folder.best, folder.best_pruning) if path.is_file()]
+
+
+def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:
+    """What stands in a journal, as `Tracker.recorded` takes it."""
+    candidates = {
+        search: {one.number: one for one in journal.candidates(search)} for search in (REFERENCE, MAIN, RANDOM)
+    }
+    for split in SPLITS:
+        for search, known in candidates.items():
+            for number, outcome in journal.outcomes(search, split).items():
+                yield search, split, Individual(known[number], outcome)
+
+
+def _wandb_run(
+    config: RunConfig,
+    mode: Mode,
+    journal: Journal,
+    folder: Path,
+    num_experts: Sequence[int],
+    num_kept: Sequence[int],
+) -> WandbRun:
+    run_id = journal.meta(_META_ID)
+    assert run_id is not None
+    search = config.search
+    tasks = "+".join(map(task_name, config.tasks))[:_NAME_LENGTH]
+    kept = search.num_kept if isinstance(search.num_kept, int) else f"{np.mean(num_kept):.2f}"
+    name = f"{tasks}-keep{kept}-{search.algorithm}-seed{search.seed}"
+    hashes = {"model": journal.meta("hash/model")}
+    hashes |= {task_name(task): journal.meta(f"hash/task {task_name(task)}") for task in config.tasks}
+    settings = _settings(config, num_experts, num_kept, hashes)
+    num_rows = search.evaluations * (1 + config.selection.random_search)
+    return WandbRun(config.tracking, mode, run_id, name, folder, settings, num_rows)
+
+
+def _settings(
+    config: RunConfig, num_experts: Sequence[int], num_kept: Sequence[int], hashes: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """What runs are filtered and grouped by, flat; of paths only the last part."""
+    model, search, evaluation, selection = config.model, config.search, config.evaluation, config.selection
+    path = Path(model.path)
+    return {
+        "model": path.name if path.is_absolute() else model.path,
+        "model_hash": hashes["model"],
+        "router": model.router,
+        "dtype": model.dtype,
+        "sharding": model.sharding,
+        "gang_size": config.cluster.gang_size,
+        "tasks": "+".join(map(task_name, config.tasks)),
+        "metrics": "+".join(task.metric for task in config.tasks),
+        "task_hashes": {task_name(task): hashes[task_name(task)] for task in config.tasks},
+        "fitness_rule": evaluation.fitness,
+        "num_layers": len(num_experts),
+        "num_experts": float(np.mean(num_experts)),
+        "num_kept": float(np.mean(num_kept)),
+        "num_kept_by_layer": list(num_kept),
+        "ratio": sum(num_kept) / sum(num_experts),
+        "top_k": search.top_k,
+        "num_layer_groups": search.num_layer_groups,
+        "multiple_of": search.multiple_of,
+        "algorithm": search.algorithm,
+        "seed": search.seed,
+        "budget": search.evaluations,
+        "finalists": selection.finalists,
+        "random_search": selection.random_search,
+        "eep": asdict(eep_config(search)) if search.algorithm != "random" else None,
+        "software": software_versions(),
+    }

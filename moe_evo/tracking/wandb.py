@@ -1,0 +1,284 @@
+"""What of a search is written to Weights & Biases, and how. The only file that imports wandb.
+
+Every key is listed in `experiments/wandb.md`; all curves are drawn against `evaluations`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import wandb
+from safetensors import safe_open
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from wandb.sdk import wandb_setup
+
+from moe_evo.evaluation.pool import PoolStatus
+from moe_evo.genome import Genome
+from moe_evo.journal import MAIN, RANDOM
+from moe_evo.population import Evaluation, EvaluationFailure, Individual
+from moe_evo.tracking.statistics import SearchStatistics
+
+if TYPE_CHECKING:
+    from moe_evo.tracking.wandb_thread import WandbRun
+
+_INIT_TIMEOUT_S = 30.0
+_EXIT_TIMEOUT_S = 5.0
+_PICTURE_INTERVAL_S = 60.0
+_RATE_WINDOW_S = 30.0
+_MOST_INCREMENTS = 80  # the pages of W&B show the last hundred of a table
+_ROW = (
+    "search", "number", "operator", "parents", "phase", "digest", "fitness", "standard_error", "tie_break",
+    "failure", "evaluation_s",
+)  # fmt: skip
+
+
+def begin(run: WandbRun, stopped: Callable[[], None]) -> wandb.Run:
+    """Open the run; raises what wandb raises. stopped: is called when the service wants no more."""
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,  # it would hold the command line and the user's name
+        x_disable_stats=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=1,
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=run.finish_timeout_s,
+        finish_timeout_raises=True,
+        stop_on_fatal_error=True,
+        stop_fn=stopped,  # by default it interrupts the main thread
+        reinit="create_new",
+    )
+    return wandb.init(
+        mode=run.mode,
+        project=run.config.project,
+        entity=run.config.entity,
+        group=run.config.group,
+        job_type="search",
+        name=run.name,
+        tags=[*run.config.tags, *run.tags],
+        id=run.id,
+        resume="allow",
+        config=dict(run.settings),
+        dir=str(run.folder.absolute()),
+        settings=settings,
+    )
+
+
+def end(run: wandb.Run, exit_code: int) -> str:
+    """Finish the run and wait for its upload; answers what went wrong without an error, if anything did."""
+    log = Path(run.settings.log_internal)
+    run.finish(exit_code=exit_code)
+    refused = log.is_file() and "fatal error" in log.read_text("utf-8", errors="replace")
+    return f"not everything was uploaded, see {log}" if refused else ""
+
+
+def teardown(*, kill: bool = False) -> None:
+    """End W&B's own process, unless somebody else in this process uses W&B too.
+
+    kill: do not let it finish; when this process exits, wandb would wait for it, however long it hangs.
+    """
+    if wandb.run is not None:
+        return
+    connection = wandb_setup.singleton()._connection  # there is no public way to the process
+    process = connection and connection._proc and connection._proc._process
+    try:
+        if kill and process:
+            process.kill()
+        elif not kill:
+            wandb.teardown()
+    finally:
+        if process:
+            process.wait(_EXIT_TIMEOUT_S)
+
+
+class SearchLog:
+    """Writes what happens to a run of W&B.
+
+    num_rows: of the table of individuals, at most. What a resumed run holds already is not written again: the
+    keys `recorded/...` count it, in the order of the journal.
+    """
+
+    def __init__(self, run: wandb.Run, *, num_rows: int) -> None:
+        self._run = run
+        self._statistics = {MAIN: SearchStatistics(), RANDOM: SearchStatistics()}
+        self._individuals: dict[tuple[str, int], Individual] = {}
+        self._recorded: Counter[str] = Counter()
+        self._held: dict[str, float] = dict(run.summary) if run.resumed else {}
+        self._table = wandb.Table(columns=list(_ROW), log_mode="INCREMENTAL")
+        self._rows = self._pending = 0
+        self._batch = max(10, -(-num_rows // _MOST_INCREMENTS))
+        self._times: deque[float] = deque()
+        self._drawn: Genome | None = None
+        self._drawn_at = monotonic()
+        self._result: Mapping[str, Any] | None = None
+        run.define_metric("evaluations")
+        run.define_metric("*", step_metric="evaluations")
+
+    def recorded(self, search: str, split: str, individual: Individual, at: float | None) -> None:
+        """An outcome stands in the journal. at: when, monotonic seconds; None for what an earlier process did."""
+        key = f"recorded/{search}_{split}"
+        self._recorded[key] += 1
+        values = self._values(search, split, individual, at)
+        if self._recorded[key] > self._held.get(key, 0):
+            self._run.log({**values, key: self._recorded[key]})
+        if search in self._statistics and split == "search":
+            self._add_row(search, individual)
+            if search == MAIN:
+                self._draw_at_intervals()
+
+    def told(self, history: Sequence[tuple[str, str, Individual]]) -> None:
+        """What the journal held when this process began, as (search, split, individual)."""
+        for search, split, individual in history:
+            self.recorded(search, split, individual, at=None)
+
+    def pool(self, status: PoolStatus) -> None:
+        """How the gangs are now."""
+        states = Counter(gang.state for gang in status.gangs)
+        values = {f"gangs/{state}": states[state] for state in ("busy", "ready", "loading", "waiting")}
+        counts = {"gangs/restarts": status.restarts, "queue/waiting": status.waiting}
+        self._run.log({**values, **counts, "queue/under_way": status.under_way, **self._here()})
+
+    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """The final table, summary, pictures of the winner, and the files as an artifact."""
+        self._result = result
+        self._run.summary.update(_summary(result))
+        self._run.log({"final": _final_table(result), **self._here()})
+        artifact = wandb.Artifact(f"result-{self._run.id}", type="result")
+        path = str(result["model"]["path"])
+        name = Path(path).name if Path(path).is_absolute() else path
+        for file in files:
+            with artifact.new_file(file.name, mode="wb") as target:
+                target.write(_renamed(file, path, name))
+        with artifact.new_file("result.json", encoding="utf-8") as stream:
+            json.dump({**result, "model": {**result["model"], "path": name}}, stream, indent=2)
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Write what waits: rows of the table, and pictures of the winner or else of the best so far."""
+        self._flush()
+        best = self._statistics[MAIN].best
+        if self._result is not None:
+            best = self._individuals[MAIN, self._result["rows"][-1]["candidate"]]
+        if best is not None:
+            self._draw(best)
+
+    def _values(self, search: str, split: str, individual: Individual, at: float | None) -> dict[str, float]:
+        """What an outcome adds to the curves."""
+        statistics = self._statistics.get(search)
+        fitness = individual.outcome.fitness if isinstance(individual.outcome, Evaluation) else None
+        if statistics is None:
+            name = f"{individual.candidate.operator}/{split}"
+            return {"evaluations": 0} | ({name: fitness} if fitness is not None else {})
+        self._individuals[search, individual.number] = individual
+        if split != "search":  # beside the point of its search fitness
+            values: dict[str, float] = {"evaluations": statistics.position.get(individual.number, 0)}
+            return values | ({f"{split}/{search}": fitness} if fitness is not None else {})
+        values = statistics.add(individual)
+        if search != MAIN:
+            kept = ("fitness", "best/fitness")
+            return {"evaluations": values["evaluations"], **{f"{search}/{k}": values[k] for k in kept if k in values}}
+        return values | self._rate(at)
+
+    def _rate(self, at: float | None) -> dict[str, float]:
+        """Evaluations per second over the last half minute."""
+        if at is None:
+            return {}
+        self._times.append(at)
+        while at - self._times[0] > _RATE_WINDOW_S:
+            self._times.popleft()
+        elapsed_s = at - self._times[0]
+        return {"evaluations_per_s": (len(self._times) - 1) / elapsed_s} if elapsed_s > 0 else {}
+
+    def _here(self) -> dict[str, float]:
+        return {"evaluations": self._statistics[MAIN].evaluations}
+
+    def _add_row(self, search: str, individual: Individual) -> None:
+        self._rows += 1
+        if self._rows <= self._held.get("recorded/rows", 0):
+            return
+        self._table.add_data(*_row(search, individual))
+        self._pending += 1
+        if self._pending % self._batch == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._run.log({"individuals": self._table, "recorded/rows": self._rows, **self._here()})
+            self._pending = 0
+
+    def _draw_at_intervals(self) -> None:
+        best, now = self._statistics[MAIN].best, monotonic()
+        if best is not None and now - self._drawn_at > _PICTURE_INTERVAL_S:
+            self._draw(best)
+
+    def _draw(self, best: Individual) -> None:
+        from moe_evo.tracking.pictures import genome_pictures
+
+        self._drawn_at = monotonic()
+        if best.genome != self._drawn:
+            self._drawn = best.genome
+            caption = f"candidate {best.number}, fitness {best.evaluation.fitness:.4f}"
+            pictures = {
+                f"best/{name}": wandb.Image(pixels, caption=caption)
+                for name, pixels in genome_pictures(best.genome).items()
+            }
+            self._run.log({**pictures, **self._here()})
+
+
+def _row(search: str, individual: Individual) -> list[Any]:
+    candidate, outcome = individual.candidate, individual.outcome
+    failure = outcome.kind if isinstance(outcome, EvaluationFailure) else None
+    numbers: list[float | None] = [None, None, None]
+    if isinstance(outcome, Evaluation):
+        numbers = [outcome.fitness, outcome.standard_error, outcome.tie_break]
+    parents = " ".join(map(str, candidate.parents))
+    phase = "pruning" if candidate.genome.is_pruning else "merging"
+    head = [search, candidate.number, candidate.operator, parents, phase, candidate.genome.digest]
+    return [*head, *numbers, failure, outcome.duration_s]
+
+
+def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers to sort runs by: `best/test`, `best/test_low`, `gain/test`, ..."""
+    rows = {row["key"]: row for row in result["rows"]}
+    values: dict[str, Any] = {}
+    for key, row in rows.items():
+        for split, score in row["scores"].items():
+            values |= {f"{key}/{split}": score["fitness"]}
+            values |= {f"{key}/{split}_{end}": score[end] for end in ("low", "high") if split == "test"}
+    for split in ("validation", "test"):
+        if f"best/{split}" in values and f"full/{split}" in values:
+            values[f"gain/{split}"] = values[f"best/{split}"] - values[f"full/{split}"]
+    best, num_experts = rows["best"], result["model"]["num_experts"]
+    values |= {"num_kept": float(np.mean(best["num_kept"])), "share_kept": sum(best["num_kept"]) / sum(num_experts)}
+    values |= {key: best[key] for key in ("parameters", "bytes") if key in best}
+    search = result["search"]
+    return values | {key: search[key] for key in ("failures", "evaluations", "evaluation_s")}
+
+
+def _final_table(result: Mapping[str, Any]) -> wandb.Table:
+    splits = ("search", "validation", "test")
+    parts = [f"{split}{part}" for split in splits for part in ("", "_low", "_high")]
+    table = wandb.Table(columns=["key", "title", "num_kept", "evaluations", *parts])
+    for row in result["rows"]:
+        scores = [row["scores"].get(split, {}).get(part) for split in splits for part in ("fitness", "low", "high")]
+        table.add_data(row["key"], row["title"], float(np.mean(row["num_kept"])), row["evaluations"], *scores)
+    return table
+
+
+def _renamed(genome_file: Path, path: str, name: str) -> bytes:
+    """A genome file with the model's name in place of its path on this machine."""
+    content = genome_file.read_bytes()
+    with safe_open(genome_file, framework="numpy") as file:
+        metadata = {key: value.replace(json.dumps(path), json.dumps(name)) for key, value in file.metadata().items()}
+    return save_tensors(load_tensors(content), metadata)

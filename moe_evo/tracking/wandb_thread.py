@@ -1,0 +1,234 @@
+"""Weights & Biases beside a search: which run of it, in which mode, and the thread that speaks to it.
+
+A search never waits for W&B; whatever goes wrong there is one line on the terminal.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from moe_evo.config import TrackingConfig
+from moe_evo.evaluation.pool import PoolNews
+from moe_evo.population import Individual
+from moe_evo.tracking.base import Tracker
+
+if TYPE_CHECKING:  # wandb is imported where a search is tracked, not before
+    from moe_evo.tracking.wandb import SearchLog
+
+Mode = Literal["online", "offline", "disabled"]
+
+_FINISH_TIMEOUT_S = 15.0
+_GRACE_S = 5.0  # for what W&B does beside what it has a time limit for
+_POOL_INTERVAL_S = 5.0
+_MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+
+
+def wandb_mode(config: TrackingConfig) -> Mode:
+    """What `tracking.wandb` comes to: 'auto' is what WANDB_MODE says, else online if WANDB_API_KEY is set."""
+    if config.wandb != "auto":
+        return config.wandb
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None:
+        return _MODES.get(mode, "disabled")
+    return "online" if os.environ.get("WANDB_API_KEY") else "disabled"
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """Which run of W&B a search is.
+
+    folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: of the table of individuals,
+    at most. finish_timeout_s: how long the end of the search waits for what is not uploaded yet.
+    begin_timeout_s: the same where the service has not answered at all yet.
+    """
+
+    config: TrackingConfig
+    mode: Mode
+    id: str
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    num_rows: int
+    tags: Sequence[str] = ()
+    finish_timeout_s: float = field(default_factory=lambda: _FINISH_TIMEOUT_S)
+    begin_timeout_s: float = 0.0
+
+
+@contextmanager
+def wandb_tracker(run: WandbRun, terminal: Tracker) -> Iterator[WandbTracker]:
+    """A tracker that writes this run, with the environment that W&B needs for it; `terminal` hears of trouble."""
+    files = run.folder / "wandb"
+    if run.mode == "offline":  # the journal is told again from its beginning: what lies here is a part of that
+        for old in [*files.glob("offline-run-*"), files / "staging"]:
+            shutil.rmtree(old, ignore_errors=True)
+    own = {
+        "WANDB_DATA_DIR": str(files / "staging"),
+        "WANDB_CACHE_DIR": str(files / "cache"),
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",  # its telemetry holds up the end of a process for seconds
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    tracker = WandbTracker(run, terminal)
+    try:
+        tracker.start()
+        try:
+            yield tracker
+        except BaseException as error:
+            tracker.close(255 if isinstance(error, KeyboardInterrupt) else 1)
+            raise
+        tracker.close(0)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class WandbTracker:
+    """Puts what happens into a queue for its thread, and says what W&B says.
+
+    failure: what W&B lacks and why, if anything. where: the run's page, or the command that uploads it, once known.
+    """
+
+    def __init__(self, run: WandbRun, terminal: Tracker) -> None:
+        self.failure: str | None = None
+        self.where = ""
+        self._run = run
+        self._terminal = terminal
+        self._events: queue.SimpleQueue[Callable[[SearchLog], None] | int] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._has_begun = False
+        self._pool_at = -float("inf")
+
+    def start(self) -> None:
+        if self._run.mode == "online" and not _has_credentials():
+            self._fail("no key: set WANDB_API_KEY, or use --tracking.wandb offline")
+        else:
+            try:  # in this thread, as it is about to import torch: imports in two threads can see half a module
+                import moe_evo.tracking.wandb  # noqa: F401
+            except ImportError as error:
+                self._fail(f"cannot be imported ({error})")
+            else:
+                self._thread.start()
+        self._say()
+
+    def message(self, text: str) -> None:
+        """Lines to read are the terminal's."""
+
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        """Stages are the terminal's."""
+
+    def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
+        """`recorded` says more."""
+
+    def recorded(self, search: str, split: str, individual: Individual) -> None:
+        now = time.monotonic()
+        self._put(lambda log: log.recorded(search, split, individual, now))
+
+    def told(self, history: Sequence[tuple[str, str, Individual]]) -> None:
+        """What the journal held when this process began, as (search, split, individual)."""
+        self._put(lambda log: log.told(history))
+
+    def pool(self, news: PoolNews) -> None:
+        now = time.monotonic()
+        if news.status.gangs and now - self._pool_at > _POOL_INTERVAL_S:
+            self._pool_at = now
+            self._put(lambda log: log.pool(news.status))
+
+    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+        self._put(lambda log: log.finished(result, files))
+
+    def close(self, exit_code: int) -> None:
+        """End the run of W&B; waits for at most the finish timeout and a little, and less after trouble."""
+        if self._thread.is_alive():
+            self._events.put(exit_code)
+            limit_s = _GRACE_S
+            if self.failure is None:
+                limit_s += self._run.finish_timeout_s if self._has_begun else self._run.begin_timeout_s
+            self._thread.join(limit_s)
+            if self._thread.is_alive():
+                from moe_evo.tracking.wandb import teardown
+
+                self._fail(f"no answer for {limit_s:.0f} s")
+                with suppress(Exception):  # it may have ended by itself
+                    teardown(kill=True)
+                self._thread.join(_GRACE_S)
+        self._say()
+
+    def _put(self, event: Callable[[SearchLog], None]) -> None:
+        if self._thread.is_alive():
+            self._events.put(event)
+        self._say()
+
+    def _show(self, where: str) -> None:
+        self.where = where
+        self._messages.put(f"W&B: {where}")
+
+    def _say(self) -> None:
+        """Messages are the driver's thread's to print."""
+        while not self._messages.empty():
+            self._terminal.message(self._messages.get())
+
+    def _fail(self, reason: str) -> None:
+        """Tell once that W&B lacks something."""
+        if self.failure is None:
+            self.failure = " ".join(reason.split())[:300]
+            self._messages.put(
+                f"W&B: {self.failure}; the search does not need it and the journal keeps all: "
+                f"moe-evo wandb-replay {self._run.folder}"
+            )
+
+    def _work(self) -> None:
+        from moe_evo.tracking.wandb import teardown
+
+        try:
+            self._write()
+        except Exception as error:  # noqa: BLE001 - the border of the thread: nothing of W&B may end a search
+            self._fail(str(error) or type(error).__name__)
+        with suppress(Exception):  # its process may be gone already
+            teardown()
+
+    def _write(self) -> None:
+        from moe_evo.tracking.wandb import SearchLog, begin, end
+
+        run = begin(self._run, lambda: self._fail("the upload was stopped, by the service or in its pages"))
+        if self._run.mode == "online":
+            self._show(str(run.url))
+        self._has_begun = True
+        log = SearchLog(run, num_rows=self._run.num_rows)
+        while not isinstance(event := self._events.get(), int):
+            try:
+                event(log)
+            except Exception as error:  # noqa: BLE001 - a table that is refused need not end the curves
+                self._fail(str(error) or type(error).__name__)
+        log.close()
+        if trouble := end(run, event):
+            self._fail(trouble)
+        elif self._run.mode == "offline":
+            self._show(f"wandb sync {run.settings.sync_dir}")
+
+
+def _has_credentials() -> bool:
+    """Whether wandb would find a key without asking for it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    paths = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for path in [Path(one).expanduser() for one in paths if one]:
+        with suppress(OSError, netrc.NetrcParseError):
+            return netrc.netrc(path).authenticators(host) is not None
+    return False
