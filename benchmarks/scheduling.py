@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_evo.config import ClusterConfig, ScoringConfig, TaskConfig
-from moe_evo.driver import MAIN, Run
+from moe_evo.driver import Run
 from moe_evo.evaluation.pool import Listener, Pool, Request
 from moe_evo.gangs.dispatcher import Batch, Dispatcher, Job, Key
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_pool import ray_pool
 from moe_evo.genome import Genome
-from moe_evo.journal import Journal
+from moe_evo.journal import MAIN, Journal
 from moe_evo.population import Evaluation, Outcome
 from moe_evo.search.random_search import RandomSearch
 from moe_evo.space import ModelShape, SearchSpace

@@ -21,15 +21,19 @@ from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-_USAGE = "moe-evo {search,plan,evaluate,show,export} ...  (--help after each for its options)"
+_USAGE = "moe-evo COMMAND ...  (--help after each command tells its options)"
 _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model a task needs; export the smaller model.
 
   moe-evo search                              try it on the embedded model and task
   moe-evo search CONFIG.yaml --search.num_kept 4
+  moe-evo sweep CONFIG.yaml --sweep.num_kept 2,4,6 --sweep.seeds 0,1,2
   moe-evo plan CONFIG.yaml                    memory, gangs and time of a search, and what is wrong with it
   moe-evo show RUN                            what a run found, as table and picture
+  moe-evo compare RUN...                      the tables of several runs as one, also as CSV or JSON
+  moe-evo report RUN... --to report.html      everything about runs on one interactive page
   moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
+  moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
 """
 
 
@@ -44,6 +48,25 @@ def _search_parser() -> ArgumentParser:
         RunConfig,
     )
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    return parser
+
+
+def _sweep_parser() -> ArgumentParser:
+    from moe_evo.config import SweepConfig
+    from moe_evo.config_file import config_parser
+
+    parser = config_parser(
+        "sweep",
+        "Search for every combination of numbers of experts, seeds, algorithms and tasks, on gangs that all searches "
+        "share. The same command again makes the runs that are missing.",
+        "moe-evo sweep [CONFIG.yaml] --sweep.num_kept 2,4,6 --sweep.seeds 0,1,2 [--section.key VALUE ...] [--no-tune]",
+        SweepConfig,
+    )
+    parser.add_argument(
+        "--no-tune",
+        action="store_true",
+        help="one run after the other in this process, without Ray Tune (and without Ray, if cluster.address is unset)",
+    )
     return parser
 
 
@@ -102,6 +125,40 @@ def _show_parser() -> ArgumentParser:
     return parser
 
 
+def _compare_parser() -> ArgumentParser:
+    from moe_evo.config_file import plain_parser
+
+    parser = plain_parser(
+        "compare",
+        "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
+        "score first. Unfinished runs stand there with what they have.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument(
+        "--format", choices=("table", "csv", "json"), default="table", help="for people, or for other programs"
+    )
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    from moe_evo.config_file import plain_parser
+
+    parser = plain_parser(
+        "report",
+        "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
+        "score against size, any two runs side by side, failures, and the commands to reproduce and export.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument(
+        "--to",
+        type=str | None,
+        metavar="FILE",
+        help="file to write; default: report.html in the folder of a single run",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is no older report")
+    return parser
+
+
 def _export_parser() -> ArgumentParser:
     from moe_evo.config_file import plain_parser
 
@@ -120,6 +177,20 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
+def _wandb_replay_parser() -> ArgumentParser:
+    from moe_evo.config import TrackingConfig
+    from moe_evo.config_file import plain_parser
+
+    parser = plain_parser(
+        "wandb-replay",
+        "Write a new run of Weights & Biases from the journal of a search, finished or not; a search that goes on "
+        "later goes on in that one.",
+    )
+    parser.add_argument("run", type=str, help="folder of a run that no process is working on")
+    parser.add_class_arguments(TrackingConfig, "tracking")
+    return parser
+
+
 def _search(argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config import RunConfig
@@ -134,6 +205,26 @@ def _search(argv: Sequence[str], *, as_json: bool) -> None:
     with TerminalTracker() as tracker:
         folder = commands.search(config, tracker)
     _print_run(str(folder.path), as_json=as_json)
+
+
+def _sweep(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config import SweepConfig
+    from moe_evo.config_file import parse_config
+    from moe_evo.sweep import sweep
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments, config = parse_config(_sweep_parser(), argv, SweepConfig)
+    with TerminalTracker() as tracker:
+        folder = sweep(config, tracker, use_tune=not arguments.no_tune)
+    result = folder.read_result()
+    if as_json:
+        print(json.dumps(result))
+    else:
+        from moe_evo.report.sweep import print_sweep
+
+        print_sweep(result)
+        print(f"figure   {folder.figure}\nresult   {folder.result}")
+        print(f"next     moe-evo report {folder.path}/runs/* --to {folder.path}/report.html")
 
 
 def _plan(argv: Sequence[str], *, as_json: bool) -> None:
@@ -197,6 +288,37 @@ def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
         print_scores(scores)
 
 
+def _compare(argv: Sequence[str], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from moe_evo.config_file import parse
+    from moe_evo.report.lines import as_csv, print_lines
+    from moe_evo.reporting import compare
+
+    arguments = parse(_compare_parser(), argv)
+    lines = compare(arguments.runs)
+    if as_json or arguments.format == "json":
+        print(json.dumps([asdict(line) for line in lines]))
+    elif arguments.format == "csv":
+        sys.stdout.write(as_csv(lines))
+    else:
+        print_lines(lines)
+
+
+def _report(argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config_file import parse
+    from moe_evo.reporting import write_report
+
+    arguments = parse(_report_parser(), argv)
+    written = write_report(arguments.runs, arguments.to, overwrite=arguments.overwrite)
+    if as_json:
+        print(json.dumps(written))
+    else:
+        from moe_evo.report.terminal import print_report
+
+        print_report(written)
+
+
 def _export(argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config_file import parse
@@ -222,12 +344,35 @@ def _export(argv: Sequence[str], *, as_json: bool) -> None:
         print_export(report)
 
 
+def _wandb_replay(argv: Sequence[str], *, as_json: bool) -> None:
+    from dataclasses import asdict, replace
+
+    from moe_evo.config_file import parse, read_config
+    from moe_evo.run_folder import RunFolder
+    from moe_evo.tracking.start import replay
+
+    folder = RunFolder.existing(parse(_wandb_replay_parser(), argv).run)
+    config = read_config(folder.config)
+    parser = _wandb_replay_parser()
+    parser.set_defaults({f"tracking.{key}": value for key, value in asdict(config.tracking).items()})
+    report = replay(folder, replace(config, tracking=parse(parser, argv).tracking))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        old = f"; the older run {report['replaced_id']} is left as it is" if report["replaced_id"] else ""
+        print(f"{report['outcomes']} outcomes in the W&B run {report['id']} ({report['mode']}){old}\n{report['where']}")
+
+
 _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
     "search": (_search, _search_parser),
+    "sweep": (_sweep, _sweep_parser),
     "plan": (_plan, _plan_parser),
     "evaluate": (_evaluate, _evaluate_parser),
     "show": (_show, _show_parser),
+    "compare": (_compare, _compare_parser),
+    "report": (_report, _report_parser),
     "export": (_export, _export_parser),
+    "wandb-replay": (_wandb_replay, _wandb_replay_parser),
 }
 
 

@@ -19,19 +19,25 @@ from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
-from moe_evo.journal import Journal
+from moe_evo.journal import MAIN, RANDOM, Journal
 from moe_evo.operators import gaussian_mutation, random_pruning
-from moe_evo.population import EvaluationFailure, Individual, Outcome
+from moe_evo.population import EvaluationFailure, Individual, Outcome, Population
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
 from moe_evo.search.eep import eep_config, schedule
 from moe_evo.space import ModelShape, SearchSpace, check_fits
 from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, is_share
-from moe_evo.tracking.terminal import TerminalTracker
+from moe_evo.tracking.base import Tracker
+from moe_evo.tracking.start import tracked, winner_files
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.evaluation.pool import Pool
+    from moe_evo.models.view import MoEModel
     from moe_evo.result import Row
+    from moe_evo.tasks.task import Task
+
+
+_NUM_WIDER = 10
 
 
 def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
@@ -45,8 +51,11 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
     )
 
 
-def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
-    """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures."""
+def search(config: RunConfig, tracker: Tracker, model: MoEModel | None = None) -> RunFolder:
+    """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures.
+
+    model: the one that `config.model` describes, where it is loaded already.
+    """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
     data = check_tasks(config.tasks)
@@ -57,13 +66,15 @@ def search(config: RunConfig, tracker: TerminalTracker) -> RunFolder:
     if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     space = build_space(read_shape(config.model), config.search)
+    wider = _wider_prunings(config.search.warm_start, space)
     with folder.claim(config) as journal:
         hashes = {"model": model_hash(config.model), **{f"task {one.name}": one.hash for one in data}}
         _check_inputs(journal, hashes)
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
-        _run(config, space, journal, folder, data, tracker)
+        with tracked(config, space, journal, folder, tracker) as trackers:
+            _run(config, space, journal, folder, data, trackers, model, wider)
     return folder
 
 
@@ -82,23 +93,45 @@ def _check_inputs(journal: Journal, hashes: dict[str, str]) -> None:
     journal.set_meta(new)
 
 
+def _wider_prunings(warm_start: str | None, space: SearchSpace) -> list[Genome]:
+    """The best prunings of the run that a search begins from; raises RunError where it cannot."""
+    if warm_start is None:
+        return []
+    folder = RunFolder.existing(warm_start)
+    folder.read_result()  # or say that it is not finished
+    with folder.open_journal() as journal:
+        prunings = Population().with_outcomes(journal.individuals(MAIN)).prunings
+    genomes = [one.genome for one in prunings.ranked[:_NUM_WIDER]]
+    for genome in genomes[:1]:
+        check_fits(genome, space.shape)
+    pairs = zip(genomes[0].num_kept, space.num_kept, strict=True) if genomes else ()
+    if not genomes or any(has < wanted for has, wanted in pairs):
+        raise RunError(
+            f"search.warm_start: {warm_start} has no pruning that keeps at least {list(space.num_kept)} experts; give "
+            "a run that kept more"
+        )
+    return genomes
+
+
 def _run(
     config: RunConfig,
     space: SearchSpace,
     journal: Journal,
     folder: RunFolder,
     data: Sequence[TaskData],
-    tracker: TerminalTracker,
+    tracker: Tracker,
+    model: MoEModel | None,
+    wider: Sequence[Genome],
 ) -> None:
-    from moe_evo.driver import MAIN, RANDOM, run_search
+    from moe_evo.driver import run_search
     from moe_evo.report.figure import kept_figure, search_figure
 
     if config.search.algorithm != "random" and space.can_prune:
         merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
         if merging_starts >= config.search.evaluations:
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
-    with open_pool(config, data, tracker, space) as pool:
-        rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data))
+    with open_pool(config, data, tracker, space, model) as pool:
+        rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data), wider=wider)
     result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
@@ -116,20 +149,29 @@ def _run(
     )
     kept_figure(folder.kept_figure, rows[-1].candidate.genome)
     folder.write_result(result)  # last: a run with a result is finished
+    tracker.finished(result, winner_files(folder))
 
 
 @contextmanager
 def open_pool(
-    config: ScoringConfig, data: Sequence[TaskData], tracker: TerminalTracker, space: SearchSpace | None = None
+    config: ScoringConfig,
+    data: Sequence[TaskData],
+    tracker: Tracker,
+    space: SearchSpace | None = None,
+    model: MoEModel | None = None,
 ) -> Iterator[Pool]:
     """The evaluators that a config asks for: in this process, or gangs on a cluster.
 
-    space: what will be searched, so that it can be told where its genomes will be slow.
+    space: what will be searched, so that it can be told where its genomes will be slow. model: for this
+    process, where it is loaded already.
     """
     if config.cluster.address is None:
         from moe_evo.evaluation.local_pool import LocalPool
 
-        evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+        if model is None:
+            evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+        else:
+            evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation)
         if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
             tracker.message(
                 "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
@@ -138,8 +180,9 @@ def open_pool(
         yield LocalPool(evaluator)
     else:
         from moe_evo.gangs.ray_pool import ray_pool
-        from moe_evo.models.loading import model_hash, read_shape
+        from moe_evo.models.loading import load_tokenizer, model_hash, read_shape
 
+        _built(data, load_tokenizer(config.model), config.evaluation)  # or ranks would find what is wrong with examples
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
             yield pool
@@ -152,17 +195,26 @@ def _fully_merged(space: SearchSpace) -> Genome:
 
 
 def load_evaluator(
-    model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: TerminalTracker
+    model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: Tracker
 ) -> Evaluator:
     """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
-    from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.models.loading import load_model, load_tokenizer
+
+    tasks = _built(data, load_tokenizer(model), evaluation)
+    tracker.message(f"loading {model.path}")
+    return _evaluator(load_model(model), tasks, evaluation)
+
+
+def _built(data: Sequence[TaskData], tokenizer: Any, evaluation: EvaluationConfig) -> list[Task]:
     from moe_evo.tasks.registry import build_task
 
-    tokenizer = load_tokenizer(model)
-    tasks = [build_task(one, tokenizer, evaluation.batch_tokens) for one in data]
-    tracker.message(f"loading {model.path}")
-    return Evaluator(load_model(model), tasks, evaluation)
+    return [build_task(one, tokenizer, evaluation.batch_tokens) for one in data]
+
+
+def _evaluator(model: MoEModel, tasks: Sequence[Task], evaluation: EvaluationConfig) -> Evaluator:
+    from moe_evo.evaluation.evaluator import Evaluator
+
+    return Evaluator(model, tasks, evaluation)
 
 
 def _result(
@@ -172,9 +224,12 @@ def _result(
     data: Sequence[TaskData],
     rows: Sequence[Row],
 ) -> dict[str, Any]:
-    from moe_evo.driver import MAIN
+    from moe_evo.models.memory import exported_size
+    from moe_evo.models.size import read_size
     from moe_evo.result import software_versions
 
+    size = read_size(config.model, ranks=1)
+    sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
     outcomes = journal.outcomes(MAIN, "search")
     return {
         "software": software_versions(),
@@ -199,7 +254,10 @@ def _result(
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
         "gangs": _gangs(journal),
-        "rows": [row.to_json() for row in rows],
+        "rows": [
+            {**row.to_json(), "parameters": parameters, "bytes": total}
+            for row, (parameters, total) in zip(rows, sizes, strict=True)
+        ],
     }
 
 
@@ -267,7 +325,7 @@ def evaluate(
     split: str,
     top_k: int | None,
     run: str | None,
-    tracker: TerminalTracker,
+    tracker: Tracker,
 ) -> dict[str, Any]:
     """Score one genome on one split.
 
@@ -309,7 +367,7 @@ def evaluate(
     }
 
 
-def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: TerminalTracker) -> None:
+def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: Tracker) -> None:
     """Scores of another model or on other data are no longer those of the run."""
     if not run.result.is_file():
         return
@@ -325,7 +383,7 @@ def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], 
 
 
 def export(
-    folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: TerminalTracker
+    folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: Tracker
 ) -> dict[str, Any]:
     """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
     result = folder.read_result()
@@ -380,15 +438,11 @@ def show(folder: RunFolder) -> dict[str, Any]:
     """The result of a finished run, or how far an unfinished one has come."""
     if folder.result.is_file():
         return folder.read_result()
-    from moe_evo.driver import MAIN
-
     config = read_config(folder.config)
     with folder.open_journal() as journal:
         individuals = journal.individuals(MAIN)
         proposed = len(journal.candidates(MAIN))
         gangs = _gangs(journal)
-    from moe_evo.population import Population
-
     population = Population().with_outcomes(individuals)
     best = population.best if len(population) else None
     return {

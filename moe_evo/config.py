@@ -24,6 +24,7 @@ FitnessRule = Literal["mean", "worst"]
 Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
 PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
 def _require(condition: bool, option: str, got: object, expected: str) -> None:
@@ -232,6 +233,8 @@ class SearchConfig:
         evaluations: Budget.
         seed: Candidate n depends on this seed, n and earlier outcomes, and on nothing else.
         eep: Parameters of 'eep'.
+        warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
+            prunings keep only experts that one of its ten best prunings keeps ('eep' only).
     """
 
     algorithm: Algorithm = "eep"
@@ -242,6 +245,7 @@ class SearchConfig:
     evaluations: int = 402
     seed: int = 0
     eep: EEPConfig = field(default_factory=EEPConfig)
+    warm_start: str | None = None
 
     def __post_init__(self) -> None:
         numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
@@ -253,6 +257,10 @@ class SearchConfig:
         _require(
             self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
             f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
+        )  # fmt: skip
+        _require(
+            self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
+            "none, as random search begins nowhere",
         )  # fmt: skip
 
 
@@ -357,6 +365,36 @@ class ClusterConfig:
                 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where people look at a run beside the terminal; nothing of it changes what a search finds.
+
+    Args:
+        wandb: Weights & Biases: 'online'; 'offline', into the run's folder; 'disabled'; or 'auto': what
+            WANDB_MODE says, else online if WANDB_API_KEY is set, else disabled.
+        project: W&B project.
+        entity: W&B team or user; default: that of the key.
+        group: W&B group, by which runs of one sweep or question are shown together.
+        tags: W&B tags.
+    """
+
+    wandb: WandbMode = "auto"
+    project: str = "moe_evo"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.project) and len(self.project) <= 128 and not set(self.project) & set("/\\#?%:"),
+            "tracking.project", self.project, "a name of at most 128 characters, none of / \\ # ? % :",
+        )  # fmt: skip
+        for option, length in (("group", 128), ("entity", 128)):
+            value = getattr(self, option)
+            _require(value is None or 0 < len(value) <= length, f"tracking.{option}", value, "1 to 128 characters")
+        _require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
+
+
 def _embedded_tasks() -> list[TaskConfig]:
     return [TaskConfig(data="syll")]
 
@@ -403,12 +441,67 @@ class RunConfig(ScoringConfig):
         cluster: Where they are scored.
         search: The search.
         selection: How the winner is chosen, and what stands beside it.
+        tracking: Where people look at the run.
         folder: Where the run is kept; default: runs/ and a name made of tasks, num_kept, algorithm and seed.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     folder: str | None = None
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """Which runs a sweep makes: one for every combination.
+
+    Args:
+        num_kept: Experts kept in every layer, as in 2,4,6; default: search.num_kept alone.
+        seeds: Seeds, as in 0,1,2; default: search.seed alone.
+        algorithms: Algorithms, as in eep,random; default: search.algorithm alone.
+        tasks: Data of tasks, as in nli,syll, each for runs of its own; default: every run has all of `tasks`.
+        warm_start: Runs that keep fewer experts begin from the next larger run of the same seed, so those
+            come first; see search.warm_start.
+        max_concurrent: Most runs at a time; all of them share the gangs.
+        max_failures: How often a run that crashed is started again, to go on where it stood.
+    """
+
+    num_kept: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    algorithms: list[Algorithm] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    warm_start: bool = False
+    max_concurrent: int = 4
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        for option in ("num_kept", "seeds", "algorithms", "tasks"):
+            values = getattr(self, option)
+            _require(len(set(values)) == len(values), f"sweep.{option}", values, "each value once")
+        _require(not self.num_kept or min(self.num_kept) >= 1, "sweep.num_kept", self.num_kept, "1 or more")
+        _require(not self.seeds or min(self.seeds) >= 0, "sweep.seeds", self.seeds, "0 or more")
+        _require(self.max_concurrent >= 1, "sweep.max_concurrent", self.max_concurrent, "1 or more")
+        _require(self.max_failures >= 0, "sweep.max_failures", self.max_failures, "0 or more")
+
+
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """Many runs that differ in a few options.
+
+    Args:
+        model: The model.
+        tasks: List of the tasks whose fitness is searched for; a bare string is a task's data.
+            --tasks.KEY changes the last task.
+        evaluation: How genomes are scored.
+        cluster: Where they are scored.
+        search: The search.
+        selection: How the winner is chosen, and what stands beside it.
+        tracking: Where people look at the runs.
+        folder: Where the sweep is kept, with a folder for each run; default: runs/ and a name made of tasks.
+        sweep: Which runs.
+    """
+
+    sweep: GridConfig = field(default_factory=GridConfig)
 
 
 def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:

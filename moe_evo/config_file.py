@@ -12,10 +12,13 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_evo.config import RunConfig, ScoringConfig
+from moe_evo.config import RunConfig, ScoringConfig, SweepConfig
 from moe_evo.errors import ConfigError
 
 Config = TypeVar("Config", bound=ScoringConfig)
+
+_LISTS = tuple(f"--sweep.{option}" for option in ("num_kept", "seeds", "algorithms", "tasks"))
+"""Flags that take their values with commas between them."""
 
 _COMMON = " With every command: --json prints the result as JSON, --debug shows the traceback of an error."
 
@@ -64,6 +67,8 @@ def parse_config(parser: ArgumentParser, argv: Sequence[str], config: type[Confi
         if flag == "--config":
             files.append(value)
             words[index + 1] = yaml.safe_dump(_read(Path(value), config))
+        elif flag in _LISTS and not value.lstrip().startswith("["):
+            words[index + 1] = f"[{value}]"
         elif flag in ("--tasks", "--tasks+"):
             words[index + 1] = yaml.safe_dump(_spelt_out(_yaml(value, flag), one_is_list=True))
     try:
@@ -88,7 +93,7 @@ def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
     content = _yaml(text, str(file))
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: got {type(content).__name__}, expected sections such as model and tasks")
-    foreign = {one.name for one in fields(RunConfig)} - {one.name for one in fields(config)}
+    foreign = {one.name for one in fields(SweepConfig)} - {one.name for one in fields(config)}
     kept = {key: value for key, value in content.items() if key not in foreign}
     if "tasks" in kept:
         kept["tasks"] = _spelt_out(kept["tasks"], one_is_list=True)

@@ -32,6 +32,16 @@ def random_pruning(space: SearchSpace, rng: np.random.Generator) -> Genome:
     return space.genome(genes)
 
 
+def narrowed(parent: Genome, space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """A pruning of `space` whose experts `parent` keeps too, drawn uniformly, as far as it keeps enough."""
+    genes = []
+    for group, layers in enumerate(space.layer_groups):
+        keys = rng.random(space.shape.num_experts[layers[0]])
+        keys[list(parent.layers[layers[0]].kept)] += 1.0
+        genes.append(_keep_highest(space, group, keys))
+    return space.genome(genes)
+
+
 def swap_mutation(
     parent: Genome, space: SearchSpace, rng: np.random.Generator, *, layer_rate: float, swap_rate: float
 ) -> Genome:

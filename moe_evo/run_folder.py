@@ -22,11 +22,11 @@ RESULT_VERSION = 1
 _NAME_LENGTH = 200
 
 _FREE_TO_CHANGE = {
-    "": ("folder", "cluster"),
+    "": ("folder", "cluster", "tracking"),
     "model": ("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
     "evaluation": ("batch_tokens", "threads"),
 }
-"""What a run may be continued with differently: where and how fast it computes, not what."""
+"""What a run may be continued with differently: where and how fast it computes and who looks on, not what."""
 
 RunState = Literal["new", "begun", "finished"]
 
@@ -105,7 +105,7 @@ class RunFolder:
         if state == "new":
             journal.clear()
         try:
-            self.write(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
+            write_whole(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -116,18 +116,9 @@ class RunFolder:
         """The journal, for reading."""
         return Journal(self.journal, read_only=True)
 
-    def write(self, path: Path, text: str) -> None:
-        """Write a file of this folder whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, "utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     def write_result(self, result: Mapping[str, Any]) -> None:
         text = json.dumps({"version": RESULT_VERSION, **result}, indent=2, ensure_ascii=False)
-        self.write(self.result, text + "\n")
+        write_whole(self.result, text + "\n")
 
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run."""
@@ -145,6 +136,16 @@ class RunFolder:
                 "use the moe_evo that wrote it"
             )
         return result
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def asdict_plain(config: RunConfig) -> dict[str, Any]:
@@ -184,6 +185,9 @@ def with_absolute_paths(config: Config) -> Config:
     model = replace(config.model, path=_absolute(config.model.path, [ModelConfig().path]))
     if model.offload_folder is not None:
         model = replace(model, offload_folder=str(Path(model.offload_folder).expanduser().absolute()))
+    if isinstance(config, RunConfig) and config.search.warm_start is not None:
+        warm_start = str(Path(config.search.warm_start).expanduser().absolute())
+        config = replace(config, search=replace(config.search, warm_start=warm_start))
     tasks = [
         replace(task, data=_absolute(task.data, embedded), few_shot=task.few_shot and _absolute(task.few_shot, []))
         for task in config.tasks

@@ -11,6 +11,7 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.operators import (
     gaussian_mutation,
     layer_crossover,
+    narrowed,
     normalise_rows,
     parent_pool,
     random_pruning,
@@ -289,3 +290,14 @@ def test_parents_are_those_within_the_margin_and_at_least_the_minimum_by_rank(ma
 
 def test_an_empty_population_has_no_parents():
     assert parent_pool(Population(), 1.0, 2) == ()
+
+
+def test_a_narrowed_pruning_keeps_only_experts_of_its_parent():
+    wide, narrow = _space(num_kept=6), _space(num_kept=3)
+    rng = np.random.default_rng(0)
+    parent = random_pruning(wide, rng)
+    children = {narrowed(parent, narrow, rng) for _ in range(30)}
+    assert len(children) > 10
+    for child in children:
+        narrow.check(child)
+        assert all(set(few) <= set(many) for few, many in zip(child.kept, parent.kept, strict=True))

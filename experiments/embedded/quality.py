@@ -26,9 +26,9 @@ from rich.console import Console
 
 from moe_evo import commands
 from moe_evo.config import EvaluationConfig, RunConfig, SearchConfig, SelectionConfig, TaskConfig
-from moe_evo.driver import RANDOM
+from moe_evo.journal import RANDOM
 from moe_evo.population import Evaluation
-from moe_evo.run_folder import RunFolder
+from moe_evo.run_folder import RunFolder, write_whole
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -87,7 +87,7 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
         evaluator = commands.load_evaluator(config.model, data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
-        folder.write(path, json.dumps(scores))
+        write_whole(path, json.dumps(scores))
     loaded: list[float] = json.loads(path.read_text("utf-8"))
     return loaded
 

@@ -25,9 +25,10 @@ _END_S = 10.0
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
     """Be connected to the Ray cluster at `address` ('local' starts one); raises ClusterError.
 
+    extra_cpus: how many more CPUs than it has a Ray of our own counts, for processes that mostly wait.
     Where this process is connected already, as in a Ray task or a test, that connection is used and left.
     """
     if ray.is_initialized():
@@ -39,7 +40,7 @@ def connected(address: str) -> Iterator[None]:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options |= {"include_dashboard": False}
+        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + extra_cpus}
     try:
         ray.init(address, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
@@ -89,8 +90,8 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
     name = spec.cluster.service
     if name is None:
         remove_groups(spec.name)  # of the service before this one, if that was lost
-    # beside the driver: a private service is then lost with the driver's node and no other
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=name is not None)
+    # beside the driver: the service is then lost with this node and no other
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here}
     if name is not None:
         options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -106,6 +107,26 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
             "or another name"
         )
     return service
+
+
+@contextmanager
+def shared_service(model: ModelConfig, model_hash: str, cluster: ClusterConfig, *, keep: bool) -> Iterator[None]:
+    """The service that `cluster` names is there until the block is left, and after it where `keep` says so."""
+    spec = ServiceSpec(model, model_hash, cluster, rank_bundle(model, cluster))
+    service = start_service(spec)
+    try:
+        yield
+    finally:
+        if not keep:
+            end_service(service, spec)
+
+
+def gangs_without_drivers(model: ModelConfig, cluster: ClusterConfig) -> int:
+    """How many gangs a Ray of our own has real CPUs for, whatever it counts for processes that wait."""
+    bundle = rank_bundle(model, cluster)
+    if "GPU" in bundle:
+        return max(int(ray.cluster_resources()["GPU"] / bundle["GPU"] / cluster.gang_size), 1)
+    return max(int((os.cpu_count() or 1) / bundle.get("CPU", 1) / cluster.gang_size), 1)
 
 
 def end_service(service: ActorHandle, spec: ServiceSpec) -> None:

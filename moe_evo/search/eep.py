@@ -15,6 +15,7 @@ from moe_evo.genome import Genome
 from moe_evo.operators import (
     gaussian_mutation,
     layer_crossover,
+    narrowed,
     normalise_rows,
     parent_pool,
     random_pruning,
@@ -47,14 +48,16 @@ class EEPSearch:
     """Both phases of EEP over a space; `config.algorithm` 'eep_release' takes the published values.
 
     Where every expert is kept there is nothing to prune: the search starts from the identity and
-    merges from the first candidate on.
+    merges from the first candidate on. wider: good prunings that keep more experts; every other
+    initial candidate keeps only experts of one of them.
     """
 
-    def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
+    def __init__(self, space: SearchSpace, config: SearchConfig, wider: Sequence[Genome] = ()) -> None:
         self.space = space
         self.eep = eep_config(config)
         self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
         self._seed = config.seed
+        self._wider = tuple(wider)
         self._num_prunings = num_prunings(space)
         self._archive = Archive()
 
@@ -99,6 +102,9 @@ class EEPSearch:
         parents = self.population if merges else self.population.prunings
         initial = number < self.num_initial and not self._all_pruned
         # Parents lack where candidates are asked ahead of outcomes, or where all failed.
+        if initial and self._wider and number % 2 == 0 and self.space.can_prune:
+            parent = self._wider[number // 2 % len(self._wider)]
+            return Candidate(number, narrowed(parent, self.space, rng), "narrowed")
         if initial or len(parents) < min(eep.mutation_parents, self.num_initial):
             return self._immigrant(number, rng)
         crosses = rng.random() < eep.crossover_rate and (merges or eep.pruning_crossover)

@@ -120,7 +120,7 @@ class Once:
             self._act(progress)
 
 
-def wait_until(true: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
+def wait_until(true: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline, f"after {limit_s:.0f} s it is still not true that {what}"

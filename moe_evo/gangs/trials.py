@@ -1,0 +1,100 @@
+"""Runs as trials of Ray Tune: started side by side, started again when they crash."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other output begins with a banner, quiet or not
+
+import ray.tune as _tune
+
+from moe_evo.config import RunConfig
+
+tune: Any = _tune
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_trials(
+    runs: Mapping[str, RunConfig],
+    function: Callable[[RunConfig, Report], None],
+    folder: Path,
+    *,
+    max_concurrent: int,
+    max_failures: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Call `function(config, report)` for every run, each in a process with one CPU, in the given order.
+
+    folder: of Tune's state, from which `Tuner.restore` with `trainable(runs, function)` goes on. tell:
+    takes a line about each run that begins, crashes or ends. A run that fails for good is told of, not raised.
+    """
+    tuner = tune.Tuner(
+        trainable(runs, function),
+        param_space={"run": tune.grid_search(list(runs))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=max_concurrent,
+            trial_name_creator=_name,
+            reuse_actors=True,  # the next run needs the same imports
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[_Teller(tell, len(runs))],
+            verbose=0,
+        ),
+    )
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # `tell` says it in a line, and the run's own log in more
+    try:
+        tuner.fit()
+    finally:
+        logger.setLevel(level)
+
+
+def trainable(runs: Mapping[str, RunConfig], function: Callable[[RunConfig, Report], None]) -> Any:
+    """What a trial does with `{"run": name}`."""
+
+    def trial(parameters: dict[str, Any]) -> None:
+        function(runs[parameters["run"]], tune.report)
+
+    return tune.with_resources(trial, {"cpu": 1})
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["run"])
+
+
+def _to_nobody(text: str) -> None:
+    pass
+
+
+class _Teller(tune.Callback):  # type: ignore[misc]
+    """Tells where the runs stand."""
+
+    def __init__(self, tell: Callable[[str], None], total: int) -> None:
+        self._tell, self._total, self._ended = tell, total, 0
+
+    def __reduce__(self) -> Any:
+        return (_Teller, (_to_nobody, self._total))  # Tune keeps callbacks with its state; a terminal cannot be kept
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._tell(f"run {_name(trial)}: started")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._tell(f"run {_name(trial)}: crashed, starts again where it stood")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._ended += 1
+        self._tell(f"run {_name(trial)}: failed ({self._ended} of {self._total} runs ended)")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._ended += 1
+        best = trial.last_result.get("best_fitness")
+        found = "" if best is None else f", best search fitness {best:.4f}"
+        self._tell(f"run {_name(trial)}: done ({self._ended} of {self._total} runs ended){found}")

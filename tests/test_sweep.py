@@ -1,0 +1,253 @@
+"""Sweeps: which runs they make, that runs share gangs, and that nothing that dies is lost or done twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from moe_evo.config import GridConfig, ModelConfig, SearchConfig, SelectionConfig, SweepConfig, TaskConfig
+from moe_evo.config_file import config_parser, parse_config
+from moe_evo.errors import ConfigError
+from moe_evo.journal import Journal
+from moe_evo.models.loading import read_shape
+from moe_evo.report.sweep import print_sweep, sweep_result
+from moe_evo.sweep import SweepFolder, grid, sweep
+from moe_evo.tracking.terminal import TerminalTracker
+
+TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
+CONFIG = SweepConfig(
+    model=ModelConfig(self_check=False),
+    tasks=[TASK],
+    search=SearchConfig(algorithm="random", evaluations=6),
+    selection=SelectionConfig(finalists=2),
+    sweep=GridConfig(num_kept=[2, 1], seeds=[0, 1]),
+)
+
+
+def runs_of(config: SweepConfig, folder: Path = Path("/sweep")):  # type: ignore[no-untyped-def]
+    return grid(config, read_shape(config.model), SweepFolder(folder))
+
+
+def test_every_combination_is_one_run_in_a_folder_of_its_name() -> None:
+    swept = GridConfig(num_kept=[2, 4], seeds=[0, 7], algorithms=["eep", "random"], tasks=["nli", "syll"])
+    runs = runs_of(replace(CONFIG, sweep=swept))
+    assert len(runs) == 16
+    run = runs["syll-random-keep2-seed7"]
+    assert (run.search.num_kept, run.search.seed, run.search.algorithm) == (2, 7, "random")
+    assert [task.data for task in run.tasks] == ["syll"]
+    assert run.tasks[0].num_search == 16  # the options of the config's task
+    assert run.folder == "/sweep/runs/syll-random-keep2-seed7"
+
+
+def test_a_name_says_only_what_differs() -> None:
+    assert list(runs_of(CONFIG)) == ["keep2-seed0", "keep2-seed1", "keep1-seed0", "keep1-seed1"]
+    assert list(runs_of(replace(CONFIG, sweep=GridConfig()))) == ["keep4-seed0"]
+
+
+def test_fewer_experts_than_a_token_uses_lower_top_k() -> None:
+    runs = runs_of(CONFIG)
+    assert [runs[f"keep{kept}-seed0"].search.top_k for kept in (2, 1)] == [None, 1]
+
+
+def test_with_a_warm_start_a_run_begins_from_the_next_larger_of_its_seed(tmp_path: Path) -> None:
+    search = SearchConfig(algorithm="eep", evaluations=8)
+    grid_config = GridConfig(num_kept=[2, 6, 4], seeds=[0, 1], warm_start=True)
+    config = replace(CONFIG, search=search, sweep=grid_config, folder=str(tmp_path / "sweep"))
+    runs = runs_of(config, tmp_path / "sweep")
+    assert [run.search.num_kept for run in runs.values()] == [6, 6, 4, 4, 2, 2]
+    assert runs["keep6-seed1"].search.warm_start is None
+    assert runs["keep2-seed1"].search.warm_start == runs["keep4-seed1"].folder
+    folder = sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    with Journal(folder.run("keep2-seed1").journal, read_only=True) as journal:
+        narrowed = [one.genome for one in journal.candidates("search") if one.operator == "narrowed"]
+    with Journal(folder.run("keep4-seed1").journal, read_only=True) as journal:
+        wider = [one.genome for one in journal.candidates("search") if one.genome.is_pruning]
+    assert narrowed
+    for genome in narrowed:
+        assert any(all(set(few) <= set(many) for few, many in zip(genome.kept, one.kept, strict=True)) for one in wider)
+
+
+def test_an_impossible_run_is_refused_before_any_starts(tmp_path: Path) -> None:
+    config = replace(CONFIG, sweep=GridConfig(num_kept=[4, 9]), folder=str(tmp_path / "sweep"))
+    with pytest.raises(ConfigError, match="num_kept"):
+        sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sweep.num_kept", "2,4,6", "--sweep.seeds=0,1"], GridConfig(num_kept=[2, 4, 6], seeds=[0, 1])),
+        (["--sweep.num_kept", "[2, 4]"], GridConfig(num_kept=[2, 4])),
+        (["--sweep.num_kept", "4", "--sweep.tasks", "nli,syll"], GridConfig(num_kept=[4], tasks=["nli", "syll"])),
+        (["--sweep.algorithms", "eep,random"], GridConfig(algorithms=["eep", "random"])),
+    ],
+)
+def test_lists_are_written_with_commas(words: list[str], expected: GridConfig) -> None:
+    parser = config_parser("sweep", "", "", SweepConfig)
+    assert parse_config(parser, words, SweepConfig)[1].sweep == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_kept": [2, 2]}, {"num_kept": [0]}, {"seeds": [-1]}, {"max_concurrent": 0}, {"max_failures": -1}]
+)
+def test_a_grid_checks_itself(options: dict[str, list[int]]) -> None:
+    with pytest.raises(ConfigError, match=f"sweep.{next(iter(options))}"):
+        GridConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
+    folder = tmp_path_factory.mktemp("sweep") / "plain"
+    return sweep(replace(CONFIG, folder=str(folder)), TerminalTracker(Console(quiet=True)), use_tune=False)
+
+
+def test_a_sweep_ends_with_a_table_and_a_figure(one_by_one: SweepFolder) -> None:
+    result = one_by_one.read_result()
+    assert result["runs"] == ["keep1-seed0", "keep1-seed1", "keep2-seed0", "keep2-seed1"]
+    assert result["unfinished"] == []
+    assert {line["key"] for line in result["lines"]} == {"full", "frequency", "best"}
+    assert one_by_one.figure.read_bytes().startswith(b"\x89PNG")
+    console = Console(width=60, record=True, file=io.StringIO())
+    print_sweep(result, console)
+    text = console.export_text()
+    assert text.count("random") == 2  # one line a number of experts, both seeds together
+    assert "3,019,904" in text
+
+
+def test_what_is_finished_is_not_run_again(one_by_one: SweepFolder) -> None:
+    before = {file: file.stat().st_mtime_ns for file in one_by_one.path.glob("runs/*/journal.sqlite")}
+    assert len(before) == 4
+    config = replace(CONFIG, folder=str(one_by_one.path), sweep=replace(CONFIG.sweep, num_kept=[2, 1, 3]))
+    sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert (one_by_one.path / "runs" / "keep3-seed1" / "result.json").is_file()
+
+
+def test_the_front_holds_what_nothing_beats_in_both_size_and_score() -> None:
+    def run(name: str, parameters: int, test: float) -> tuple[str, dict[str, object]]:
+        score = {"fitness": test, "low": test, "high": test}
+        row = {
+            "key": "best", "title": "best", "num_kept": [1], "parameters": parameters, "bytes": parameters,
+            "digest": name, "scores": {"test": score},
+        }  # fmt: skip
+        return name, {"rows": [row], "tasks": [{"name": "a"}], "search": {"algorithm": "eep", "seed": 0}}
+
+    runs = [run("small", 1, 0.5), run("better", 2, 0.7), run("beaten", 3, 0.7), run("worse", 2, 0.6)]
+    lines = sweep_result(dict(runs))["lines"]  # type: ignore[arg-type]
+    assert [line["run"] for line in lines if line["front"]] == ["small", "better"]
+
+
+def content(folder: SweepFolder) -> dict[str, set[tuple[object, ...]]]:
+    """Scores by digest and split of every run."""
+    found = {}
+    for path in sorted(folder.path.glob("runs/*")):
+        with Journal(path / "journal.sqlite", read_only=True) as journal:
+            digests = {one.number: one.genome.digest for one in journal.candidates("search")}
+            found[path.name] = {
+                (split, digests[number], outcome.fitness)  # type: ignore[union-attr]
+                for split in ("search", "validation", "test")
+                for number, outcome in journal.outcomes("search", split).items()
+            }
+    return found
+
+
+class SweepProcess:
+    """`moe-evo sweep` in a process group of its own, with its Ray."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        command = [sys.executable, "-m", "moe_evo", "sweep", str(config), "--folder", str(folder)]
+        self.folder = folder
+        self.output = folder.with_suffix(".txt")
+        with self.output.open("a") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not happened():
+            assert self._process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.05)
+
+    def wait(self, timeout_s: float = 150) -> int:
+        return self._process.wait(timeout_s)
+
+    def kill_everything(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def evaluated(self, name: str) -> int:
+        """Evaluations in the journal of a run."""
+        journal = self.folder / "runs" / name / "journal.sqlite"
+        if not journal.is_file():
+            return 0
+        with Journal(journal, read_only=True) as opened:
+            return len(opened.outcomes("search", "search"))
+
+
+def test_runs_share_one_pool_and_survive_the_death_of_a_trial_and_of_the_sweep(tmp_path: Path) -> None:
+    config = {
+        "model": {"self_check": False},
+        "tasks": [{"data": "syll", "num_search": 16, "num_validation": 8, "num_test": 16}],
+        "search": {"algorithm": "random", "evaluations": 150},
+        "selection": {"finalists": 2},
+        "cluster": {"address": "local", "num_gangs": 1},
+        "sweep": {"num_kept": [6, 4, 2], "seeds": [0, 1], "max_concurrent": 2},
+    }
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config))
+    names = [f"keep{kept}-seed{seed}" for kept in (6, 4, 2) for seed in (0, 1)]
+    first = SweepProcess(tmp_path / "sweep", file)
+    try:
+        first.wait_until(lambda: first.evaluated(names[0]) >= 3)
+        trial = int((first.folder / "runs" / names[0] / "journal.lock").read_text())
+        os.kill(trial, signal.SIGKILL)
+        first.wait_until(lambda: (first.folder / "runs" / names[0] / "result.json").is_file())
+        assert "crashed, starts again" in first.output.read_text()
+        first.wait_until(lambda: any(first.evaluated(name) >= 3 for name in names[2:]))
+    finally:
+        first.kill_everything()
+    loads = gang_loads(tmp_path / "sweep")
+    assert len(loads) == 1  # however many runs it has served
+    second = SweepProcess(tmp_path / "sweep", file)
+    try:
+        assert second.wait() == 0, second.output.read_text()
+    finally:
+        second.kill_everything()
+    assert len(gang_loads(tmp_path / "sweep") - loads) <= 1
+    result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert result["runs"] == sorted(names)
+    found = content(SweepFolder(tmp_path / "sweep"))
+    assert all(sum(split == "search" for split, _, _ in rows) == 150 for rows in found.values())
+    plain = SweepConfig(
+        model=ModelConfig(self_check=False),
+        tasks=[TASK],
+        search=SearchConfig(algorithm="random", evaluations=150),
+        selection=SelectionConfig(finalists=2),
+        sweep=GridConfig(num_kept=[4], seeds=[1]),
+        folder=str(tmp_path / "plain"),
+    )
+    undisturbed = sweep(plain, TerminalTracker(Console(quiet=True)), use_tune=False)
+    assert found["keep4-seed1"] == content(undisturbed)["keep4-seed1"]
+
+
+def gang_loads(folder: Path) -> set[float]:
+    """When gangs had loaded the model, by all journals of a sweep."""
+    times = set()
+    for path in folder.glob("runs/*/journal.sqlite"):
+        with Journal(path, read_only=True) as journal:
+            times |= {at for at, _, kind, _ in journal.gang_events() if kind == "ready"}
+    return times
