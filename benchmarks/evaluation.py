@@ -24,7 +24,7 @@ from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo import commands
+from moe_evo import evaluators
 from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
@@ -46,7 +46,7 @@ def through_checkpoint(evaluator: Evaluator, genome: Genome, task: TaskConfig, t
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(evaluator.model, genome, Path(folder) / "model", provenance={})
         model = ModelConfig(path=str(Path(folder) / "model"), self_check=False)
-        small = commands.load_evaluator(model, check_tasks([task]), EvaluationConfig(), tracker)
+        small = evaluators.load_evaluator(model, check_tasks([task]), EvaluationConfig(), tracker)
         return _fitness(small, small.model.shape.identity())
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = TaskConfig(data=options.task)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        evaluator = commands.load_evaluator(ModelConfig(), check_tasks([task]), EvaluationConfig(), tracker)
+        evaluator = evaluators.load_evaluator(ModelConfig(), check_tasks([task]), EvaluationConfig(), tracker)
         space = SearchSpace.build(evaluator.model.shape, num_kept=4)
         genomes = [random_pruning(space, np.random.default_rng([0, n])) for n in range(options.genomes + 1)]
         through_view(evaluator, genomes[-1])  # the first evaluation tokenises

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 
@@ -37,167 +37,13 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
 """
 
 
-def _search_parser() -> ArgumentParser:
-    from moe_evo.config import RunConfig
-    from moe_evo.config_file import config_parser
-
-    parser = config_parser(
-        "search",
-        "Search which experts to keep and merge. The same command again goes on where it stood.",
-        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
-        RunConfig,
-    )
-    parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
-    return parser
-
-
-def _sweep_parser() -> ArgumentParser:
-    from moe_evo.config import SweepConfig
-    from moe_evo.config_file import config_parser
-
-    parser = config_parser(
-        "sweep",
-        "Search for every combination of numbers of experts, seeds, algorithms and tasks, on gangs that all searches "
-        "share. The same command again makes the runs that are missing.",
-        "moe-evo sweep [CONFIG.yaml] --sweep.num_kept 2,4,6 --sweep.seeds 0,1,2 [--section.key VALUE ...] [--no-tune]",
-        SweepConfig,
-    )
-    parser.add_argument(
-        "--no-tune",
-        action="store_true",
-        help="one run after the other in this process, without Ray Tune (and without Ray, if cluster.address is unset)",
-    )
-    return parser
-
-
-def _plan_parser() -> ArgumentParser:
-    from moe_evo.config import RunConfig
-    from moe_evo.config_file import config_parser
-
-    parser = config_parser(
-        "plan",
-        "Tell what a search would take, without loading weights: the model's size, memory of each rank for each way "
-        "of sharding, gangs that fit the cluster, and everything that is wrong with the config.",
-        "moe-evo plan [CONFIG.yaml] [--section.key VALUE ...] [--calibrate]",
-        RunConfig,
-    )
-    parser.add_argument(
-        "--memory_gib",
-        type=float | None,
-        help="memory of one rank's device; default: what is free here, and unknown for a cluster",
-    )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="load the model once and time a few evaluations, so that the time of the whole search can be told",
-    )
-    return parser
-
-
-def _evaluate_parser() -> ArgumentParser:
-    from moe_evo.config import ScoringConfig
-    from moe_evo.config_file import config_parser
-
-    parser = config_parser(
-        "evaluate",
-        "Score one genome on one split, with the model and tasks of a config or of a run; of a run it is the "
-        "winner unless --genome says otherwise.",
-        "moe-evo evaluate [RUN | CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
-        ScoringConfig,
-    )
-    parser.add_argument(
-        "--genome",
-        type=str | None,
-        help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
-        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the run's best, or 'full'",
-    )
-    parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
-    splits = ("search", "validation", "test")
-    parser.add_argument("--split", choices=splits, default="validation", help="which examples")
-    return parser
-
-
-def _show_parser() -> ArgumentParser:
-    from moe_evo.config_file import plain_parser
-
-    parser = plain_parser("show", "Table, kept experts and files of a run.")
-    parser.add_argument("run", type=str, help="folder of a run, finished or not")
-    return parser
-
-
-def _compare_parser() -> ArgumentParser:
-    from moe_evo.config_file import plain_parser
-
-    parser = plain_parser(
-        "compare",
-        "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
-        "score first. Unfinished runs stand there with what they have.",
-    )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
-    parser.add_argument(
-        "--format", choices=("table", "csv", "json"), default="table", help="for people, or for other programs"
-    )
-    return parser
-
-
-def _report_parser() -> ArgumentParser:
-    from moe_evo.config_file import plain_parser
-
-    parser = plain_parser(
-        "report",
-        "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
-        "score against size, any two runs side by side, failures, and the commands to reproduce and export.",
-    )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
-    parser.add_argument(
-        "--to",
-        type=str | None,
-        metavar="FILE",
-        help="file to write; default: report.html in the folder of a single run",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is no older report")
-    return parser
-
-
-def _export_parser() -> ArgumentParser:
-    from moe_evo.config_file import plain_parser
-
-    parser = plain_parser(
-        "export",
-        "Write the smaller checkpoint of a finished run, then reload it with stock transformers and compare its "
-        "logits with what was evaluated.",
-    )
-    parser.add_argument("run", type=str, help="folder of a finished run")
-    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--which", choices=("best", "best_pruning"), default="best", help="the winner, or the best that only prunes"
-    )
-    parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
-    return parser
-
-
-def _wandb_replay_parser() -> ArgumentParser:
-    from moe_evo.config import TrackingConfig
-    from moe_evo.config_file import plain_parser
-
-    parser = plain_parser(
-        "wandb-replay",
-        "Write a new run of Weights & Biases from the journal of a search, finished or not; a search that goes on "
-        "later goes on in that one.",
-    )
-    parser.add_argument("run", type=str, help="folder of a run that no process is working on")
-    parser.add_class_arguments(TrackingConfig, "tracking")
-    return parser
-
-
-def _search(argv: Sequence[str], *, as_json: bool) -> None:
+def _search(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config import RunConfig
     from moe_evo.config_file import parse_config
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(_search_parser(), argv, RunConfig)
+    arguments, config = parse_config(parser, argv, RunConfig)
     if arguments.resume is not None:
         if len(argv) > 2 or sum(word.startswith("-") for word in argv) > 1:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
@@ -207,13 +53,13 @@ def _search(argv: Sequence[str], *, as_json: bool) -> None:
     _print_run(str(folder.path), as_json=as_json)
 
 
-def _sweep(argv: Sequence[str], *, as_json: bool) -> None:
+def _sweep(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config import SweepConfig
     from moe_evo.config_file import parse_config
     from moe_evo.sweep import sweep
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(_sweep_parser(), argv, SweepConfig)
+    arguments, config = parse_config(parser, argv, SweepConfig)
     with TerminalTracker() as tracker:
         folder = sweep(config, tracker, use_tune=not arguments.no_tune)
     result = folder.read_result()
@@ -227,13 +73,13 @@ def _sweep(argv: Sequence[str], *, as_json: bool) -> None:
         print(f"next     moe-evo report {folder.path}/runs/* --to {folder.path}/report.html")
 
 
-def _plan(argv: Sequence[str], *, as_json: bool) -> None:
+def _plan(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config import RunConfig
     from moe_evo.config_file import parse_config
     from moe_evo.plan import planned, require_no_problems
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(_plan_parser(), argv, RunConfig)
+    arguments, config = parse_config(parser, argv, RunConfig)
     with TerminalTracker() as tracker:
         answer = planned(config, arguments.memory_gib, calibrate=arguments.calibrate, tracker=tracker)
     if as_json:
@@ -245,10 +91,10 @@ def _plan(argv: Sequence[str], *, as_json: bool) -> None:
     require_no_problems(answer)
 
 
-def _show(argv: Sequence[str], *, as_json: bool) -> None:
+def _show(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config_file import parse
 
-    _print_run(parse(_show_parser(), argv).run, as_json=as_json)
+    _print_run(parse(parser, argv).run, as_json=as_json)
 
 
 def _print_run(run: str, *, as_json: bool) -> None:
@@ -265,7 +111,7 @@ def _print_run(run: str, *, as_json: bool) -> None:
         print_run(folder, result)
 
 
-def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
+def _evaluate(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config import ScoringConfig
     from moe_evo.config_file import parse_config
@@ -276,7 +122,7 @@ def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
     has_config = (argv[:1] and not argv[0].startswith("-")) or any(word.startswith("--config") for word in argv)
     # a run's genome without a config is scored with the run's own model and tasks
     words = list(argv) if has_config or run is None else [run, *argv]
-    arguments, config = parse_config(_evaluate_parser(), words, ScoringConfig)
+    arguments, config = parse_config(parser, words, ScoringConfig)
     genome = arguments.genome or run or "full"
     with TerminalTracker() as tracker:
         scores = commands.evaluate(config, genome, arguments.split, arguments.top_k, run, tracker)
@@ -288,14 +134,14 @@ def _evaluate(argv: Sequence[str], *, as_json: bool) -> None:
         print_scores(scores)
 
 
-def _compare(argv: Sequence[str], *, as_json: bool) -> None:
+def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from moe_evo.config_file import parse
     from moe_evo.report.lines import as_csv, print_lines
     from moe_evo.reporting import compare
 
-    arguments = parse(_compare_parser(), argv)
+    arguments = parse(parser, argv)
     lines = compare(arguments.runs)
     if as_json or arguments.format == "json":
         print(json.dumps([asdict(line) for line in lines]))
@@ -305,11 +151,11 @@ def _compare(argv: Sequence[str], *, as_json: bool) -> None:
         print_lines(lines)
 
 
-def _report(argv: Sequence[str], *, as_json: bool) -> None:
+def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config_file import parse
     from moe_evo.reporting import write_report
 
-    arguments = parse(_report_parser(), argv)
+    arguments = parse(parser, argv)
     written = write_report(arguments.runs, arguments.to, overwrite=arguments.overwrite)
     if as_json:
         print(json.dumps(written))
@@ -319,13 +165,13 @@ def _report(argv: Sequence[str], *, as_json: bool) -> None:
         print_report(written)
 
 
-def _export(argv: Sequence[str], *, as_json: bool) -> None:
+def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo import commands
     from moe_evo.config_file import parse
     from moe_evo.run_folder import RunFolder
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments = parse(_export_parser(), argv)
+    arguments = parse(parser, argv)
     folder = RunFolder.existing(arguments.run)
     with TerminalTracker() as tracker:
         report = commands.export(
@@ -344,16 +190,15 @@ def _export(argv: Sequence[str], *, as_json: bool) -> None:
         print_export(report)
 
 
-def _wandb_replay(argv: Sequence[str], *, as_json: bool) -> None:
+def _wandb_replay(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import asdict, replace
 
     from moe_evo.config_file import parse, read_config
     from moe_evo.run_folder import RunFolder
     from moe_evo.tracking.start import replay
 
-    folder = RunFolder.existing(parse(_wandb_replay_parser(), argv).run)
+    folder = RunFolder.existing(parse(parser, argv).run)
     config = read_config(folder.config)
-    parser = _wandb_replay_parser()
     parser.set_defaults({f"tracking.{key}": value for key, value in asdict(config.tracking).items()})
     report = replay(folder, replace(config, tracking=parse(parser, argv).tracking))
     if as_json:
@@ -363,16 +208,16 @@ def _wandb_replay(argv: Sequence[str], *, as_json: bool) -> None:
         print(f"{report['outcomes']} outcomes in the W&B run {report['id']} ({report['mode']}){old}\n{report['where']}")
 
 
-_COMMANDS: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
-    "search": (_search, _search_parser),
-    "sweep": (_sweep, _sweep_parser),
-    "plan": (_plan, _plan_parser),
-    "evaluate": (_evaluate, _evaluate_parser),
-    "show": (_show, _show_parser),
-    "compare": (_compare, _compare_parser),
-    "report": (_report, _report_parser),
-    "export": (_export, _export_parser),
-    "wandb-replay": (_wandb_replay, _wandb_replay_parser),
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "search": _search,
+    "sweep": _sweep,
+    "plan": _plan,
+    "evaluate": _evaluate,
+    "show": _show,
+    "compare": _compare,
+    "report": _report,
+    "export": _export,
+    "wandb-replay": _wandb_replay,
 }
 
 
@@ -427,11 +272,13 @@ def _dispatch(words: list[str], *, as_json: bool) -> int:
         return 0
     if words[0] not in _COMMANDS:
         raise ConfigError(f"unknown command {words[0]!r}, expected one of: {', '.join(_COMMANDS)}")
-    run, parser = _COMMANDS[words[0]]
+    from moe_evo.parsers import PARSERS
+
+    parser = PARSERS[words[0]]()
     if "-h" in words or "--help" in words:
-        parser().print_help()
+        parser.print_help()
         return 0
-    run(words[1:], as_json=as_json)
+    _COMMANDS[words[0]](parser, words[1:], as_json=as_json)
     return 0
 
 

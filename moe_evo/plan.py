@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_evo.commands import build_space, open_pool
+from moe_evo.commands import build_space
 from moe_evo.config import Offload, RunConfig, SearchConfig, Sharding
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
+from moe_evo.evaluators import open_pool
 from moe_evo.operators import random_pruning
 from moe_evo.room import ClusterRoom, gangs_that_fit
 from moe_evo.run_folder import RunFolder, default_folder, with_absolute_paths

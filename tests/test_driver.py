@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_evo import commands
+from moe_evo import commands, evaluators
 from moe_evo.config import (
     EEPConfig,
     EvaluationConfig,
@@ -49,13 +49,13 @@ CONFIG = RunConfig(
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
     data = check_tasks(CONFIG.tasks)
-    return commands.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
+    return evaluators.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture
 def resident(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     """Runs of this test share one loaded model in place of loading it each time."""
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     return evaluator
 
 
@@ -86,7 +86,7 @@ def content(folder: Path) -> Content:
 def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """An uninterrupted run of CONFIG."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
         yield run(tmp_path_factory.mktemp("finished") / "run")
 
 
@@ -156,10 +156,10 @@ def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
 def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
     evaluator: Evaluator, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: InterruptedRun(evaluator, 5))
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: InterruptedRun(evaluator, 5))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run")
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     other = replace(CONFIG.evaluation, batch_tokens=64, threads=2)
     run(tmp_path / "run", replace(CONFIG, evaluation=other, model=replace(CONFIG.model, device="cpu")))
     assert commands.resumed_config(str(tmp_path / "run")).evaluation.batch_tokens == 64
@@ -175,7 +175,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
 
     other = Evaluator(evaluator.model, evaluator.tasks, CONFIG.evaluation)
     monkeypatch.setattr(evaluator.model.language_model, "forward", exhausted)
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: other)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: other)
     with pytest.raises(OutOfMemory, match=r"out of memory on cpu with one row in a batch: lower evaluation.batch_tok"):
         run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=frequency)))
 
@@ -183,10 +183,10 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
 def test_a_full_model_without_fitness_does_not_bind_the_folder(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
     with pytest.raises(ModelError, match=r"try model\.dtype float32"):
         run(tmp_path / "run")
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     result = run(tmp_path / "run", replace(CONFIG, model=replace(CONFIG.model, dtype="float32"))).read_result()
     assert result["search"]["evaluations"] == 24
 
@@ -251,7 +251,7 @@ def test_changed_task_data_are_refused_on_resume(resident: Evaluator, tmp_path: 
     config = replace(CONFIG, tasks=[TaskConfig(data=str(data))])
     stop = InterruptedRun(resident, after=2)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_evaluator", lambda *_: stop)
+        patch.setattr(evaluators, "load_evaluator", lambda *_: stop)
         run(tmp_path / "run", config)
     data.write_text(data.read_text().replace("goed", "wented"))
     with pytest.raises(RunError, match="task has changed since this run began"):
@@ -280,10 +280,10 @@ def test_an_interrupted_run_goes_on_where_it_stood(
     finished: RunFolder, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for after in (0, 1, 10, 7, 20):
-        monkeypatch.setattr(commands, "load_evaluator", lambda *_, n=after: InterruptedRun(evaluator, n))
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: InterruptedRun(evaluator, n))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run")
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     run(tmp_path / "run")
     assert content(tmp_path / "run") == content(finished.path)
 
@@ -349,7 +349,7 @@ class FailingEvaluator(InterruptedRun):
 def test_failed_genomes_are_kept_in_the_journal_and_never_win(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
     config = replace(CONFIG, selection=SelectionConfig(finalists=3, frequency=False))
     result = run(tmp_path / "run", config).read_result()
     assert 0 < result["search"]["failures"] < 24
@@ -362,7 +362,7 @@ def test_failed_genomes_are_kept_in_the_journal_and_never_win(
 def test_a_full_model_without_fitness_ends_the_run_with_one_message(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
     with pytest.raises(ModelError, match="the full model has no fitness"):
         run(tmp_path / "run")
 

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before tor
 import numpy as np
 from rich.console import Console
 
-from moe_evo import commands
+from moe_evo import commands, evaluators
 from moe_evo.config import EvaluationConfig, RunConfig, SearchConfig, SelectionConfig, TaskConfig
 from moe_evo.journal import RANDOM
 from moe_evo.population import Evaluation
@@ -84,7 +84,7 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
         with folder.open_journal() as journal:
             genomes = [one.genome for one in journal.candidates(RANDOM)[:10]]
         data = check_tasks(config.tasks)
-        evaluator = commands.load_evaluator(config.model, data, config.evaluation, tracker)
+        evaluator = evaluators.load_evaluator(config.model, data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
         write_whole(path, json.dumps(scores))

@@ -17,7 +17,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from request_runs import MODEL, TASK, complete, genomes, requests
 
-from moe_evo import commands
+from moe_evo import commands, evaluators
 from moe_evo.config import ClusterConfig, EvaluationConfig, RunConfig, SearchConfig, SelectionConfig
 from moe_evo.criteria.frequency import routing_counts
 from moe_evo.evaluation.evaluator import Evaluator
@@ -43,7 +43,7 @@ CLUSTERS = {
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return commands.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
+    return evaluators.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.Tem
     """Folders of finished runs of CONFIG, one a pool. They start the services, so they hear all that happens."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
         for name, where in CLUSTERS.items():
             folder = tmp_path_factory.mktemp("run") / "run"
             with TerminalTracker() as tracker:
@@ -63,9 +63,9 @@ def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.Tem
 @pytest.fixture(params=CLUSTERS)
 def pool(request: pytest.FixtureRequest, folders: dict[str, Path], evaluator: Evaluator) -> Iterator[Pool]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
         config = replace(CONFIG, cluster=CLUSTERS[request.param])
-        with commands.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
+        with evaluators.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
             yield pool
 
 

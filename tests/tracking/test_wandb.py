@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from wandb_stand_in import KEY, StandIn, stand_in
 
-from moe_evo import commands
+from moe_evo import commands, evaluators
 from moe_evo.cli import main
 from moe_evo.config import (
     EvaluationConfig,
@@ -89,12 +89,12 @@ class SomeFail:
 def evaluator() -> SomeFail:
     data = check_tasks(CONFIG.tasks)
     quiet = TerminalTracker(Console(file=io.StringIO()))
-    return SomeFail(commands.load_evaluator(CONFIG.model, data, CONFIG.evaluation, quiet))
+    return SomeFail(evaluators.load_evaluator(CONFIG.model, data, CONFIG.evaluation, quiet))
 
 
 @pytest.fixture
 def resident(evaluator: SomeFail, monkeypatch: pytest.MonkeyPatch) -> SomeFail:
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     return evaluator
 
 
@@ -111,7 +111,7 @@ def finished(evaluator: SomeFail, tmp_path_factory: pytest.TempPathFactory) -> I
     """An uninterrupted offline run, with a key in the environment."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
         patch.setenv("WANDB_API_KEY", KEY)
         search(folder)
     return RunFolder(folder)
@@ -283,10 +283,10 @@ def test_an_interrupted_search_ends_with_one_whole_offline_run(
     finished: RunFolder, record: Record, evaluator: SomeFail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for after in (20, 60):
-        monkeypatch.setattr(commands, "load_evaluator", lambda *_, n=after: SomeFail(evaluator._evaluator, n))
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: SomeFail(evaluator._evaluator, n))
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "run")
-    monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     search(tmp_path / "run")
     again = Record(tmp_path / "run")
     for key in ("fitness", "best/fitness", "population/best20_std", "phase"):
@@ -416,7 +416,7 @@ def test_a_service_that_fails_in_the_middle_costs_one_line(
                     server.behaviour = later
                 return super().evaluate(genomes, split)
 
-        monkeypatch.setattr(commands, "load_evaluator", lambda *_: Failing(evaluator._evaluator))
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: Failing(evaluator._evaluator))
         began = time.monotonic()
         shown = search(tmp_path / "run", SMALL)
         assert time.monotonic() - began < 12
@@ -431,13 +431,13 @@ def test_a_resumed_online_run_gets_what_it_lacks_and_nothing_twice(
 ) -> None:
     with stand_in("answers") as server:
         online(monkeypatch, server)
-        monkeypatch.setattr(commands, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8))
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8))
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "run", SMALL)
         ((run, lines),) = server.history.items()
         first = len([one for one in lines if "evaluation_s" in one])
         assert first > 0
-        monkeypatch.setattr(commands, "load_evaluator", lambda *_: evaluator)
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
         search(tmp_path / "run", SMALL)
         assert [one["evaluations"] for one in server.history[run] if "evaluation_s" in one] == list(range(1, 13))
         assert list(server.history) == [run]

@@ -1,0 +1,87 @@
+"""From a config to what evaluates: a model with its tasks in this process, or a pool of gangs on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig
+from moe_evo.genome import Genome
+from moe_evo.operators import gaussian_mutation, random_pruning
+from moe_evo.space import SearchSpace
+from moe_evo.tasks.data import TaskData
+from moe_evo.tracking.base import Tracker
+
+if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.evaluation.pool import Pool
+    from moe_evo.models.view import MoEModel
+    from moe_evo.tasks.task import Task
+
+
+@contextmanager
+def open_pool(
+    config: ScoringConfig,
+    data: Sequence[TaskData],
+    tracker: Tracker,
+    space: SearchSpace | None = None,
+    model: MoEModel | None = None,
+) -> Iterator[Pool]:
+    """The evaluators that a config asks for: in this process, or gangs on a cluster.
+
+    space: what will be searched, so that it can be told where its genomes will be slow. model: for this
+    process, where it is loaded already.
+    """
+    if config.cluster.address is None:
+        from moe_evo.evaluation.local_pool import LocalPool
+
+        if model is None:
+            evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+        else:
+            evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation)
+        if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
+            tracker.message(
+                "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
+                "pass; keep fewer experts, set model.merged_cache_gib, or only prune (search.eep.num_pruning)"
+            )
+        yield LocalPool(evaluator)
+    else:
+        from moe_evo.gangs.ray_pool import ray_pool
+        from moe_evo.models.loading import load_tokenizer, model_hash, read_shape
+
+        _built(data, load_tokenizer(config.model), config.evaluation)  # or ranks would find what is wrong with examples
+        tracker.message(f"connecting to Ray ({config.cluster.address})")
+        with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
+            yield pool
+
+
+def _fully_merged(space: SearchSpace) -> Genome:
+    """A genome of the space with nothing left unmerged, the most memory that one can ask for."""
+    rng = np.random.default_rng(0)
+    return gaussian_mutation(random_pruning(space, rng), space, rng, layer_rate=1.0, entry_rate=1.0, sigma=0.1)
+
+
+def load_evaluator(
+    model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: Tracker
+) -> Evaluator:
+    """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
+    from moe_evo.models.loading import load_model, load_tokenizer
+
+    tasks = _built(data, load_tokenizer(model), evaluation)
+    tracker.message(f"loading {model.path}")
+    return _evaluator(load_model(model), tasks, evaluation)
+
+
+def _built(data: Sequence[TaskData], tokenizer: Any, evaluation: EvaluationConfig) -> list[Task]:
+    from moe_evo.tasks.registry import build_task
+
+    return [build_task(one, tokenizer, evaluation.batch_tokens) for one in data]
+
+
+def _evaluator(model: MoEModel, tasks: Sequence[Task], evaluation: EvaluationConfig) -> Evaluator:
+    from moe_evo.evaluation.evaluator import Evaluator
+
+    return Evaluator(model, tasks, evaluation)

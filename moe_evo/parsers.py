@@ -1,0 +1,153 @@
+"""The options of every command of `moe-evo`, and what `--help` says of them."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser
+
+from moe_evo.config import RunConfig, ScoringConfig, SweepConfig, TrackingConfig
+from moe_evo.config_file import config_parser, plain_parser
+
+
+def search_parser() -> ArgumentParser:
+    parser = config_parser(
+        "search",
+        "Search which experts to keep and merge. The same command again goes on where it stood.",
+        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
+        RunConfig,
+    )
+    parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    return parser
+
+
+def sweep_parser() -> ArgumentParser:
+    parser = config_parser(
+        "sweep",
+        "Search for every combination of numbers of experts, seeds, algorithms and tasks, on gangs that all searches "
+        "share. The same command again makes the runs that are missing.",
+        "moe-evo sweep [CONFIG.yaml] --sweep.num_kept 2,4,6 --sweep.seeds 0,1,2 [--section.key VALUE ...] [--no-tune]",
+        SweepConfig,
+    )
+    parser.add_argument(
+        "--no-tune",
+        action="store_true",
+        help="one run after the other in this process, without Ray Tune (and without Ray, if cluster.address is unset)",
+    )
+    return parser
+
+
+def plan_parser() -> ArgumentParser:
+    parser = config_parser(
+        "plan",
+        "Tell what a search would take, without loading weights: the model's size, memory of each rank for each way "
+        "of sharding, gangs that fit the cluster, and everything that is wrong with the config.",
+        "moe-evo plan [CONFIG.yaml] [--section.key VALUE ...] [--calibrate]",
+        RunConfig,
+    )
+    parser.add_argument(
+        "--memory_gib",
+        type=float | None,
+        help="memory of one rank's device; default: what is free here, and unknown for a cluster",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="load the model once and time a few evaluations, so that the time of the whole search can be told",
+    )
+    return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    parser = config_parser(
+        "evaluate",
+        "Score one genome on one split, with the model and tasks of a config or of a run; of a run it is the "
+        "winner unless --genome says otherwise.",
+        "moe-evo evaluate [RUN | CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
+        ScoringConfig,
+    )
+    parser.add_argument(
+        "--genome",
+        type=str | None,
+        help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
+        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the run's best, or 'full'",
+    )
+    parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
+    splits = ("search", "validation", "test")
+    parser.add_argument("--split", choices=splits, default="validation", help="which examples")
+    return parser
+
+
+def show_parser() -> ArgumentParser:
+    parser = plain_parser("show", "Table, kept experts and files of a run.")
+    parser.add_argument("run", type=str, help="folder of a run, finished or not")
+    return parser
+
+
+def compare_parser() -> ArgumentParser:
+    parser = plain_parser(
+        "compare",
+        "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
+        "score first. Unfinished runs stand there with what they have.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument(
+        "--format", choices=("table", "csv", "json"), default="table", help="for people, or for other programs"
+    )
+    return parser
+
+
+def report_parser() -> ArgumentParser:
+    parser = plain_parser(
+        "report",
+        "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
+        "score against size, any two runs side by side, failures, and the commands to reproduce and export.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument(
+        "--to",
+        type=str | None,
+        metavar="FILE",
+        help="file to write; default: report.html in the folder of a single run",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is no older report")
+    return parser
+
+
+def export_parser() -> ArgumentParser:
+    parser = plain_parser(
+        "export",
+        "Write the smaller checkpoint of a finished run, then reload it with stock transformers and compare its "
+        "logits with what was evaluated.",
+    )
+    parser.add_argument("run", type=str, help="folder of a finished run")
+    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--which", choices=("best", "best_pruning"), default="best", help="the winner, or the best that only prunes"
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    return parser
+
+
+def wandb_replay_parser() -> ArgumentParser:
+    parser = plain_parser(
+        "wandb-replay",
+        "Write a new run of Weights & Biases from the journal of a search, finished or not; a search that goes on "
+        "later goes on in that one.",
+    )
+    parser.add_argument("run", type=str, help="folder of a run that no process is working on")
+    parser.add_class_arguments(TrackingConfig, "tracking")
+    return parser
+
+
+PARSERS = {
+    "search": search_parser,
+    "sweep": sweep_parser,
+    "plan": plan_parser,
+    "evaluate": evaluate_parser,
+    "show": show_parser,
+    "compare": compare_parser,
+    "report": report_parser,
+    "export": export_parser,
+    "wandb-replay": wandb_replay_parser,
+}
+"""A parser for each command."""
