@@ -93,7 +93,7 @@ def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> No
             f"{lines[0]['bytes'] / 2**20:.1f}",
             str(len({line["seed"] for line in lines})),
             f"{tests.mean():.3f} [{low:.3f}, {high:.3f}]",
-            f"±{tests.std(ddof=1):.3f}" if len(tests) > 1 and tests.std() > 0 else "",
+            f"±{tests.std(ddof=1):.3f}" if len(tests) > 1 and np.ptp(tests) > 1e-9 else "",
             "*" if any(line["front"] for line in lines) else "",
         )
     print_whole(console, table)
@@ -132,7 +132,7 @@ def _draw_panel(axis: Any, groups: Mapping[tuple[Any, ...], list[dict[str, Any]]
         series.setdefault((key, algorithm), []).append(lines)
     names = {key for key, _ in series}
     for (key, algorithm), points in series.items():
-        label = _title(points[0][0])
+        label = _title(points[-1][0])
         if key == "full":
             axis.axhline(points[0][0]["test"], color="0.35", linewidth=1, linestyle="--", label=label)
             continue
