@@ -233,7 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoeEvoError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 3 if isinstance(error, ClusterError) else 2, debug=debug)
     except KeyboardInterrupt:
-        kept = "; all finished evaluations are kept, the same command goes on" if words[:1] == ["search"] else ""
+        kept = (
+            "; all finished evaluations are kept, the same command goes on"
+            if words[:1] in (["search"], ["sweep"])
+            else ""
+        )
         return _fail(f"interrupted{kept}", 130, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered must not raise at exit

@@ -6,15 +6,15 @@ Everything that can be wrong with the input is found before a model is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
+from moe_evo.config import ClusterConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
 from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
-from moe_evo.evaluators import open_pool
+from moe_evo.evaluators import check_sharding, open_pool
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
 from moe_evo.journal import MAIN, RANDOM, Journal
@@ -45,10 +45,13 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
     )
 
 
-def search(config: RunConfig, tracker: Tracker, model: MoEModel | None = None) -> RunFolder:
+def search(
+    config: RunConfig, tracker: Tracker, model: MoEModel | None = None, cluster: ClusterConfig | None = None
+) -> RunFolder:
     """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures.
 
-    model: the one that `config.model` describes, where it is loaded already.
+    model: the one that `config.model` describes, where it is loaded already. cluster: where to evaluate
+    this time, in place of `config.cluster`.
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
@@ -60,20 +63,31 @@ def search(config: RunConfig, tracker: Tracker, model: MoEModel | None = None) -
     if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     space = build_space(read_shape(config.model), config.search)
-    wider = _wider_prunings(config.search.warm_start, space)
+    check_sharding(config)
     with folder.claim(config) as journal:
-        hashes = {"model": model_hash(config.model), **{f"task {one.name}": one.hash for one in data}}
-        _check_inputs(journal, hashes)
+        new = check_inputs(journal, {"model": model_hash(config.model), **task_hashes(data)})
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
+        wider = _wider_prunings(config.search.warm_start, space)
+        if wider:
+            new |= check_inputs(journal, {"warm_start": " ".join(one.digest for one in wider)})
+        journal.set_meta(new)
         with tracked(config, space, journal, folder, tracker) as trackers:
-            _run(config, space, journal, folder, data, trackers, model, wider)
+            _run(config, space, journal, folder, data, trackers, model, wider, cluster or config.cluster)
     return folder
 
 
-def _check_inputs(journal: Journal, hashes: dict[str, str]) -> None:
-    """A run goes on only with the very model and data that it began with."""
+def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:
+    """What `check_inputs` knows of tasks."""
+    return {f"task {one.name}": one.hash for one in data}
+
+
+def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
+    """A run goes on only with the very model and data that it began with; answers what is new to its journal.
+
+    Raises RunError where something has changed.
+    """
     new = {}
     for name, found in hashes.items():
         known = journal.meta(f"hash/{name}")
@@ -84,7 +98,7 @@ def _check_inputs(journal: Journal, hashes: dict[str, str]) -> None:
                 f"{journal.path.parent}: {name} has changed since this run began; bring back the old files, "
                 "or start anew with another --folder"
             )
-    journal.set_meta(new)
+    return new
 
 
 def _wider_prunings(warm_start: str | None, space: SearchSpace) -> list[Genome]:
@@ -116,6 +130,7 @@ def _run(
     tracker: Tracker,
     model: MoEModel | None,
     wider: Sequence[Genome],
+    cluster: ClusterConfig,
 ) -> None:
     from moe_evo.driver import run_search
     from moe_evo.report.figure import kept_figure, search_figure
@@ -124,7 +139,7 @@ def _run(
         merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
         if merging_starts >= config.search.evaluations:
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
-    with open_pool(config, data, tracker, space, model) as pool:
+    with open_pool(replace(config, cluster=cluster), data, tracker, space, model) as pool:
         rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data), wider=wider)
     result = _result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}

@@ -6,6 +6,7 @@ help texts of the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,6 +88,11 @@ class ModelConfig:
         _require(
             self.max_memory is None or self.sharding == "device_map", "model.max_memory", self.max_memory,
             "none: only model.sharding device_map uses it",
+        )  # fmt: skip
+        sizes = (self.max_memory or {}).values()
+        _require(
+            all(re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size) for size in sizes), "model.max_memory", self.max_memory,
+            "sizes such as 70GiB",
         )  # fmt: skip
 
 
@@ -427,6 +433,11 @@ class ScoringConfig:
             size == 1 or sharding != "single", "cluster.gang_size", size,
             "1, as model.sharding is 'single'; use tensor_parallel, zero3 or device_map",
         )  # fmt: skip
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold one model together; device_map has one, with gang_size devices."""
+        return self.cluster.gang_size if self.model.sharding in ("tensor_parallel", "zero3") else 1
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,13 +14,16 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_evo.config import RunConfig, ScoringConfig, SweepConfig
+from moe_evo.config import RunConfig, ScoringConfig, SweepConfig, TaskConfig
 from moe_evo.errors import ConfigError
 
 Config = TypeVar("Config", bound=ScoringConfig)
 
 _LISTS = tuple(f"--sweep.{option}" for option in ("num_kept", "seeds", "algorithms", "tasks"))
 """Flags that take their values with commas between them."""
+
+_TYPES = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
+_KEYS = [one.name for one in fields(TaskConfig)]
 
 _COMMON = " With every command: --json prints the result as JSON, --debug shows the traceback of an error."
 
@@ -122,4 +127,24 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, ConfigError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+    return _readable(" ".join(str(error).split()))
+
+
+def _readable(complaint: str) -> str:
+    """A parser's complaint in the words of our own: the option, what was got, what was expected."""
+    key = re.match(r'Parser key "([\w.]+)": (.*)', complaint)
+    if key is None:
+        return complaint
+    option, rest = key.groups()
+    if unknown := re.search(r"Option '(\w+)' is not accepted", rest):
+        near = get_close_matches(unknown[1], _KEYS, n=1)
+        return f"{option}: got an unknown key {unknown[1]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    got = re.search(r"(?:Got|Given) value: (.*)$", rest)
+    if choices := re.search(r"Literal\[([^\]]*)\]", rest):
+        expected = f"one of {choices[1]}"
+    else:
+        types = dict.fromkeys(re.findall(r"<class '(\w+)'>", rest.split("Given value type")[0]))
+        expected = " or ".join(_TYPES.get(one, one) for one in types)
+    if got is None or not expected:
+        return f"{option}: {rest}"
+    return f"{option}: got {got[1]!r}, expected {expected}"

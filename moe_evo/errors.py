@@ -22,7 +22,11 @@ class ModelError(MoeEvoError, ValueError):
 
 
 class OutOfMemory(ModelError):
-    """An evaluation needs more memory than the device has, with one row in a batch too."""
+    """An evaluation needs more memory than the device has."""
+
+
+class RowOutOfMemory(OutOfMemory):
+    """A single row needs more memory than the device has, so that no smaller batch can help."""
 
 
 class TaskError(MoeEvoError, ValueError):

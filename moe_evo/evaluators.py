@@ -50,9 +50,9 @@ def open_pool(
         yield LocalPool(evaluator)
     else:
         from moe_evo.gangs.ray_pool import ray_pool
-        from moe_evo.models.loading import load_tokenizer, model_hash, read_shape
+        from moe_evo.models.loading import model_hash, read_shape
 
-        _built(data, load_tokenizer(config.model), config.evaluation)  # or ranks would find what is wrong with examples
+        check_examples(config, data)  # or ranks would find what is wrong with them
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
             yield pool
@@ -73,6 +73,22 @@ def load_evaluator(
     tasks = _built(data, load_tokenizer(model), evaluation)
     tracker.message(f"loading {model.path}")
     return _evaluator(load_model(model), tasks, evaluation)
+
+
+def check_sharding(config: ScoringConfig) -> None:
+    """Raise ConfigError where the model cannot be shared among the ranks of a gang, from config.json alone."""
+    from moe_evo.models.placement import check_placement
+    from moe_evo.models.ranks import Ranks
+    from moe_evo.models.size import read_config
+
+    check_placement(config.model, *read_config(config.model), Ranks(0, config.num_ranks))
+
+
+def check_examples(config: ScoringConfig, data: Sequence[TaskData]) -> None:
+    """Tokenise every example, without weights; raises TaskError or ModelError."""
+    from moe_evo.models.loading import load_tokenizer
+
+    _built(data, load_tokenizer(config.model), config.evaluation)
 
 
 def _built(data: Sequence[TaskData], tokenizer: Any, evaluation: EvaluationConfig) -> list[Task]:

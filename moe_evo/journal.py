@@ -166,6 +166,7 @@ class Journal:
         """Write what happened to gangs, as (seconds since the epoch, gang, kind, detail), and how they are now."""
         with self._write() as database:
             database.executemany("INSERT INTO gang_events VALUES (?, ?, ?, ?)", events)
+            database.execute("DELETE FROM pool_status")
             database.execute("INSERT INTO pool_status VALUES (?, ?)", (time.time(), json.dumps(status)))
 
     def gang_events(self) -> list[tuple[float, int, str, str]]:

@@ -92,6 +92,8 @@ def planned(
 
     A cluster that cannot be reached is a problem among the others.
     """
+    if memory_gib is not None and memory_gib <= 0:
+        raise ConfigError(f"memory_gib: got {memory_gib:g}, expected more than 0")
     if config.cluster.address is None:
         return plan(config, memory_gib=memory_gib, calibrate=_stopwatch(config, tracker) if calibrate else None)
     from moe_evo.gangs.connection import cluster_room, connected
@@ -176,11 +178,6 @@ def _tasks(config: RunConfig, problems: list[str]) -> list[TaskData]:
     return data
 
 
-def _ranks(config: RunConfig) -> int:
-    """Processes that hold one model; device_map has one, with gang_size devices."""
-    return config.cluster.gang_size if config.model.sharding in ("tensor_parallel", "zero3") else 1
-
-
 def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
@@ -193,7 +190,7 @@ def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
         if config.model.router == "eep":
             with _Noted(problems):
                 family.check_eep_router(transformers_config)
-        check_placement(config.model, family, transformers_config, Ranks(0, _ranks(config)))
+        check_placement(config.model, family, transformers_config, Ranks(0, config.num_ranks))
     return size
 
 

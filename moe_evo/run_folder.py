@@ -48,6 +48,8 @@ class RunFolder:
     def existing(cls, path: str | Path) -> RunFolder:
         """The folder of a run that was started before."""
         folder = cls(Path(path))
+        if (folder.path / "sweep.yaml").is_file():
+            raise RunError(f"{path}: is a sweep; give one or more of its runs, as in {path}/runs/*")
         if not folder.config.is_file():
             raise RunError(
                 f"{path}: not the folder of a run (no {folder.config.name} in it); "
@@ -164,6 +166,7 @@ def _defining(config: RunConfig) -> dict[str, Any]:
     for task, plain in zip(config.tasks, data["tasks"], strict=True):
         # the journal knows a task's content by hash, which may lie elsewhere on another machine
         plain |= {"name": task_name(task), "data": "", "few_shot": task.few_shot is not None}
+    data["search"]["warm_start"] = config.search.warm_start is not None  # its prunings are known by hash, too
     return data
 
 

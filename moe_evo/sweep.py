@@ -7,26 +7,27 @@ does what is missing and nothing twice. Ray Tune starts the runs; `one_by_one` n
 from __future__ import annotations
 
 import json
-import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from moe_evo import commands
-from moe_evo.config import RunConfig, SweepConfig, TaskConfig
-from moe_evo.errors import ClusterError, MoeEvoError, RunError
-from moe_evo.population import Individual
+from moe_evo.config import ClusterConfig, RunConfig, SweepConfig, TaskConfig
+from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.run_folder import RunFolder, asdict_plain, with_absolute_paths, write_whole
 from moe_evo.space import ModelShape
-from moe_evo.tasks.data import check_tasks, task_name
+from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.terminal import TerminalTracker
 
-_REPORT_INTERVAL_S = 1.0
+if TYPE_CHECKING:  # Ray is imported when a sweep begins
+    from moe_evo.gangs.trials import Report, RunEvent
 
 
 class SweepFolder:
@@ -42,6 +43,9 @@ class SweepFolder:
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.path / "runs" / name)
+
+    def log(self, name: str) -> Path:
+        return self.logs / f"{name}.txt"
 
     def read_result(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
@@ -78,6 +82,8 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         if len(swept.tasks) > 1:
             parts.insert(0, task_name(tasks[0]))
         name = "-".join(parts)
+        if name in runs:
+            raise ConfigError(f"sweep.tasks: two tasks have the name {task_name(tasks[0])!r}; rename a file or folder")
         run = RunConfig(**{**plain, "tasks": tasks, "search": search, "folder": str(folder.run(name).path)})
         runs[name] = with_absolute_paths(run)
     return _linked(runs) if swept.warm_start else runs
@@ -108,26 +114,61 @@ def _like(task: TaskConfig, configured: Sequence[TaskConfig]) -> TaskConfig:
 
 
 def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> SweepFolder:
-    """Make all runs of a sweep, or those that are missing; afterwards the folder holds table and figure."""
+    """Make all runs of a sweep, or those that are missing; afterwards the folder holds table and figure.
+
+    Everything that can be wrong with any of the runs is found before the first begins.
+    """
+    from moe_evo.evaluators import check_sharding
     from moe_evo.models.loading import read_shape
-    from moe_evo.report.sweep import sweep_figure, sweep_result
 
     folder = SweepFolder(Path(config.folder or _default_folder(config)).absolute())
     runs = grid(config, read_shape(config.model), folder)
-    for tasks in {json.dumps([task.data for task in run.tasks]): run.tasks for run in runs.values()}.values():
-        check_tasks(tasks)
+    check_sharding(config)
+    missing = _missing(runs, folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise RunError(f"{folder.path}: cannot be written ({error.strerror}); choose another --folder") from error
-    missing = {name: run for name, run in runs.items() if not folder.run(name).result.is_file()}
     done = len(runs) - len(missing)
     tracker.message(f"sweep of {len(runs)} runs in {folder.path}" + (f", {done} done before" if done else ""))
-    if missing and use_tune:
-        _with_tune(config, missing, folder, tracker)
-    elif missing:
-        _one_by_one(missing, tracker)
+    if missing:
+        progress = _Progress(folder, tracker, total=len(runs), done=done)
+        if use_tune:
+            _with_tune(config, missing, folder, tracker, progress)
+        else:
+            _one_by_one(config, missing, folder, tracker, progress)
+    _summarise(runs, folder)
+    return folder
+
+
+def _missing(runs: Mapping[str, RunConfig], folder: SweepFolder) -> dict[str, RunConfig]:
+    """The runs that are not finished; raises where a run's folder holds another run, or its data are wrong."""
+    from moe_evo.evaluators import check_examples
+    from moe_evo.models.loading import model_hash
+
+    missing = {}
+    hashed = model_hash(next(iter(runs.values())).model)
+    checked: dict[str, list[TaskData]] = {}
+    for name, run in runs.items():
+        key = json.dumps([asdict(task) for task in run.tasks])
+        if key not in checked:
+            checked[key] = list(check_tasks(run.tasks))
+            check_examples(run, checked[key])
+        state = "new"
+        if folder.run(name).config.is_file() and folder.run(name).journal.is_file():
+            with folder.run(name).open_journal() as journal:
+                state = folder.run(name).state(run, journal)
+                commands.check_inputs(journal, {"model": hashed, **commands.task_hashes(checked[key])})
+        if state != "finished":
+            missing[name] = run
+    return missing
+
+
+def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
+    """Write table and figure of what is finished; raises RunError where something is not."""
+    from moe_evo.report.sweep import sweep_figure, sweep_result
+
     unfinished = [name for name in runs if not folder.run(name).result.is_file()]
     finished = {name: folder.run(name).read_result() for name in runs if name not in unfinished}
     if finished:
@@ -139,49 +180,101 @@ def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> S
             f"{folder.path}: {len(unfinished)} of {len(runs)} runs failed ({', '.join(unfinished[:5])}); "
             f"{folder.logs} says why; mend that and run the same command again"
         )
-    return folder
 
 
-def _one_by_one(runs: Mapping[str, RunConfig], tracker: TerminalTracker) -> None:
+class _Progress:
+    """Tells in a line where each run stands."""
+
+    def __init__(self, folder: SweepFolder, tracker: TerminalTracker, *, total: int, done: int) -> None:
+        self._folder, self._tracker, self._total, self._ended = folder, tracker, total, done
+
+    def __call__(self, name: str, event: RunEvent) -> None:
+        if event == "started":
+            line = "started"
+        elif event == "crashed":
+            line = "crashed, starts again where it stood"
+        else:
+            self._ended += 1
+            line = f"{self._outcome(name)} ({self._ended} of {self._total})"
+        self._tracker.message(f"run {name}: {line}")
+
+    def _outcome(self, name: str) -> str:
+        run = self._folder.run(name)
+        if not run.result.is_file():
+            return f"failed, see {self._folder.log(name)}"
+        scores = run.read_result()["rows"][-1]["scores"]
+        return ", ".join(["done", *(f"{split} {score['fitness']:.3f}" for split, score in scores.items())])
+
+
+def _one_by_one(
+    config: SweepConfig,
+    runs: Mapping[str, RunConfig],
+    folder: SweepFolder,
+    tracker: TerminalTracker,
+    progress: _Progress,
+) -> None:
     """In this process, with the model loaded once where there is no cluster."""
     from moe_evo.models.loading import load_model
 
-    first = next(iter(runs.values()))
-    model = None
-    if first.cluster.address is None:
-        tracker.message(f"loading {first.model.path}")
-        model = load_model(first.model)
-    for name, config in runs.items():
-        tracker.message(f"run {name}")
-        commands.search(config, tracker, model)
+    with ExitStack() as stack:
+        model = cluster = None
+        if config.cluster.address is None:
+            tracker.message(f"loading {config.model.path}")
+            model = load_model(config.model)
+        else:
+            cluster = stack.enter_context(_service(config, folder, tracker))
+        for name, run in runs.items():
+            progress(name, "started")
+            folder.logs.mkdir(exist_ok=True)
+            try:
+                commands.search(run, tracker, model, cluster)
+            except ClusterError:
+                raise
+            except MoeEvoError as error:
+                folder.log(name).write_text(f"error: {error}\n", "utf-8")
+            progress(name, "ended")
 
 
 def _with_tune(
-    config: SweepConfig, runs: Mapping[str, RunConfig], folder: SweepFolder, tracker: TerminalTracker
+    config: SweepConfig,
+    runs: Mapping[str, RunConfig],
+    folder: SweepFolder,
+    tracker: TerminalTracker,
+    progress: _Progress,
 ) -> None:
-    """As trials of Ray Tune that share one service of gangs, which is there before the first of them."""
-    from moe_evo.gangs.connection import connected, shared_service
-    from moe_evo.gangs.trials import run_trials
+    """As trials of Ray Tune that share one service of gangs."""
+    with _service(config, folder, tracker) as cluster:
+        from moe_evo.gangs.trials import run_trials
+
+        for wave in _waves(runs, config):
+            run_trials(
+                wave,
+                partial(_search_in_trial, cluster=cluster),
+                folder.tune,
+                max_concurrent=min(config.sweep.max_concurrent, len(wave)),
+                max_failures=config.sweep.max_failures,
+                tell=progress,
+            )
+
+
+@contextmanager
+def _service(config: SweepConfig, folder: SweepFolder, tracker: TerminalTracker) -> Iterator[ClusterConfig]:
+    """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
+    from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
     from moe_evo.models.loading import model_hash
 
     cluster = config.cluster
     address = cluster.address or "local"
     name = cluster.service or f"{folder.path.name}-{uuid.uuid4().hex[:8]}"
-    model = next(iter(runs.values())).model
-    concurrent = min(config.sweep.max_concurrent, len(runs))
     tracker.message(f"connecting to Ray ({address})")
-    with connected(address, extra_cpus=concurrent):
-        cluster = replace(cluster, address="auto", service=name, num_gangs=_num_gangs(config))
-        with shared_service(model, model_hash(model), cluster, keep=config.cluster.service is not None):
-            for wave in _waves(runs, config):
-                run_trials(
-                    {trial: replace(run, cluster=cluster) for trial, run in wave.items()},
-                    _search_in_trial,
-                    folder.tune,
-                    max_concurrent=concurrent,
-                    max_failures=config.sweep.max_failures,
-                    tell=tracker.message,
-                )
+    with connected(address, extra_cpus=config.sweep.max_concurrent):
+        num_gangs = cluster.num_gangs
+        if address == "local" and num_gangs == "auto":  # not on the CPUs that are counted for the runs' drivers
+            num_gangs = gangs_without_drivers(config.model, cluster)
+        shared = replace(cluster, address="auto", service=name, num_gangs=num_gangs)
+        model = with_absolute_paths(config).model
+        with shared_service(model, model_hash(model), shared, keep=cluster.service is not None):
+            yield shared
 
 
 def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str, RunConfig]]:
@@ -192,49 +285,26 @@ def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str,
     return [{name: run for name, run in runs.items() if _num_kept(run) == size} for size in sizes]
 
 
-def _num_gangs(config: SweepConfig) -> Any:
-    """On a Ray of our own the runs' drivers have CPUs of their own, which gangs must not take."""
-    cluster = config.cluster
-    if cluster.address not in (None, "local") or cluster.num_gangs != "auto":
-        return cluster.num_gangs
-    from moe_evo.gangs.connection import gangs_without_drivers
-
-    return gangs_without_drivers(config.model, cluster)
-
-
-def _search_in_trial(config: RunConfig, report: Any) -> None:
-    """What a trial does: a whole search. report: takes the numbers that Tune shows."""
+def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) -> None:
+    """What a trial does: a whole search on the gangs of `cluster`. report: takes the numbers that Tune shows."""
     from rich.console import Console
 
     assert config.folder is not None
-    run = Path(config.folder)
-    log = run.parent.parent / "logs" / f"{run.name}.txt"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream, _TrialTracker(Console(file=stream), report) as tracker:
+    run = RunFolder(Path(config.folder))
+    folder = SweepFolder(run.path.parent.parent)
+    folder.logs.mkdir(exist_ok=True)
+    log = folder.log(run.path.name)
+    with log.open("a", encoding="utf-8") as stream, TerminalTracker(Console(file=stream)) as tracker:
         try:
-            commands.search(config, tracker)
+            commands.search(config, tracker, cluster=cluster)
         except ClusterError:
             raise  # another try may fare better
         except MoeEvoError as error:
             tracker.message(f"error: {error}")
-
-
-class _TrialTracker(TerminalTracker):
-    """Writes into the run's log, and tells Tune how far the search has come."""
-
-    def __init__(self, console: Any, report: Any) -> None:
-        super().__init__(console)
-        self._report = report
-        self._reported_at = 0.0
-
-    def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
-        super().evaluated(individual, best, phase)
-        now = time.monotonic()
-        if best is not None and now - self._reported_at > _REPORT_INTERVAL_S:
-            self._reported_at = now
-            self._report({"evaluations": individual.number + 1, "best_fitness": best.evaluation.fitness})
+            return
+    report({split: score["fitness"] for split, score in run.read_result()["rows"][-1]["scores"].items()})
 
 
 def _default_folder(config: SweepConfig) -> str:
-    names = config.sweep.tasks or [task_name(task) for task in config.tasks]
+    names = [task_name(TaskConfig(data=data)) for data in config.sweep.tasks] or list(map(task_name, config.tasks))
     return f"runs/sweep-{'+'.join(names)[:150]}"

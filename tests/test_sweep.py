@@ -19,7 +19,7 @@ from rich.console import Console
 
 from moe_evo.config import GridConfig, ModelConfig, SearchConfig, SelectionConfig, SweepConfig, TaskConfig
 from moe_evo.config_file import config_parser, parse_config
-from moe_evo.errors import ConfigError
+from moe_evo.errors import ConfigError, RunError, TaskError
 from moe_evo.journal import Journal
 from moe_evo.models.loading import read_shape
 from moe_evo.report.sweep import print_sweep, sweep_result
@@ -136,6 +136,30 @@ def test_what_is_finished_is_not_run_again(one_by_one: SweepFolder) -> None:
     assert (one_by_one.path / "runs" / "keep3-seed1" / "result.json").is_file()
 
 
+def test_another_config_on_an_old_folder_is_refused_and_nothing_is_written(one_by_one: SweepFolder) -> None:
+    before = one_by_one.config.read_bytes()
+    search = replace(CONFIG.search, evaluations=7)
+    config = replace(CONFIG, folder=str(one_by_one.path), search=search)
+    with pytest.raises(RunError, match=r"search\.evaluations: 6 -> 7"):
+        sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    assert one_by_one.config.read_bytes() == before
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    tasks = [str(tmp_path / name / "data.jsonl") for name in ("a", "b")]
+    with pytest.raises(ConfigError, match="two tasks have the name 'data'"):
+        runs_of(replace(CONFIG, sweep=GridConfig(tasks=tasks)))
+
+
+def test_what_is_wrong_with_examples_is_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    config = replace(CONFIG, tasks=[replace(TASK, max_length=2)], folder=str(tmp_path / "sweep"))
+    with pytest.raises(TaskError, match="max_length"):
+        sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_the_front_holds_what_nothing_beats_in_both_size_and_score() -> None:
     def run(name: str, parameters: int, test: float) -> tuple[str, dict[str, object]]:
         score = {"fitness": test, "low": test, "high": test}
@@ -228,6 +252,8 @@ def test_runs_share_one_pool_and_survive_the_death_of_a_trial_and_of_the_sweep(t
     finally:
         second.kill_everything()
     assert len(gang_loads(tmp_path / "sweep") - loads) <= 1
+    kept = yaml.safe_load((tmp_path / "sweep" / "runs" / names[0] / "config.yaml").read_text())
+    assert kept["cluster"]["service"] is None  # the sweep's own gangs are gone: the run must not look for them
     result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert result["runs"] == sorted(names)
     found = content(SweepFolder(tmp_path / "sweep"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_evo.errors import OutOfMemory
+from moe_evo.errors import OutOfMemory, RowOutOfMemory
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch
 
@@ -43,7 +43,8 @@ class BatchMemory:
         is_smallest = self._rows == 1 or self.batch_tokens == 1  # the latter where no batch has begun to run
         if is_smallest or self._model.ranks.size > 1:
             what = "one row in a batch" if is_smallest else f"batches of {self._tokens} tokens"
-            raise OutOfMemory(
+            kind = RowOutOfMemory if self._rows == 1 else OutOfMemory
+            raise kind(
                 f"out of memory on {self._model.device} with {what}: lower evaluation.batch_tokens (now "
                 f"{self.batch_tokens}), model.merged_cache_gib or the tasks' max_length, "
                 "then run the same command again"

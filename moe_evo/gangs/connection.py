@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -41,6 +43,7 @@ def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + extra_cpus}
+    at_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
@@ -49,6 +52,8 @@ def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
             f"cluster.address: no Ray cluster at {address!r} ({reason}); start one with `ray start --head`, or use "
             "'local' for one on this machine"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, at_end)  # Ray's own prints a stack of C++ frames
     try:
         yield
     finally:

@@ -72,6 +72,7 @@ class Dispatcher:
         self._runs: dict[str, _Run] = {}
         self._entries: dict[Key, _Entry] = {}
         self._under_way: set[Key] = set()
+        self._turn = 0.0
         self._cache: OrderedDict[Key, Answer] = OrderedDict()
         self._seconds: float | None = None  # a job takes, by the latest batches
         self._longest_s: dict[tuple[str, str], float] = {}
@@ -149,6 +150,7 @@ class Dispatcher:
         keys = [first.job.key]
         while len(keys) < size and run.queue and _go_together(first, self._entries[run.queue[0]]):
             keys.append(run.queue.popleft())
+        self._turn = run.turns
         run.turns += len(keys)
         self._under_way.update(keys)
         return tuple(self._entries[key].job for key in keys)
@@ -207,7 +209,7 @@ class Dispatcher:
 
     def _fair_start(self) -> float:
         """Turns of whoever is served next: a newcomer neither waits for the others nor goes before them."""
-        return min((run.turns for run in self._runs.values() if run.queue), default=0.0)
+        return min((run.turns for run in self._runs.values() if run.queue), default=self._turn)
 
 
 def _go_together(first: _Entry, second: _Entry) -> bool:

@@ -21,7 +21,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_evo.config import ClusterConfig, ModelConfig
-from moe_evo.errors import MoeEvoError, OutOfMemory
+from moe_evo.errors import ConfigError, MoeEvoError, OutOfMemory, RowOutOfMemory
 from moe_evo.gangs.dispatcher import Answer, Batch
 from moe_evo.gangs.library import ActorHandle, ray
 from moe_evo.gangs.rank import Rank, Work
@@ -39,7 +39,7 @@ class GangBroken(Exception):
 
     @property
     def out_of_memory(self) -> bool:
-        return isinstance(self.cause, OutOfMemory)
+        return isinstance(self.cause, OutOfMemory) and not isinstance(self.cause, RowOutOfMemory)
 
     @property
     def permanent(self) -> MoeEvoError | None:
@@ -58,22 +58,30 @@ class Gang:
     def __init__(
         self, name: str, size: int, bundle: dict[str, float], cluster: ClusterConfig, *, halvings: int, rank: type[Rank]
     ) -> None:
-        labels = [dict(cluster.labels)] * size if cluster.labels else None
-        self._group = placement_group(
-            [bundle] * size, strategy=cluster.strategy, name=name, bundle_label_selector=labels
-        )
         self._load_timeout_s = cluster.load_timeout_s
         self._begun: set[str] = set()
         self.halvings = halvings
+        labels = [dict(cluster.labels)] * size if cluster.labels else None
         actor = ray.remote(concurrency_groups={"watch": 1})(rank)
-        self._ranks: list[ActorHandle] = [
-            actor.options(
-                **_options(bundle),
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
-            ).remote(index, size)
-            for index in range(size)
-        ]
+        self._group: Any = None
+        try:
+            self._group = placement_group(
+                [bundle] * size, strategy=cluster.strategy, name=name, bundle_label_selector=labels
+            )
+            self._ranks: list[ActorHandle] = [
+                actor.options(
+                    **_options(bundle),
+                    max_restarts=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=index
+                    ),
+                ).remote(index, size)
+                for index in range(size)
+            ]
+        except (ValueError, TypeError) as error:
+            if self._group is not None:
+                remove_placement_group(self._group)
+            raise ConfigError(f"cluster.resources or cluster.labels: Ray refuses them ({error})") from error
         self.died: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     async def placed(self) -> tuple[int, ...]:

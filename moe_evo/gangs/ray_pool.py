@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from moe_evo.config import EvaluationConfig, ScoringConfig
-from moe_evo.errors import ClusterError
+from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
 from moe_evo.gangs.dispatcher import Answer, Job
@@ -69,9 +69,9 @@ def _check_room(spec: ServiceSpec, room: ClusterRoom) -> None:
     cluster = spec.cluster
     if not gangs_that_fit(room.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
         total = ", ".join(f"{name} {room.nodes[0].total.get(name, 0):g}" for name in spec.bundle)
-        raise ClusterError(
+        raise ConfigError(
             f"cluster: a gang needs {spec.needs}, this machine has {total}; lower cluster.gang_size or "
-            "cluster.resources"
+            "cluster.resources, and check cluster.labels"
         )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_evo.config import ClusterConfig, ModelConfig
-from moe_evo.errors import ClusterError
+from moe_evo.errors import ClusterError, MoeEvoError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
 from moe_evo.gangs.gang import Gang, GangBroken
@@ -114,6 +114,7 @@ class GangService:
         """Make a run known; harmless where it is."""
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
+            self._supervisor.add_done_callback(self._end_at_defects)
         if self._fatal is not None and not self._listeners:  # whoever comes next may have mended what was wrong
             self._fatal, self._failed_loads = None, 0
         self._listeners.setdefault(run, _Listener(time.monotonic()))
@@ -186,7 +187,8 @@ class GangService:
     def _end_at_defects(self, coroutine: asyncio.Task[None]) -> None:
         """What a gang's coroutine did not expect is told to the runs, or they would wait for ever."""
         if not coroutine.cancelled() and (error := coroutine.exception()) is not None:
-            self._fatal = RuntimeError(f"a gang's supervisor failed: {type(error).__name__}: {error}")
+            failed = RuntimeError(f"the service failed: {type(error).__name__}: {error}")
+            self._fatal = error if isinstance(error, MoeEvoError) else failed
             self._wake()
 
     def _wants_one_more(self) -> bool:

@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow an interrupt
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other output begins with a banner, quiet or not
 
 import ray.tune as _tune
@@ -16,6 +17,9 @@ from moe_evo.config import RunConfig
 
 tune: Any = _tune
 Report = Callable[[dict[str, Any]], None]
+RunEvent = Literal["started", "crashed", "ended"]
+Tell = Callable[[str, RunEvent], None]
+"""Told of a run by its name, in the process that called `run_trials`."""
 
 
 def run_trials(
@@ -25,12 +29,12 @@ def run_trials(
     *,
     max_concurrent: int,
     max_failures: int,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> None:
     """Call `function(config, report)` for every run, each in a process with one CPU, in the given order.
 
     folder: of Tune's state, from which `Tuner.restore` with `trainable(runs, function)` goes on. tell:
-    takes a line about each run that begins, crashes or ends. A run that fails for good is told of, not raised.
+    hears of each run that begins, crashes or ends; a run that fails for good is told of, not raised.
     """
     tuner = tune.Tuner(
         trainable(runs, function),
@@ -44,7 +48,7 @@ def run_trials(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_Teller(tell, len(runs))],
+            callbacks=[_Teller(tell)],
             verbose=0,
         ),
     )
@@ -70,31 +74,27 @@ def _name(trial: Any) -> str:
     return str(trial.config["run"])
 
 
-def _to_nobody(text: str) -> None:
+def _to_nobody(name: str, event: RunEvent) -> None:
     pass
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]
     """Tells where the runs stand."""
 
-    def __init__(self, tell: Callable[[str], None], total: int) -> None:
-        self._tell, self._total, self._ended = tell, total, 0
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
 
     def __reduce__(self) -> Any:
-        return (_Teller, (_to_nobody, self._total))  # Tune keeps callbacks with its state; a terminal cannot be kept
+        return (_Teller, (_to_nobody,))  # Tune keeps callbacks with its state; a terminal cannot be kept
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._tell(f"run {_name(trial)}: started")
+        self._tell(_name(trial), "started")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._tell(f"run {_name(trial)}: crashed, starts again where it stood")
+        self._tell(_name(trial), "crashed")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended += 1
-        self._tell(f"run {_name(trial)}: failed ({self._ended} of {self._total} runs ended)")
+        self._tell(_name(trial), "ended")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended += 1
-        best = trial.last_result.get("best_fitness")
-        found = "" if best is None else f", best search fitness {best:.4f}"
-        self._tell(f"run {_name(trial)}: done ({self._ended} of {self._total} runs ended){found}")
+        self._tell(_name(trial), "ended")

@@ -251,7 +251,8 @@ def commands(record: Record) -> list[tuple[str, str]]:
         shown.append((what, f"moe-evo export {folder} --which best_pruning --to {pruned}"))
     again = shlex.quote(f"{record.folder}-again")
     software = record.result["software"]
-    pinned = " ".join(f"{name}=={version}" for name, version in software.items() if name not in ("python", "moe_evo"))
+    releases = {name: version.split("+")[0] for name, version in software.items()}  # an index knows no '+cpu'
+    pinned = " ".join(f"{name}=={version}" for name, version in releases.items() if name not in ("python", "moe_evo"))
     return [
         *shown,
         ("score the winner anew", f"moe-evo evaluate {folder} --split test"),

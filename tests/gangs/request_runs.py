@@ -48,7 +48,7 @@ def requests(number: int, seed: int = 0, split: str = "search") -> list[Request]
 @contextmanager
 def gangs(rank: type[Rank] = StandIn, *, model: ModelConfig = MODEL, **cluster: Any) -> Iterator[RayPool]:
     """A pool of gangs of `rank` on the cluster that this process is connected to."""
-    config = ScoringConfig(model=model, tasks=[TASK], cluster=ClusterConfig(address="local", **cluster))
+    config = ScoringConfig(model=model, tasks=[TASK], cluster=ClusterConfig(**{"address": "local", **cluster}))
     known_as = model_hash(model) if rank is Rank else "no model"
     with ray_pool(config, check_tasks(config.tasks), read_shape(model), known_as, rank) as pool:
         yield pool

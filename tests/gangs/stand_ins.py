@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ray import cloudpickle
 
-from moe_evo.errors import OutOfMemory
+from moe_evo.errors import OutOfMemory, RowOutOfMemory
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, Outcome
@@ -144,6 +144,10 @@ def unable_to_start() -> type[Rank]:
 
 def raise_value_error() -> None:
     raise ValueError("logits have 3 dimensions")
+
+
+def raise_row_out_of_memory() -> None:
+    raise RowOutOfMemory("out of memory on cpu with one row in a batch")
 
 
 def die() -> None:

@@ -122,6 +122,20 @@ def test_a_run_that_was_idle_saves_up_no_turns() -> None:
     assert 4 <= sum(taken) <= 6
 
 
+def test_a_run_that_comes_while_all_jobs_are_under_way_does_not_go_before_the_others() -> None:
+    dispatcher = warm(max_batch=1)
+    dispatcher.submit("a", jobs(*range(20)))
+    for _ in range(19):
+        finish(dispatcher, dispatcher.take(1))
+    under_way = dispatcher.take(1)
+    dispatcher.join("b")
+    dispatcher.submit("b", jobs(*range(40, 60)))
+    finish(dispatcher, under_way)
+    dispatcher.submit("a", jobs(*range(20, 40)))
+    taken = [GENOMES.index(dispatcher.take(1)[0].genome) >= 40 for _ in range(10)]  # type: ignore[arg-type]
+    assert 4 <= sum(taken) <= 6
+
+
 def test_what_broke_a_gang_is_tried_again_alone_and_only_the_culprit_is_given_up() -> None:
     dispatcher = warm(max_attempts=3)
     dispatcher.submit("a", jobs(0, 1, 2, 3))

@@ -26,7 +26,17 @@ from request_runs import (
     service_pid,
     wait_until,
 )
-from stand_ins import always, die, hang, loading_when, once, raise_value_error, short_of_memory, slow
+from stand_ins import (
+    always,
+    die,
+    hang,
+    loading_when,
+    once,
+    raise_row_out_of_memory,
+    raise_value_error,
+    short_of_memory,
+    slow,
+)
 
 from moe_evo.gangs import ray_pool
 from moe_evo.population import EvaluationFailure
@@ -174,6 +184,17 @@ def test_batches_are_halved_when_memory_runs_out_and_no_genome_is_blamed() -> No
     assert_scores(progress, wanted)
     assert progress.kinds().count("batch_halved") == 2
     assert "quarantined" not in progress.kinds()
+
+
+def test_a_genome_that_does_not_fit_alone_is_given_up_without_smaller_batches_for_the_others() -> None:
+    wanted = requests(6)
+    with gangs(always(wanted[2].genome.digest, raise_row_out_of_memory), num_gangs=1, max_attempts=2) as pool:
+        progress = complete(pool, wanted)
+    assert_scores(progress, wanted, but=[2])
+    assert "batch_halved" not in progress.kinds()
+    outcome = progress.outcomes[2, "search"]
+    assert isinstance(outcome, EvaluationFailure)
+    assert "one row in a batch" in outcome.reason
 
 
 def test_ten_random_faults_in_one_run_lose_nothing() -> None:

@@ -31,7 +31,7 @@ from request_runs import (
 )
 from stand_ins import slow, writing_down
 
-from moe_evo.errors import ClusterError
+from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.gangs.connection import connected
 
@@ -167,8 +167,16 @@ def test_gangs_of_the_cluster_that_this_process_is_in_are_used_and_the_connectio
 
 
 def test_a_gang_that_is_too_large_for_this_machine_is_refused() -> None:
-    with pytest.raises(ClusterError, match=r"a gang needs 1 x \(CPU 1000\), PACK, this machine has CPU 16") as error:
+    with pytest.raises(ConfigError, match=r"a gang needs 1 x \(CPU 1000\), PACK, this machine has CPU 16") as error:
         gangs(resources={"CPU": 1000}).__enter__()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"labels": {"a b": "x!"}}, {"resources": {"CPU": 1, "GPU": 1.5}}])
+def test_what_ray_refuses_is_wrong_input_in_one_line(options: dict[str, dict[str, float | str]]) -> None:
+    refused = pytest.raises(ConfigError, match=r"cluster\.resources or cluster\.labels: Ray refuses them")
+    with gangs(address="auto", **options) as pool, refused as error:
+        complete(pool, requests(2))
     assert "\n" not in str(error.value)
 
 
