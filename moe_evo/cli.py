@@ -54,9 +54,9 @@ def _search(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
 
 
 def _sweep(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from moe_evo.config import SweepConfig
     from moe_evo.config_file import parse_config
     from moe_evo.sweep import sweep
+    from moe_evo.sweep_config import SweepConfig
     from moe_evo.tracking.terminal import TerminalTracker
 
     arguments, config = parse_config(parser, argv, SweepConfig)

@@ -28,7 +28,7 @@ PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
-def _require(condition: bool, option: str, got: object, expected: str) -> None:
+def require(condition: bool, option: str, got: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{option}: got {got!r}, expected {expected}")
 
@@ -72,25 +72,25 @@ class ModelConfig:
     max_memory: dict[int | str, str] | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
+        require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
         cache = self.merged_cache_gib
-        _require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
+        require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
         zero3 = self.sharding == "zero3"
-        _require(zero3 or self.offload == "none", "model.offload", self.offload, "'none' without model.sharding zero3")
-        _require(
+        require(zero3 or self.offload == "none", "model.offload", self.offload, "'none' without model.sharding zero3")
+        require(
             self.offload != "nvme" or self.offload_folder is not None, "model.offload_folder", self.offload_folder,
             "a folder on a fast local disk, as model.offload is 'nvme'",
         )  # fmt: skip
-        _require(
+        require(
             self.offload_folder is None or self.offload == "nvme" or self.sharding == "device_map",
             "model.offload_folder", self.offload_folder, "none: only model.offload nvme and device_map use it",
         )  # fmt: skip
-        _require(
+        require(
             self.max_memory is None or self.sharding == "device_map", "model.max_memory", self.max_memory,
             "none: only model.sharding device_map uses it",
         )  # fmt: skip
         sizes = (self.max_memory or {}).values()
-        _require(
+        require(
             all(re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size) for size in sizes), "model.max_memory", self.max_memory,
             "sizes such as 70GiB",
         )  # fmt: skip
@@ -138,13 +138,13 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         where = f"tasks ({self.name or self.data or 'unnamed'})"
-        _require(bool(self.data), f"{where}.data", self.data, "a file, a folder or an embedded task")
+        require(bool(self.data), f"{where}.data", self.data, "a file, a folder or an embedded task")
         shares_ok = min(self.split_shares) > 0 and abs(sum(self.split_shares) - 1) < 1e-6
-        _require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
+        require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
         for option in ("num_search", "num_validation", "num_test"):
-            _require(getattr(self, option) >= 0, f"{where}.{option}", getattr(self, option), "0 (all) or more")
-        _require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
+            require(getattr(self, option) >= 0, f"{where}.{option}", getattr(self, option), "0 (all) or more")
+        require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
 
     def num_examples(self, split: str) -> int:
         """Most examples of `split` that are used; 0 means all."""
@@ -196,20 +196,20 @@ class EEPConfig:
 
     def __post_init__(self) -> None:
         for option in ("num_initial", "mutation_parents", "crossover_parents"):
-            _require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
+            require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
         rates = (
             "layer_rate", "swap_rate", "entry_rate", "crossover_rate", "crossover_bias",
             "layer_crossover_rate", "normalise_rate",
         )  # fmt: skip
         for option in rates:
             rate = getattr(self, option)
-            _require(0 <= rate <= 1, f"search.eep.{option}", rate, "a probability from 0 to 1")
-        _require(self.layer_rate > 0, "search.eep.layer_rate", self.layer_rate, "more than 0")
+            require(0 <= rate <= 1, f"search.eep.{option}", rate, "a probability from 0 to 1")
+        require(self.layer_rate > 0, "search.eep.layer_rate", self.layer_rate, "more than 0")
         for option in ("sigma", "mutation_margin", "crossover_margin"):
-            _require(getattr(self, option) >= 0, f"search.eep.{option}", getattr(self, option), "0 or more")
-        _require(self.sigma > 0, "search.eep.sigma", self.sigma, "more than 0")
+            require(getattr(self, option) >= 0, f"search.eep.{option}", getattr(self, option), "0 or more")
+        require(self.sigma > 0, "search.eep.sigma", self.sigma, "more than 0")
         if self.num_pruning is not None:
-            _require(
+            require(
                 self.num_pruning >= self.num_initial, "search.eep.num_pruning", self.num_pruning,
                 f"at least search.eep.num_initial ({self.num_initial})",
             )  # fmt: skip
@@ -255,16 +255,16 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
-        _require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
-        _require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
-        _require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
-        _require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
-        _require(self.seed >= 0, "search.seed", self.seed, "0 or more")
-        _require(
+        require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
+        require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
+        require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
+        require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
+        require(self.seed >= 0, "search.seed", self.seed, "0 or more")
+        require(
             self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
             f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
         )  # fmt: skip
-        _require(
+        require(
             self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
             "none, as random search begins nowhere",
         )  # fmt: skip
@@ -285,8 +285,8 @@ class EvaluationConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
-        _require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
+        require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
+        require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class SelectionConfig:
     frequency: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
+        require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -352,20 +352,20 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for option in ("num_gangs", "gang_size", "max_batch", "max_attempts"):
             value = getattr(self, option)
-            _require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
+            require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
         for option in ("deadline_s", "load_timeout_s", "idle_release_s"):
             value = getattr(self, option)
-            _require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
+            require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
         amounts = self.resources
-        _require(
+        require(
             amounts is None or (bool(amounts) and min(amounts.values()) > 0), "cluster.resources", amounts,
             "positive amounts, as in {GPU: 1, CPU: 4}",
         )  # fmt: skip
-        _require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
+        require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
         if self.address is None:
             defaults = ClusterConfig(address="auto")
             for option, value in vars(self).items():
-                _require(
+                require(
                     option == "address" or value == getattr(defaults, option), f"cluster.{option}", value,
                     "none without cluster.address; add --cluster.address auto (or local)",
                 )  # fmt: skip
@@ -391,14 +391,14 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.project) and len(self.project) <= 128 and not set(self.project) & set("/\\#?%:"),
             "tracking.project", self.project, "a name of at most 128 characters, none of / \\ # ? % :",
         )  # fmt: skip
         for option, length in (("group", 128), ("entity", 128)):
             value = getattr(self, option)
-            _require(value is None or 0 < len(value) <= length, f"tracking.{option}", value, "1 to 128 characters")
-        _require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
+            require(value is None or 0 < len(value) <= length, f"tracking.{option}", value, "1 to 128 characters")
+        require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
 
 
 def _embedded_tasks() -> list[TaskConfig]:
@@ -422,14 +422,14 @@ class ScoringConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.tasks), "tasks", self.tasks, "at least one task")
+        require(bool(self.tasks), "tasks", self.tasks, "at least one task")
         sharding, size = self.model.sharding, self.cluster.gang_size
         needs_gang = sharding in ("tensor_parallel", "zero3")
-        _require(
+        require(
             not needs_gang or self.cluster.address is not None, "model.sharding", sharding,
             "'single' or 'device_map' in one process; add --cluster.address auto (or local) for gangs",
         )  # fmt: skip
-        _require(
+        require(
             size == 1 or sharding != "single", "cluster.gang_size", size,
             "1, as model.sharding is 'single'; use tensor_parallel, zero3 or device_map",
         )  # fmt: skip
@@ -460,59 +460,6 @@ class RunConfig(ScoringConfig):
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     folder: str | None = None
-
-
-@dataclass(frozen=True)
-class GridConfig:
-    """Which runs a sweep makes: one for every combination.
-
-    Args:
-        num_kept: Experts kept in every layer, as in 2,4,6; default: search.num_kept alone.
-        seeds: Seeds, as in 0,1,2; default: search.seed alone.
-        algorithms: Algorithms, as in eep,random; default: search.algorithm alone.
-        tasks: Data of tasks, as in nli,syll, each for runs of its own; default: every run has all of `tasks`.
-        warm_start: Runs that keep fewer experts begin from the next larger run of the same seed, so those
-            come first; see search.warm_start.
-        max_concurrent: Most runs at a time; all of them share the gangs.
-        max_failures: How often a run that crashed is started again, to go on where it stood.
-    """
-
-    num_kept: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    algorithms: list[Algorithm] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    warm_start: bool = False
-    max_concurrent: int = 4
-    max_failures: int = 3
-
-    def __post_init__(self) -> None:
-        for option in ("num_kept", "seeds", "algorithms", "tasks"):
-            values = getattr(self, option)
-            _require(len(set(values)) == len(values), f"sweep.{option}", values, "each value once")
-        _require(not self.num_kept or min(self.num_kept) >= 1, "sweep.num_kept", self.num_kept, "1 or more")
-        _require(not self.seeds or min(self.seeds) >= 0, "sweep.seeds", self.seeds, "0 or more")
-        _require(self.max_concurrent >= 1, "sweep.max_concurrent", self.max_concurrent, "1 or more")
-        _require(self.max_failures >= 0, "sweep.max_failures", self.max_failures, "0 or more")
-
-
-@dataclass(frozen=True)
-class SweepConfig(RunConfig):
-    """Many runs that differ in a few options.
-
-    Args:
-        model: The model.
-        tasks: List of the tasks whose fitness is searched for; a bare string is a task's data.
-            --tasks.KEY changes the last task.
-        evaluation: How genomes are scored.
-        cluster: Where they are scored.
-        search: The search.
-        selection: How the winner is chosen, and what stands beside it.
-        tracking: Where people look at the runs.
-        folder: Where the sweep is kept, with a folder for each run; default: runs/ and a name made of tasks.
-        sweep: Which runs.
-    """
-
-    sweep: GridConfig = field(default_factory=GridConfig)
 
 
 def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:

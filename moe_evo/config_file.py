@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_evo.config import RunConfig, ScoringConfig, SweepConfig, TaskConfig
+from moe_evo.config import RunConfig, ScoringConfig, TaskConfig
 from moe_evo.errors import ConfigError
+from moe_evo.sweep_config import SweepConfig
 
 Config = TypeVar("Config", bound=ScoringConfig)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from moe_evo.config import RunConfig, ScoringConfig, SweepConfig, TrackingConfig
+from moe_evo.config import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config_file import config_parser, plain_parser
+from moe_evo.sweep_config import SweepConfig
 
 
 def search_parser() -> ArgumentParser:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_evo import commands
-from moe_evo.config import ClusterConfig, RunConfig, SweepConfig, TaskConfig
+from moe_evo.config import ClusterConfig, RunConfig, TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.run_folder import RunFolder, asdict_plain, with_absolute_paths, write_whole
 from moe_evo.space import ModelShape
+from moe_evo.sweep_config import SweepConfig
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.terminal import TerminalTracker
 

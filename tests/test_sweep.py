@@ -17,13 +17,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from moe_evo.config import GridConfig, ModelConfig, SearchConfig, SelectionConfig, SweepConfig, TaskConfig
+from moe_evo.config import ModelConfig, SearchConfig, SelectionConfig, TaskConfig
 from moe_evo.config_file import config_parser, parse_config
 from moe_evo.errors import ConfigError, RunError, TaskError
 from moe_evo.journal import Journal
 from moe_evo.models.loading import read_shape
 from moe_evo.report.sweep import print_sweep, sweep_result
 from moe_evo.sweep import SweepFolder, grid, sweep
+from moe_evo.sweep_config import GridConfig, SweepConfig
 from moe_evo.tracking.terminal import TerminalTracker
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)

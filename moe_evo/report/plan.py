@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.report.table import experts_label
+from moe_evo.report.table import experts_label, plain_table
 from moe_evo.report.terminal import print_whole
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -40,14 +39,7 @@ def memory_table(memory: Mapping[str, Any]) -> Table:
     """One line a way of sharding; an arrow marks the config's own."""
     known = memory["device_bytes"]
     room = f", device memory {size_label(known)}" if known is not None else ""
-    table = Table(
-        title=f"memory of the fullest rank, gangs of {memory['gang_size']}{room}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(f"memory of the fullest rank, gangs of {memory['gang_size']}{room}")
     table.add_column("", no_wrap=True)
     for heading in ("weights", "gathered", "host", "disk", "with a batch", "merged layers"):
         table.add_column(heading, justify="right", no_wrap=True)

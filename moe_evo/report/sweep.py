@@ -12,11 +12,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import moocore
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from moe_evo.report.table import experts_label
+from moe_evo.report.table import experts_label, plain_table
 from moe_evo.report.terminal import print_whole
 
 _COLOURS = {"best": "#1f6f8b", "best_pruning": "#58a4b0", "random_search": "#d98e04", "frequency": "#a23e48"}
@@ -76,7 +74,7 @@ def _groups(result: Mapping[str, Any]) -> dict[tuple[Any, ...], list[dict[str, A
 def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> None:
     """One line for each contender and number of experts: mean over seeds with its spread, and the interval."""
     console = console or Console()
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = plain_table()
     table.add_column("", no_wrap=True)
     table.add_column("tasks", no_wrap=True)
     for heading in ("experts", "parameters", "MiB", "seeds", "test, mean [95 % of one seed]", "seeds' spread", "front"):

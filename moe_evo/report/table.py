@@ -16,17 +16,17 @@ from moe_evo.genome import Genome
 _SHADES = " ░▒▓█"
 
 
+def plain_table(title: str | None = None) -> Table:
+    """A table without a frame, as all of ours are."""
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+
+
 def final_table(result: dict[str, Any]) -> Table:
     """One line a contender: experts kept, evaluations spent (evals), validation and test with 95 % intervals."""
     tasks = ", ".join(f"{task['name']} ({task['metric']})" for task in result["tasks"])
-    table = Table(
-        title=f"{result['fitness']} over {tasks}; higher is better",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(f"{result['fitness']} over {tasks}; higher is better")
     table.add_column("", no_wrap=True)
     for heading in ("experts", "evals", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)
