@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from moe_evo.config_file import read_config
+from moe_evo.config import RunConfig
+from moe_evo.config_file import config_parser, parse_config, read_config
+from moe_evo.sweep_config import SweepConfig
 from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -30,8 +32,10 @@ def script(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_experiment_parses_and_names_its_launch_line(path: Path) -> None:
-    read_config(path)
-    assert f"moe-evo search {path.relative_to(EXPERIMENTS.parent)}" in path.read_text("utf-8")
+    text = path.read_text("utf-8")
+    config, command = (SweepConfig, "sweep") if "\nsweep:" in text else (RunConfig, "search")
+    parse_config(config_parser(command, "", "", config), ["--config", str(path)], config)
+    assert f"moe-evo {command} {path.relative_to(EXPERIMENTS.parent)}" in text
 
 
 def test_the_experiments_on_embedded_tasks_find_their_data() -> None:
