@@ -322,13 +322,6 @@ def test_wrong_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_searches_have_the_names_that_the_driver_gives_them() -> None:
-    from moe_evo.report import record
-    from moe_evo.tracking import base
-
-    assert (record.MAIN, record.RANDOM, record.REFERENCE) == (base.MAIN, base.RANDOM, base.REFERENCE)
-
-
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", done=1)
     for text in ("a: [", "7", "search: {}"):
