@@ -401,6 +401,11 @@ class TrackingConfig:
         require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
 
 
+def num_ranks(model: ModelConfig, cluster: ClusterConfig) -> int:
+    """Processes that hold one model together; device_map has one, with gang_size devices."""
+    return cluster.gang_size if model.sharding in ("tensor_parallel", "zero3") else 1
+
+
 def _embedded_tasks() -> list[TaskConfig]:
     return [TaskConfig(data="syll")]
 
@@ -433,11 +438,6 @@ class ScoringConfig:
             size == 1 or sharding != "single", "cluster.gang_size", size,
             "1, as model.sharding is 'single'; use tensor_parallel, zero3 or device_map",
         )  # fmt: skip
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes that hold one model together; device_map has one, with gang_size devices."""
-        return self.cluster.gang_size if self.model.sharding in ("tensor_parallel", "zero3") else 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig
+from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, num_ranks
 from moe_evo.genome import Genome
 from moe_evo.operators import gaussian_mutation, random_pruning
 from moe_evo.space import SearchSpace
@@ -52,6 +52,7 @@ def open_pool(
         from moe_evo.gangs.ray_pool import ray_pool
         from moe_evo.models.loading import model_hash, read_shape
 
+        check_sharding(config)
         check_examples(config, data)  # or ranks would find what is wrong with them
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
@@ -81,7 +82,7 @@ def check_sharding(config: ScoringConfig) -> None:
     from moe_evo.models.ranks import Ranks
     from moe_evo.models.size import read_config
 
-    check_placement(config.model, *read_config(config.model), Ranks(0, config.num_ranks))
+    check_placement(config.model, *read_config(config.model), Ranks(0, num_ranks(config.model, config.cluster)))
 
 
 def check_examples(config: ScoringConfig, data: Sequence[TaskData]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_evo.commands import build_space
-from moe_evo.config import Offload, RunConfig, SearchConfig, Sharding
+from moe_evo.config import Offload, RunConfig, SearchConfig, Sharding, num_ranks
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.evaluators import open_pool
 from moe_evo.operators import random_pruning
@@ -190,7 +190,7 @@ def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
         if config.model.router == "eep":
             with _Noted(problems):
                 family.check_eep_router(transformers_config)
-        check_placement(config.model, family, transformers_config, Ranks(0, config.num_ranks))
+        check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
     return size
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moe_evo.config import ClusterConfig, ModelConfig
+from moe_evo.config import ClusterConfig, ModelConfig, num_ranks
 from moe_evo.errors import ClusterError
 from moe_evo.gangs.gang import remove_groups
 from moe_evo.gangs.library import ActorHandle, ray
@@ -42,7 +42,9 @@ def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + extra_cpus}
+        options["include_dashboard"] = False
+        if extra_cpus:
+            options["num_cpus"] = (os.cpu_count() or 1) + extra_cpus
     at_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, **options)
@@ -128,10 +130,10 @@ def shared_service(model: ModelConfig, model_hash: str, cluster: ClusterConfig, 
 
 def gangs_without_drivers(model: ModelConfig, cluster: ClusterConfig) -> int:
     """How many gangs a Ray of our own has real CPUs for, whatever it counts for processes that wait."""
-    bundle = rank_bundle(model, cluster)
+    bundle, ranks = rank_bundle(model, cluster), num_ranks(model, cluster)
     if "GPU" in bundle:
-        return max(int(ray.cluster_resources()["GPU"] / bundle["GPU"] / cluster.gang_size), 1)
-    return max(int((os.cpu_count() or 1) / bundle.get("CPU", 1) / cluster.gang_size), 1)
+        return max(int(ray.cluster_resources()["GPU"] / bundle["GPU"] / ranks), 1)
+    return max(int((os.cpu_count() or 1) / bundle.get("CPU", 1) / ranks), 1)
 
 
 def end_service(service: ActorHandle, spec: ServiceSpec) -> None:

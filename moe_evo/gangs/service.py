@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_evo.config import ClusterConfig, ModelConfig
+from moe_evo.config import ClusterConfig, ModelConfig, num_ranks
 from moe_evo.errors import ClusterError, MoeEvoError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
@@ -50,8 +50,7 @@ class ServiceSpec:
 
     @property
     def ranks(self) -> int:
-        """Processes of a gang; a device map is one that has all the GPUs."""
-        return 1 if self.model.sharding == "device_map" else self.cluster.gang_size
+        return num_ranks(self.model, self.cluster)
 
     @property
     def needs(self) -> str:

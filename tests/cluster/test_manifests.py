@@ -188,7 +188,7 @@ def test_the_image_is_a_slim_python_3_11_that_does_not_run_as_root(instructions:
 def test_the_image_holds_the_package_with_deepspeed_and_any_torch(instructions: list[tuple[str, str]]) -> None:
     runs = " ".join(rest for name, rest in instructions if name == "RUN")
     arguments = [rest.split("=")[0] for name, rest in instructions if name == "ARG"]
-    assert "/source[deepspeed]" in runs and {"TORCH", "TORCH_INDEX", "RAY"} <= set(arguments)
+    assert "/source[deepspeed]" in runs and {"TORCH", "PIP_INDEX_URL", "RAY"} <= set(arguments)
     copied = {word for name, rest in instructions if name == "COPY" for word in rest.split()[:-1]}
     root = CLUSTER.parent
     assert all((root / word).exists() for word in copied)
