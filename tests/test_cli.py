@@ -394,3 +394,44 @@ def test_output_to_a_closed_pipe_is_not_an_error(finished: Path) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == '{"version"'
     assert done.stderr == ""
+
+
+def test_plan_tells_of_a_search_and_ends_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("plan", *FAST, "--memory_gib", "4") == 0
+    text = capsys.readouterr().out
+    assert "device memory 4.0 GiB" in text
+    command = text.splitlines()[-1]
+    assert command.startswith("next        moe-evo search --tasks")
+    assert "memory_gib" not in command
+
+
+def test_plan_can_measure_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("plan", *FAST, "--calibrate", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] == []
+    assert told["estimate"]["evaluation_s"] > 0
+
+
+def test_plan_lists_everything_that_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("plan", "--tasks", "[nowhere.jsonl]", "--search.num_kept", "9") == 2
+    shown = capsys.readouterr()
+    assert "nowhere.jsonl" in shown.out
+    assert "search.num_kept: got 9" in shown.out
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["0", "-4"])
+def test_plan_refuses_a_device_without_memory(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_evo("plan", *FAST, "--memory_gib", size) == 2
+    assert f"memory_gib: got {size}, expected more than 0" in capsys.readouterr().err
+
+
+def test_ranks_that_cannot_share_a_model_are_refused_before_a_cluster_is_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gang = ["--cluster.address", "auto", "--model.sharding", "tensor_parallel", "--cluster.gang_size", "3"]
+    for command in (["search", "--folder", str(tmp_path / "run")], ["evaluate", "--genome", "full"]):
+        tasks = FAST[:2]
+        assert moe_evo(*command[:1], *tasks, *command[1:], *gang) == 2
+        assert "which 3 does not divide" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

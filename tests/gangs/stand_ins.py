@@ -126,6 +126,45 @@ def loading_when(file: Path) -> type[Rank]:
     return LoadingWhen
 
 
+def reporting_when(file: Path) -> type[Rank]:
+    """As `loading_when`, telling how far it is."""
+
+    class ReportingWhen(StandIn):
+        def load(self, *arguments: Any) -> None:
+            arguments[-1]("1.5 GiB a rank after 3 s")
+            deadline = time.monotonic() + _LONG_S
+            while not file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    return ReportingWhen
+
+
+def in_a_collective(inside: Path) -> type[Rank]:
+    """Ranks with a real process group; once, rank 0 waits in an all-reduce that rank 1 does not enter."""
+
+    class InACollective(StandIn):
+        def load(self, *arguments: Any) -> None:
+            from moe_evo.models.ranks import join_ranks
+
+            _, _, meeting_point, timeout_s, _ = arguments
+            join_ranks(self._rank, self._size, *meeting_point, timeout_s)
+
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            import torch
+
+            if self._rank == 1 and not inside.exists():
+                time.sleep(1.0)  # rank 0 is in the collective long since
+                inside.touch()
+                time.sleep(_LONG_S)
+            total = torch.ones(1)
+            torch.distributed.all_reduce(total)
+            assert float(total) == self._size
+            return outcome_of(genome, split)
+
+    return InACollective
+
+
 def unable_to_load(error: Exception) -> type[Rank]:
     class UnableToLoad(StandIn):
         def load(self, *arguments: Any) -> None:

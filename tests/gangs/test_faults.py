@@ -30,16 +30,21 @@ from stand_ins import (
     always,
     die,
     hang,
+    in_a_collective,
     loading_when,
     once,
     raise_row_out_of_memory,
     raise_value_error,
+    reporting_when,
     short_of_memory,
     slow,
 )
 
+from moe_evo.config import ModelConfig
 from moe_evo.gangs import ray_pool
 from moe_evo.population import EvaluationFailure
+
+TENSOR_PARALLEL = ModelConfig(self_check=False, sharding="tensor_parallel")
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +88,32 @@ def test_a_rank_that_is_killed_while_it_loads_is_replaced(tmp_path: Path) -> Non
         progress = complete(pool, wanted, Once(is_loading, act))
     assert_scores(progress, wanted)
     assert progress.kinds() == ["placed", "broken", "placed", "ready"]
+
+
+def test_how_far_a_rank_has_loaded_is_in_the_status(tmp_path: Path) -> None:
+    wanted, file, seen = requests(2), tmp_path / "loaded", []
+
+    def react(progress: Progress) -> None:
+        seen.extend(gang.progress for gang in progress.status.gangs if gang.progress)
+        if seen:
+            file.touch()
+
+    with gangs(reporting_when(file), num_gangs=1) as pool:
+        progress = complete(pool, wanted, react)
+    assert_scores(progress, wanted)
+    assert set(seen) == {"1.5 GiB a rank after 3 s"}
+    assert progress.status.gangs[0].progress == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_while_a_collective_waits_loses_nothing(rank: int, tmp_path: Path) -> None:
+    wanted, inside = requests(12), tmp_path / "inside"
+    fault = Once(lambda progress: inside.exists(), lambda progress: os.kill(progress.pids()[rank], signal.SIGKILL))
+    with gangs(in_a_collective(inside), num_gangs=1, gang_size=2, model=TENSOR_PARALLEL) as pool:
+        progress = complete(pool, wanted, fault)
+    assert fault.happened
+    assert_scores(progress, wanted)
+    assert progress.kinds() == ["placed", "ready", "broken", "placed", "ready"]
 
 
 def test_a_rank_that_is_killed_while_it_evaluates_loses_nothing() -> None:

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.genome import Genome
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.tracking import terminal
@@ -52,3 +53,43 @@ def test_plain_lines_come_at_intervals_not_at_every_evaluation() -> None:
             tracker.evaluated(BEST, BEST, "pruning")
     assert len(output.getvalue().splitlines()) < 10
     assert "500/500" in output.getvalue()
+
+
+GANGS = PoolStatus(
+    gangs=(
+        GangStatus(0, "busy", "10.0.0.7", (41,), evaluations=12, evaluations_per_s=3.25, restarts=2),
+        GangStatus(1, "loading", "10.0.0.8", (42,), progress="1.5 GiB a rank after 3 s"),
+    ),
+    waiting=5,
+    restarts=2,
+    runs=3,
+)
+BROKEN = PoolEvent(0.0, 1, "broken", "rank 0 died")
+
+
+def told_of_gangs(news: PoolNews, *, is_terminal: bool) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=160, force_interactive=is_terminal)
+    with TerminalTracker(console) as tracker:
+        tracker.stage("search", 3)
+        tracker.pool(news)
+        tracker.evaluated(BEST, BEST, "pruning")
+    return output.getvalue()
+
+
+def test_a_terminal_shows_every_gang_below_the_bar() -> None:
+    text = told_of_gangs(PoolNews(GANGS, (BROKEN,)), is_terminal=True)
+    for part in ("gang 1 broken: rank 0 died", "10.0.0.7", "busy", "3.2/s", "loading 1.5 GiB a rank after 3 s"):
+        assert part in text
+
+
+def test_plain_lines_tell_events_and_the_gangs_in_a_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL_S", 0.0)
+    text = told_of_gangs(PoolNews(GANGS, (BROKEN,)), is_terminal=False)
+    assert "gang 1 broken: rank 0 died\n" in text
+    assert "gangs: 1 busy, 1 loading, queue 5, 2 restarts, shared by 3 runs" in text
+
+
+def test_plain_lines_say_how_far_gangs_have_loaded_while_none_serves() -> None:
+    text = told_of_gangs(PoolNews(PoolStatus(gangs=GANGS.gangs[1:])), is_terminal=False)
+    assert "gangs: 1 loading, queue 0 (1.5 GiB a rank after 3 s)" in text
