@@ -17,7 +17,8 @@ from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.config import ClusterConfig, EvaluationConfig, ModelConfig, ScoringConfig, TaskConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, TaskConfig
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.gangs.connection import connected
 from moe_evo.gangs.ray_pool import ray_pool

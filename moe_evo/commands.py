@@ -5,22 +5,25 @@ Everything that can be wrong with the input is found before a model is loaded.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import ClusterConfig, ModelConfig, RouterMode, RunConfig, ScoringConfig, SearchConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, RunConfig, ScoringConfig
 from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
 from moe_evo.evaluators import check_sharding, open_pool
 from moe_evo.genome import Genome
-from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata, save_individual
+from moe_evo.genome_file import load_genome, save_individual
 from moe_evo.journal import MAIN, RANDOM, Journal
-from moe_evo.population import EvaluationFailure, Individual, Outcome, Population
+from moe_evo.named_genome import named_genome
+from moe_evo.population import EvaluationFailure, Individual, Population
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
+from moe_evo.run_result import failure_facts, gang_facts, run_result
 from moe_evo.search.eep import eep_config, schedule
+from moe_evo.search_config import SearchConfig
 from moe_evo.space import ModelShape, SearchSpace, check_fits
 from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, is_share
 from moe_evo.tracking.base import Tracker
@@ -28,7 +31,6 @@ from moe_evo.tracking.start import tracked, winner_files
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.models.view import MoEModel
-    from moe_evo.result import Row
 
 
 _NUM_WIDER = 10
@@ -141,7 +143,7 @@ def _run(
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
     with open_pool(replace(config, cluster=cluster), data, tracker, space, model) as pool:
         rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data), wider=wider)
-    result = _result(config, space.shape, journal, data, rows)
+    result = run_result(config, space.shape, journal, data, rows)
     winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
         if row.key in winners:
@@ -161,102 +163,9 @@ def _run(
     tracker.finished(result, winner_files(folder))
 
 
-def _result(
-    config: RunConfig,
-    shape: ModelShape,
-    journal: Journal,
-    data: Sequence[TaskData],
-    rows: Sequence[Row],
-) -> dict[str, Any]:
-    from moe_evo.models.memory import exported_size
-    from moe_evo.models.size import read_size
-    from moe_evo.result import software_versions
-
-    size = read_size(config.model, ranks=1)
-    sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
-    outcomes = journal.outcomes(MAIN, "search")
-    return {
-        "software": software_versions(),
-        "model": {"path": config.model.path, "hash": journal.meta("hash/model"), **asdict(shape)},
-        "tasks": [
-            {
-                "name": one.name,
-                "kind": one.kind,
-                "metric": one.metric,
-                "hash": one.hash,
-                "examples": {split: len(examples) for split, examples in one.splits.items()},
-            }
-            for one in data
-        ],
-        "fitness": config.evaluation.fitness,
-        "router": config.model.router,
-        "search": {
-            "algorithm": config.search.algorithm,
-            "seed": config.search.seed,
-            "evaluations": len(outcomes),
-            **_failures(outcomes.values()),
-            "evaluation_s": sum(one.duration_s for one in outcomes.values()),
-        },
-        "gangs": _gangs(journal),
-        "rows": [
-            {**row.to_json(), "parameters": parameters, "bytes": total}
-            for row, (parameters, total) in zip(rows, sizes, strict=True)
-        ],
-    }
-
-
-def _gangs(journal: Journal) -> dict[str, Any] | None:
-    """What became of the gangs of a run on a cluster: counts by kind of event, and why gangs broke."""
-    events = journal.gang_events()
-    if not events:
-        return None
-    kinds = Counter(kind for _, _, kind, _ in events)
-    return {**kinds, "reasons": sorted({detail for _, _, kind, detail in events if kind == "broken"})}
-
-
-def _failures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    failed = [one for one in outcomes if isinstance(one, EvaluationFailure)]
-    return {"failures": len(failed), "failure_reasons": sorted({one.reason for one in failed})}
-
-
 def resumed_config(folder: str) -> RunConfig:
     """The config of the run in `folder`, wherever the folder lies now."""
     return replace(read_config(RunFolder.existing(folder).config), folder=folder)
-
-
-def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
-    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'."""
-    if text == "full":
-        return shape.identity()
-    if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
-        return genome_from_kept_json(text, shape)
-    path = Path(text)
-    if len(path.name) <= 255 and path.is_dir():
-        run = RunFolder.existing(path)
-        run.read_result()  # or say that it is not finished
-        path = run.best
-    if path.suffix == ".json":
-        return genome_from_kept_json(path, shape)
-    if path.suffix == ".pth":
-        from moe_evo.models.eep_coefficients import load_eep_coefficients
-
-        return load_eep_coefficients(path, shape)
-    if len(path.name) > 255 or not path.exists():
-        raise GenomeError(
-            f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
-            "such as [[0,3],[1,2]], or 'full'"
-        )
-    _check_router(path, router)
-    return load_genome(path)
-
-
-def _check_router(path: Path, router: RouterMode) -> None:
-    """A genome means another function under the other router mode."""
-    searched = load_metadata(path).get("provenance", {}).get("router", router)
-    if searched != router:
-        raise GenomeError(
-            f"{path}: was searched with model.router {searched}, got {router}; add --model.router {searched}"
-        )
 
 
 def _with_top_k(genome: Genome, top_k: int) -> Genome:
@@ -386,7 +295,7 @@ def show(folder: RunFolder) -> dict[str, Any]:
     with folder.open_journal() as journal:
         individuals = journal.individuals(MAIN)
         proposed = len(journal.candidates(MAIN))
-        gangs = _gangs(journal)
+        gangs = gang_facts(journal)
     population = Population().with_outcomes(individuals)
     best = population.best if len(population) else None
     return {
@@ -394,7 +303,7 @@ def show(folder: RunFolder) -> dict[str, Any]:
         "evaluations": len(individuals),
         "of": config.search.evaluations,
         "under_way": proposed - len(individuals),
-        **_failures(one.outcome for one in individuals),
+        **failure_facts(one.outcome for one in individuals),
         "gangs": gangs,
         "best_fitness": best.evaluation.fitness if best else None,
         "best_kept": [list(layer) for layer in best.genome.kept] if best else None,

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_evo.errors import ConfigError
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config_check import require
+from moe_evo.search_config import SearchConfig
 
 RouterMode = Literal["exported", "eep"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -20,17 +22,10 @@ Metric = Literal[
     "default", "accuracy", "accuracy_norm", "log_likelihood",
     "exact_match", "contains", "f1", "first_option", "number_match", "negative_kl",
 ]  # fmt: skip
-Algorithm = Literal["eep", "eep_release", "random"]
 FitnessRule = Literal["mean", "worst"]
 Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
-PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-
-def require(condition: bool, option: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{option}: got {got!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -152,125 +147,6 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class EEPConfig:
-    """Evolution of the EEP method (arXiv 2407.00945); see `eep_release` for the published values.
-
-    Args:
-        num_initial: Random prunings before evolution starts; at most half of the default num_pruning.
-        num_pruning: Evaluations, the initial ones included, after which merging starts; default: half
-            of the budget. Give the budget itself for a run that only prunes.
-        layer_rate: Probability that a layer group is mutated (pruning phase) and that one of its two
-            matrices is (merging phase).
-        swap_rate: Pruning phase: probability that a slot of a mutated layer takes another expert. At
-            least one slot always does.
-        entry_rate: Merging phase: probability that an entry of a mutated matrix changes.
-        sigma: Merging phase: standard deviation of the change.
-        crossover_rate: Probability that a child has two parents.
-        crossover_bias: Probability that a row (or an unmutated matrix) comes from the first parent.
-        pruning_crossover: Also cross prunings, with repair of experts chosen twice.
-        layer_crossover_rate: Share of crossovers that exchange whole layers in place of rows.
-        normalise_rate: Probability that the rows of a merged child are divided by their sums.
-        mutation_margin: Parents of a mutation are within so many units of the best.
-        mutation_parents: At least so many individuals may be parents of a mutation.
-        crossover_margin: Parents of a crossover are within so many units of the best.
-        crossover_parents: At least so many individuals may be parents of a crossover.
-        margin_unit: Unit of the two margins: 'standard_errors' of the best fitness, or 'fitness'.
-    """
-
-    num_initial: int = 31
-    num_pruning: int | None = None
-    layer_rate: float = 0.25
-    swap_rate: float = 0.15
-    entry_rate: float = 0.25
-    sigma: float = 0.065
-    crossover_rate: float = 0.3
-    crossover_bias: float = 0.6
-    pruning_crossover: bool = True
-    layer_crossover_rate: float = 0.0
-    normalise_rate: float = 0.1
-    mutation_margin: float = 0.25  # genomes share their examples: differences are surer than scores
-    mutation_parents: int = 2
-    crossover_margin: float = 0.25
-    crossover_parents: int = 6
-    margin_unit: Literal["standard_errors", "fitness"] = "standard_errors"
-
-    def __post_init__(self) -> None:
-        for option in ("num_initial", "mutation_parents", "crossover_parents"):
-            require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
-        rates = (
-            "layer_rate", "swap_rate", "entry_rate", "crossover_rate", "crossover_bias",
-            "layer_crossover_rate", "normalise_rate",
-        )  # fmt: skip
-        for option in rates:
-            rate = getattr(self, option)
-            require(0 <= rate <= 1, f"search.eep.{option}", rate, "a probability from 0 to 1")
-        require(self.layer_rate > 0, "search.eep.layer_rate", self.layer_rate, "more than 0")
-        for option in ("sigma", "mutation_margin", "crossover_margin"):
-            require(getattr(self, option) >= 0, f"search.eep.{option}", getattr(self, option), "0 or more")
-        require(self.sigma > 0, "search.eep.sigma", self.sigma, "more than 0")
-        if self.num_pruning is not None:
-            require(
-                self.num_pruning >= self.num_initial, "search.eep.num_pruning", self.num_pruning,
-                f"at least search.eep.num_initial ({self.num_initial})",
-            )  # fmt: skip
-
-
-EEP_RELEASE = EEPConfig(
-    num_initial=31,
-    num_pruning=101,
-    pruning_crossover=False,
-    mutation_margin=0.03,
-    crossover_margin=0.01,
-    margin_unit="fitness",
-)
-"""The values of the released search: 31 random prunings and 70 children of them, then merging."""
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """What is searched, by which algorithm, for how long.
-
-    Args:
-        algorithm: 'eep'; 'eep_release', the same with the published parameters; or 'random'.
-        num_kept: Experts kept in every MoE layer, or a list with one number a layer.
-        top_k: Experts active a token; default: the model's.
-        num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
-        multiple_of: num_kept must be a multiple of this (for expert-parallel serving).
-        evaluations: Budget.
-        seed: Candidate n depends on this seed, n and earlier outcomes, and on nothing else.
-        eep: Parameters of 'eep'.
-        warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
-            prunings keep only experts that one of its ten best prunings keeps ('eep' only).
-    """
-
-    algorithm: Algorithm = "eep"
-    num_kept: int | list[int] = 4
-    top_k: int | None = None
-    num_layer_groups: int | None = None
-    multiple_of: int = 1
-    evaluations: int = 402
-    seed: int = 0
-    eep: EEPConfig = field(default_factory=EEPConfig)
-    warm_start: str | None = None
-
-    def __post_init__(self) -> None:
-        numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
-        require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
-        require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
-        require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
-        require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
-        require(self.seed >= 0, "search.seed", self.seed, "0 or more")
-        require(
-            self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
-            f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
-        )  # fmt: skip
-        require(
-            self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
-            "none, as random search begins nowhere",
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """How genomes are scored.
 
@@ -306,69 +182,6 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """Where evaluations run: in this process, or on Ray gangs that each hold the model once.
-
-    Args:
-        address: Default: in this process, without Ray. 'local' starts a Ray of this command's own on this
-            machine, 'auto' joins the Ray cluster that runs here (or that RAY_ADDRESS names), HOST:PORT
-            joins that one.
-        num_gangs: How many gangs, or 'auto': as many as fit and are needed, more when nodes join, fewer
-            when nodes leave or a gang is idle for idle_release_s.
-        gang_size: Ranks of a gang, one GPU each, that hold one model together (model.sharding says how);
-            with device_map the GPUs of its one process.
-        resources: Ray resources of one rank, as in {GPU: 1, CPU: 4}; default: one GPU where the cluster
-            has any, else one CPU.
-        labels: Ray node labels that a gang's nodes must have, as in {accelerator: h100}.
-        strategy: Placement of a gang's ranks on nodes (Ray's placement group strategies).
-        max_batch: Most genomes in one request; fewer are sent while evaluations are slow or few are left.
-        deadline_s: Longest time for one evaluation before its gang counts as hung; default: 20 times the
-            slowest so far and at least one minute, and half an hour for a gang's first.
-        load_timeout_s: Longest time for a gang to load the model.
-        max_attempts: A genome that broke so many gangs is given up; the same number of failures to load
-            in a row, with no success before, ends the run.
-        idle_release_s: 'auto': a gang that is idle for so long is released; a shared service ends when it
-            had no run for so long.
-        service: Name of a service of gangs that several runs on one cluster share in fair turns, with
-            their evaluations in one cache; default: gangs of this run alone.
-    """
-
-    address: str | None = None
-    num_gangs: int | Literal["auto"] = "auto"
-    gang_size: int = 1
-    resources: dict[str, float] | None = None
-    labels: dict[str, str] = field(default_factory=dict)
-    strategy: PlacementStrategy = "PACK"
-    max_batch: int = 16
-    deadline_s: float | None = None
-    load_timeout_s: float = 3600.0
-    max_attempts: int = 3
-    idle_release_s: float = 300.0
-    service: str | None = None
-
-    def __post_init__(self) -> None:
-        for option in ("num_gangs", "gang_size", "max_batch", "max_attempts"):
-            value = getattr(self, option)
-            require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
-        for option in ("deadline_s", "load_timeout_s", "idle_release_s"):
-            value = getattr(self, option)
-            require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
-        amounts = self.resources
-        require(
-            amounts is None or (bool(amounts) and min(amounts.values()) > 0), "cluster.resources", amounts,
-            "positive amounts, as in {GPU: 1, CPU: 4}",
-        )  # fmt: skip
-        require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
-        if self.address is None:
-            defaults = ClusterConfig(address="auto")
-            for option, value in vars(self).items():
-                require(
-                    option == "address" or value == getattr(defaults, option), f"cluster.{option}", value,
-                    "none without cluster.address; add --cluster.address auto (or local)",
-                )  # fmt: skip
 
 
 @dataclass(frozen=True)

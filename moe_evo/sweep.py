@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_evo import commands
-from moe_evo.config import ClusterConfig, RunConfig, TaskConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import RunConfig, TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.run_folder import RunFolder, asdict_plain, with_absolute_paths, write_whole
 from moe_evo.space import ModelShape

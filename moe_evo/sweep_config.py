@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe_evo.config import Algorithm, RunConfig, require
+from moe_evo.config import RunConfig
+from moe_evo.config_check import require
+from moe_evo.search_config import Algorithm
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,7 @@ import pytest
 import torch
 
 from moe_evo import commands, evaluators
-from moe_evo.config import (
-    EEPConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RunConfig,
-    SearchConfig,
-    SelectionConfig,
-    TaskConfig,
-)
+from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.errors import JournalError, ModelError, OutOfMemory, RunError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
@@ -33,6 +25,7 @@ from moe_evo.journal import Journal
 from moe_evo.population import EvaluationFailure, Outcome
 from moe_evo.report.terminal import print_run
 from moe_evo.run_folder import RunFolder
+from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -19,22 +19,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from moe_evo import commands
-from moe_evo.config import (
-    ClusterConfig,
-    EEPConfig,
-    EvaluationConfig,
-    ModelConfig,
-    PlacementStrategy,
-    RunConfig,
-    SearchConfig,
-    SelectionConfig,
-    TaskConfig,
-)
+from moe_evo.cluster_config import ClusterConfig, PlacementStrategy
+from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.driver import MAIN, RANDOM, REFERENCE
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.plan import plan, require_no_problems
 from moe_evo.room import ClusterRoom, NodeRoom, gangs_that_fit
 from moe_evo.run_folder import RunFolder
+from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.tracking.terminal import TerminalTracker
 from moe_evo.workload import estimate
 

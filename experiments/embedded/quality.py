@@ -25,10 +25,11 @@ import numpy as np
 from rich.console import Console
 
 from moe_evo import commands, evaluators
-from moe_evo.config import EvaluationConfig, RunConfig, SearchConfig, SelectionConfig, TaskConfig
+from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.journal import RANDOM
 from moe_evo.population import Evaluation
 from moe_evo.run_folder import RunFolder, write_whole
+from moe_evo.search_config import SearchConfig
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -14,7 +14,8 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moe_evo.config import ClusterConfig, ModelConfig, num_ranks
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, num_ranks
 from moe_evo.errors import ClusterError
 from moe_evo.gangs.gang import remove_groups
 from moe_evo.gangs.library import ActorHandle, ray

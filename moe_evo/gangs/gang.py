@@ -20,7 +20,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moe_evo.config import ClusterConfig, ModelConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, MoeEvoError, OutOfMemory, RowOutOfMemory
 from moe_evo.gangs.dispatcher import Answer, Batch
 from moe_evo.gangs.library import ActorHandle, ray

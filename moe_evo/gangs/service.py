@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_evo.config import ClusterConfig, ModelConfig, num_ranks
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, num_ranks
 from moe_evo.errors import ClusterError, MoeEvoError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,16 +17,14 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 def print_plan(plan: Mapping[str, Any], next_command: str, console: Console | None = None) -> None:
     """Print what `moe_evo.plan.plan` answered. next_command: the search that was planned for."""
     console = console or Console()
-    for section in (_model, _tasks, _search):
-        for line in section(plan):
-            _line(console, line)
+    for line in _lines(plan, {"model": _model, "tasks": _tasks, "search": _search}):
+        _line(console, line)
     if plan["memory"]:
         print_whole(console, memory_table(plan["memory"]))
         for line in _on_top(plan["memory"]):
             _line(console, line)
-    for section in (_checkpoint, _cluster, _estimate):
-        for line in section(plan):
-            _line(console, line)
+    for line in _lines(plan, {"checkpoint": _checkpoint, "cluster": _cluster, "estimate": _estimate}):
+        _line(console, line)
     for note in plan["notes"]:
         _line(console, f"note        {note}")
     for number, problem in enumerate(plan["problems"], start=1):
@@ -86,10 +84,12 @@ def _mode_label(mode: Mapping[str, Any]) -> str:
     return mode["sharding"] if mode["offload"] == "none" else f"{mode['sharding']}, {mode['offload']}"
 
 
-def _model(plan: Mapping[str, Any]) -> list[str]:
-    model = plan["model"]
-    if model is None:
-        return []
+def _lines(plan: Mapping[str, Any], sections: Mapping[str, Callable[[Any], list[str]]]) -> list[str]:
+    """The lines of all sections; a part that could not be planned has none."""
+    return [line for key, section in sections.items() if plan[key] is not None for line in section(plan[key])]
+
+
+def _model(model: Mapping[str, Any]) -> list[str]:
     return [
         f"model       {model['path']} ({model['family']}, {model['dtype']})",
         f"layers      {model['moe_layers']} with experts of {model['decoder_layers']}, "
@@ -100,18 +100,15 @@ def _model(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tasks(plan: Mapping[str, Any]) -> list[str]:
+def _tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"task        {task['name']} ({task['kind']}, {task['metric']}): "
         + ", ".join(f"{number} {split}" for split, number in task["examples"].items())
-        for task in plan["tasks"]
+        for task in tasks
     ]
 
 
-def _search(plan: Mapping[str, Any]) -> list[str]:
-    search = plan["search"]
-    if search is None:
-        return []
+def _search(search: Mapping[str, Any]) -> list[str]:
     kind = "prunings, then merges" if search["merges"] else "prunings only"
     return [
         f"search      {search['algorithm']}, keeps {experts_label(search['num_kept'])}, {kind}; "
@@ -139,20 +136,14 @@ def _on_top(memory: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _checkpoint(plan: Mapping[str, Any]) -> list[str]:
-    checkpoint = plan["checkpoint"]
-    if checkpoint is None:
-        return []
+def _checkpoint(checkpoint: Mapping[str, Any]) -> list[str]:
     return [
         f"export      {count_label(checkpoint['parameters'])} parameters, {size_label(checkpoint['bytes'])} "
         f"(loads with {checkpoint['loader']})"
     ]
 
 
-def _cluster(plan: Mapping[str, Any]) -> list[str]:
-    cluster = plan["cluster"]
-    if cluster is None:
-        return []
+def _cluster(cluster: Mapping[str, Any]) -> list[str]:
     nodes = f"{cluster['nodes']} node{'s' * (cluster['nodes'] != 1)}"
     return [
         f"cluster     {nodes}; gangs of {cluster['needs']}: {cluster['gangs_free']} fit now, "
@@ -160,10 +151,7 @@ def _cluster(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _estimate(plan: Mapping[str, Any]) -> list[str]:
-    estimate = plan["estimate"]
-    if estimate is None:
-        return []
+def _estimate(estimate: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{split} {time_label(estimate[f'{split}_h'])}" for split in _splits(estimate))
     return [
         f"speed       {estimate['evaluation_s']:.3g} s an evaluation, {estimate['gangs']} at a time: "

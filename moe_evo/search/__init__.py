@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moe_evo.config import Algorithm, SearchConfig
 from moe_evo.genome import Genome
 from moe_evo.search.base import Search
 from moe_evo.search.eep import EEPSearch
 from moe_evo.search.random_search import RandomSearch
+from moe_evo.search_config import Algorithm, SearchConfig
 from moe_evo.space import SearchSpace
 
 SEARCHES: dict[Algorithm, Callable[[SearchSpace, SearchConfig, Sequence[Genome]], Search]] = {

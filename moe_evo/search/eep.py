@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe_evo.config import EEP_RELEASE, EEPConfig, SearchConfig
 from moe_evo.genome import Genome
 from moe_evo.operators import (
     gaussian_mutation,
@@ -25,6 +24,7 @@ from moe_evo.operators import (
 from moe_evo.population import Candidate, Individual, Population
 from moe_evo.search.base import Archive
 from moe_evo.search.enumeration import num_prunings, unseen_pruning
+from moe_evo.search_config import EEP_RELEASE, EEPConfig, SearchConfig
 from moe_evo.space import SearchSpace
 
 _TRIES = 16

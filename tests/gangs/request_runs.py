@@ -17,7 +17,8 @@ import numpy as np
 import ray
 from stand_ins import StandIn, outcome_of
 
-from moe_evo.config import ClusterConfig, ModelConfig, ScoringConfig, TaskConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, ScoringConfig, TaskConfig
 from moe_evo.evaluation.pool import Pool, PoolEvent, PoolNews, PoolStatus, Request
 from moe_evo.gangs.rank import Rank
 from moe_evo.gangs.ray_pool import RayPool, ray_pool

@@ -18,12 +18,14 @@ from ray.cluster_utils import Cluster
 from request_runs import MODEL, TASK, complete, genomes, requests
 
 from moe_evo import commands, evaluators
-from moe_evo.config import ClusterConfig, EvaluationConfig, RunConfig, SearchConfig, SelectionConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
 from moe_evo.criteria.frequency import routing_counts
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.journal import Journal
 from moe_evo.population import Evaluation, Outcome
+from moe_evo.search_config import SearchConfig
 from moe_evo.tasks.data import SPLITS, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 

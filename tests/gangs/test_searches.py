@@ -23,7 +23,8 @@ from stand_ins import always, die, outcome_of, unable_to_load, unable_to_start
 
 import moe_evo
 from moe_evo import commands
-from moe_evo.config import ClusterConfig, EvaluationConfig, RunConfig, SearchConfig, SelectionConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
 from moe_evo.errors import ClusterError, JournalError, ModelError
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.gangs import ray_pool
@@ -32,6 +33,7 @@ from moe_evo.journal import Journal
 from moe_evo.population import Evaluation, EvaluationFailure
 from moe_evo.report.terminal import print_run
 from moe_evo.run_folder import RunFolder, asdict_plain
+from moe_evo.search_config import SearchConfig
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.terminal import TerminalTracker
 

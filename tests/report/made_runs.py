@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from moe_evo.config import RunConfig, SearchConfig, TaskConfig
+from moe_evo.config import RunConfig, TaskConfig
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.genome_file import save_individual
 from moe_evo.journal import Journal
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 from moe_evo.result import Row, Score
 from moe_evo.run_folder import RunFolder, asdict_plain
+from moe_evo.search_config import SearchConfig
 from moe_evo.space import ModelShape, SearchSpace
 
 LAYERS, EXPERTS = 4, 8

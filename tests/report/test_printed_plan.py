@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_evo.config import ClusterConfig, ModelConfig, RunConfig, TaskConfig
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, RunConfig, TaskConfig
 from moe_evo.plan import plan
 from moe_evo.report.plan import count_label, print_plan, size_label, time_label
 from moe_evo.room import ClusterRoom, NodeRoom

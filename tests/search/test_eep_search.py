@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from toy_fitness import ToyTask, run
 
-from moe_evo.config import EEP_RELEASE, EEPConfig, SearchConfig
 from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, EvaluationFailure, Individual
 from moe_evo.search import build_search
 from moe_evo.search.eep import EEPSearch, schedule
+from moe_evo.search_config import EEP_RELEASE, EEPConfig, SearchConfig
 from moe_evo.space import ModelShape, SearchSpace
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_evo.config import EEPConfig, SearchConfig
 from moe_evo.genome import Genome
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.search import SEARCHES, build_search
 from moe_evo.search.base import Search
 from moe_evo.search.enumeration import next_pruning, num_prunings
+from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.space import ModelShape, SearchSpace
 
 

@@ -1,0 +1,73 @@
+"""The config of a cluster: where evaluations run, in gangs of which size, and when a gang counts as broken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_evo.config_check import require
+
+PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where evaluations run: in this process, or on Ray gangs that each hold the model once.
+
+    Args:
+        address: Default: in this process, without Ray. 'local' starts a Ray of this command's own on this
+            machine, 'auto' joins the Ray cluster that runs here (or that RAY_ADDRESS names), HOST:PORT
+            joins that one.
+        num_gangs: How many gangs, or 'auto': as many as fit and are needed, more when nodes join, fewer
+            when nodes leave or a gang is idle for idle_release_s.
+        gang_size: Ranks of a gang, one GPU each, that hold one model together (model.sharding says how);
+            with device_map the GPUs of its one process.
+        resources: Ray resources of one rank, as in {GPU: 1, CPU: 4}; default: one GPU where the cluster
+            has any, else one CPU.
+        labels: Ray node labels that a gang's nodes must have, as in {accelerator: h100}.
+        strategy: Placement of a gang's ranks on nodes (Ray's placement group strategies).
+        max_batch: Most genomes in one request; fewer are sent while evaluations are slow or few are left.
+        deadline_s: Longest time for one evaluation before its gang counts as hung; default: 20 times the
+            slowest so far and at least one minute, and half an hour for a gang's first.
+        load_timeout_s: Longest time for a gang to load the model.
+        max_attempts: A genome that broke so many gangs is given up; the same number of failures to load
+            in a row, with no success before, ends the run.
+        idle_release_s: 'auto': a gang that is idle for so long is released; a shared service ends when it
+            had no run for so long.
+        service: Name of a service of gangs that several runs on one cluster share in fair turns, with
+            their evaluations in one cache; default: gangs of this run alone.
+    """
+
+    address: str | None = None
+    num_gangs: int | Literal["auto"] = "auto"
+    gang_size: int = 1
+    resources: dict[str, float] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    strategy: PlacementStrategy = "PACK"
+    max_batch: int = 16
+    deadline_s: float | None = None
+    load_timeout_s: float = 3600.0
+    max_attempts: int = 3
+    idle_release_s: float = 300.0
+    service: str | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("num_gangs", "gang_size", "max_batch", "max_attempts"):
+            value = getattr(self, option)
+            require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
+        for option in ("deadline_s", "load_timeout_s", "idle_release_s"):
+            value = getattr(self, option)
+            require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
+        amounts = self.resources
+        require(
+            amounts is None or (bool(amounts) and min(amounts.values()) > 0), "cluster.resources", amounts,
+            "positive amounts, as in {GPU: 1, CPU: 4}",
+        )  # fmt: skip
+        require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
+        if self.address is None:
+            defaults = ClusterConfig(address="auto")
+            for option, value in vars(self).items():
+                require(
+                    option == "address" or value == getattr(defaults, option), f"cluster.{option}", value,
+                    "none without cluster.address; add --cluster.address auto (or local)",
+                )  # fmt: skip

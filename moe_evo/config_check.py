@@ -1,0 +1,9 @@
+"""The one way in which sections of the config refuse a value."""
+
+from moe_evo.errors import ConfigError
+
+
+def require(condition: bool, option: str, got: object, expected: str) -> None:
+    """Raise ConfigError unless `condition` holds; says which option, what was got and what was expected."""
+    if not condition:
+        raise ConfigError(f"{option}: got {got!r}, expected {expected}")

@@ -1,0 +1,47 @@
+"""The genome that a command line names: a file, the winner of a run, a list of kept experts, or the full model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_evo.config import RouterMode
+from moe_evo.errors import GenomeError
+from moe_evo.genome import Genome
+from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata
+from moe_evo.run_folder import RunFolder
+from moe_evo.space import ModelShape
+
+
+def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
+    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'."""
+    if text == "full":
+        return shape.identity()
+    if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
+        return genome_from_kept_json(text, shape)
+    path = Path(text)
+    if len(path.name) <= 255 and path.is_dir():
+        run = RunFolder.existing(path)
+        run.read_result()  # or say that it is not finished
+        path = run.best
+    if path.suffix == ".json":
+        return genome_from_kept_json(path, shape)
+    if path.suffix == ".pth":
+        from moe_evo.models.eep_coefficients import load_eep_coefficients
+
+        return load_eep_coefficients(path, shape)
+    if len(path.name) > 255 or not path.exists():
+        raise GenomeError(
+            f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
+            "such as [[0,3],[1,2]], or 'full'"
+        )
+    _check_router(path, router)
+    return load_genome(path)
+
+
+def _check_router(path: Path, router: RouterMode) -> None:
+    """A genome means another function under the other router mode."""
+    searched = load_metadata(path).get("provenance", {}).get("router", router)
+    if searched != router:
+        raise GenomeError(
+            f"{path}: was searched with model.router {searched}, got {router}; add --model.router {searched}"
+        )

@@ -1,0 +1,129 @@
+"""The config of a search: the algorithm, what it looks for, its budget and its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_evo.config_check import require
+
+Algorithm = Literal["eep", "eep_release", "random"]
+
+
+@dataclass(frozen=True)
+class EEPConfig:
+    """Evolution of the EEP method (arXiv 2407.00945); see `eep_release` for the published values.
+
+    Args:
+        num_initial: Random prunings before evolution starts; at most half of the default num_pruning.
+        num_pruning: Evaluations, the initial ones included, after which merging starts; default: half
+            of the budget. Give the budget itself for a run that only prunes.
+        layer_rate: Probability that a layer group is mutated (pruning phase) and that one of its two
+            matrices is (merging phase).
+        swap_rate: Pruning phase: probability that a slot of a mutated layer takes another expert. At
+            least one slot always does.
+        entry_rate: Merging phase: probability that an entry of a mutated matrix changes.
+        sigma: Merging phase: standard deviation of the change.
+        crossover_rate: Probability that a child has two parents.
+        crossover_bias: Probability that a row (or an unmutated matrix) comes from the first parent.
+        pruning_crossover: Also cross prunings, with repair of experts chosen twice.
+        layer_crossover_rate: Share of crossovers that exchange whole layers in place of rows.
+        normalise_rate: Probability that the rows of a merged child are divided by their sums.
+        mutation_margin: Parents of a mutation are within so many units of the best.
+        mutation_parents: At least so many individuals may be parents of a mutation.
+        crossover_margin: Parents of a crossover are within so many units of the best.
+        crossover_parents: At least so many individuals may be parents of a crossover.
+        margin_unit: Unit of the two margins: 'standard_errors' of the best fitness, or 'fitness'.
+    """
+
+    num_initial: int = 31
+    num_pruning: int | None = None
+    layer_rate: float = 0.25
+    swap_rate: float = 0.15
+    entry_rate: float = 0.25
+    sigma: float = 0.065
+    crossover_rate: float = 0.3
+    crossover_bias: float = 0.6
+    pruning_crossover: bool = True
+    layer_crossover_rate: float = 0.0
+    normalise_rate: float = 0.1
+    mutation_margin: float = 0.25  # genomes share their examples: differences are surer than scores
+    mutation_parents: int = 2
+    crossover_margin: float = 0.25
+    crossover_parents: int = 6
+    margin_unit: Literal["standard_errors", "fitness"] = "standard_errors"
+
+    def __post_init__(self) -> None:
+        for option in ("num_initial", "mutation_parents", "crossover_parents"):
+            require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
+        rates = (
+            "layer_rate", "swap_rate", "entry_rate", "crossover_rate", "crossover_bias",
+            "layer_crossover_rate", "normalise_rate",
+        )  # fmt: skip
+        for option in rates:
+            rate = getattr(self, option)
+            require(0 <= rate <= 1, f"search.eep.{option}", rate, "a probability from 0 to 1")
+        require(self.layer_rate > 0, "search.eep.layer_rate", self.layer_rate, "more than 0")
+        for option in ("sigma", "mutation_margin", "crossover_margin"):
+            require(getattr(self, option) >= 0, f"search.eep.{option}", getattr(self, option), "0 or more")
+        require(self.sigma > 0, "search.eep.sigma", self.sigma, "more than 0")
+        if self.num_pruning is not None:
+            require(
+                self.num_pruning >= self.num_initial, "search.eep.num_pruning", self.num_pruning,
+                f"at least search.eep.num_initial ({self.num_initial})",
+            )  # fmt: skip
+
+
+EEP_RELEASE = EEPConfig(
+    num_initial=31,
+    num_pruning=101,
+    pruning_crossover=False,
+    mutation_margin=0.03,
+    crossover_margin=0.01,
+    margin_unit="fitness",
+)
+"""The values of the released search: 31 random prunings and 70 children of them, then merging."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is searched, by which algorithm, for how long.
+
+    Args:
+        algorithm: 'eep'; 'eep_release', the same with the published parameters; or 'random'.
+        num_kept: Experts kept in every MoE layer, or a list with one number a layer.
+        top_k: Experts active a token; default: the model's.
+        num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
+        multiple_of: num_kept must be a multiple of this (for expert-parallel serving).
+        evaluations: Budget.
+        seed: Candidate n depends on this seed, n and earlier outcomes, and on nothing else.
+        eep: Parameters of 'eep'.
+        warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
+            prunings keep only experts that one of its ten best prunings keeps ('eep' only).
+    """
+
+    algorithm: Algorithm = "eep"
+    num_kept: int | list[int] = 4
+    top_k: int | None = None
+    num_layer_groups: int | None = None
+    multiple_of: int = 1
+    evaluations: int = 402
+    seed: int = 0
+    eep: EEPConfig = field(default_factory=EEPConfig)
+    warm_start: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
+        require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
+        require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
+        require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
+        require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
+        require(self.seed >= 0, "search.seed", self.seed, "0 or more")
+        require(
+            self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
+            f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
+        )  # fmt: skip
+        require(
+            self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
+            "none, as random search begins nowhere",
+        )  # fmt: skip
