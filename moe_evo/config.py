@@ -23,6 +23,7 @@ Metric = Literal[
     "exact_match", "contains", "f1", "first_option", "number_match", "negative_kl",
 ]  # fmt: skip
 FitnessRule = Literal["mean", "worst"]
+StateDevice = Literal["model", "cpu"]
 Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -154,13 +155,23 @@ class EvaluationConfig:
         fitness: Over several tasks: their 'mean' score or the 'worst' one.
         batch_tokens: Most tokens, padding included, in one forward pass.
         threads: Threads of torch on the CPU; default: one a core.
+        share_layers: Compute layers that genomes have in common once, and start the children of recent
+            genomes where they differ; false runs every genome from the first layer on.
+        state_cache_gib: Memory for the hidden states of recent genomes. Default: a quarter of what is free
+            after loading.
+        state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
     """
 
     fitness: FitnessRule = "mean"
     batch_tokens: int = 8192
     threads: int | None = None
+    share_layers: bool = True
+    state_cache_gib: float | None = None
+    state_device: StateDevice = "model"
 
     def __post_init__(self) -> None:
+        cache = self.state_cache_gib
+        require(cache is None or cache >= 0, "evaluation.state_cache_gib", cache, "0 or more")
         require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
         require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
 

@@ -20,6 +20,7 @@ from transformers import (
 from moe_evo.config import TaskConfig
 from moe_evo.evaluation.generate import generate_greedily
 from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.token_trees import attention_masks
 from moe_evo.space import ModelShape
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
 from moe_evo.tasks.data import read_task
@@ -122,10 +123,10 @@ def make_task(
 def forward(model: Any, batch: ForwardBatch) -> torch.Tensor:
     logits: torch.Tensor = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=attention_masks(model.config, batch.position_ids, batch.ends, batch.counts, model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
-        logits_to_keep=batch.logits_to_keep,
+        logits_to_keep=batch.kept,
     ).logits
     return logits
 

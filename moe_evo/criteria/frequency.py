@@ -70,12 +70,12 @@ def _counted(evaluator: Observed, split: str) -> Counts:
     ranks = evaluator.model.share
     with torch.inference_mode(), evaluator.model.observe_routing() as counts:
         for task in evaluator.tasks:
-            make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens)
+            trees = evaluator.model.reads_trees
+            make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=trees)
             share = share_of(ranks.rank, ranks.size, task.numbers(split), make)
             for position, batch in enumerate(share.batches):
                 placed = batch.to(evaluator.model.device)
-                is_counted = position < share.num_counted
-                counts.mask = placed.attention_mask if is_counted else torch.zeros_like(placed.attention_mask)
+                counts.times = placed.counts if position < share.num_counted else torch.zeros_like(placed.counts)
                 evaluator.forward(placed)
     of_ranks = ranks.gather(counts.layers)
     return tuple(np.sum(layer, axis=0) for layer in zip(*of_ranks, strict=True))

@@ -26,11 +26,11 @@ class BatchMemory:
         self._model = model
         self._rows, self._tokens = 1, batch_tokens
 
-    def note(self, batch: Batch) -> None:
-        """Remember the batch that runs now: it is the one that does not fit if memory runs out."""
+    def note(self, batch: Batch, copies: int = 1) -> None:
+        """Remember the batch that runs now, for so many genomes: it does not fit if memory runs out."""
         new_tokens = 0 if isinstance(batch, ForwardBatch) else batch.max_new_tokens
-        self._rows, length = batch.input_ids.shape
-        self._tokens = self._rows * (length + new_tokens)
+        self._rows = len(batch.examples) * copies
+        self._tokens = copies * (batch.input_ids.numel() + len(batch.input_ids) * new_tokens)
 
     def lower_after(self, error: BaseException) -> None:
         """Halve `batch_tokens`.

@@ -1,7 +1,8 @@
 """Genomes in, outcomes out: the one place that runs forward passes to score.
 
-The model stays loaded and genomes are applied to it one after the other; equal genomes are computed
-once. Nothing here knows of pools, journals or searches.
+The model stays loaded. Equal genomes are computed once, others share what they have in common where an
+`Engine` can run them, and are applied to the model one after the other where it cannot. Nothing here
+knows of pools, journals or searches.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
+from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.generate import generate_greedily
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
@@ -50,12 +52,17 @@ class _Prepared:
     num_counted: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Report:
     """What one rank found of one task: the partial results of its batches, and whether all numbers are finite."""
 
-    parts: list[tuple[npt.NDArray[np.int64], Tensor]]
-    is_finite: bool
+    parts: list[tuple[npt.NDArray[np.int64], Tensor]] = field(default_factory=list)
+    is_finite: bool = True
+
+    def add(self, batch: Batch, partial: Tensor, is_finite: bool = True) -> None:
+        """partial: (B, anything) of one batch; is_finite: what it was made from is."""
+        self.is_finite = self.is_finite and is_finite and bool(partial.isfinite().all())
+        self.parts.append((batch.examples, partial.cpu()))
 
 
 class Evaluator:
@@ -72,11 +79,17 @@ class Evaluator:
         self._config = config
         self._whole: dict[str, tuple[_Prepared, ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
+        self._engine = engine_for(model, config)
 
     @property
     def batch_tokens(self) -> int:
         """Most tokens of a batch: the config's number, or less where that did not fit in memory."""
         return self._memory.batch_tokens
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether what genomes have in common is computed once."""
+        return self._engine is not None
 
     def evaluate(self, genomes: Sequence[Genome | None], split: str, indices: Indices | None = None) -> list[Outcome]:
         """One outcome a genome, in order; None is the untouched model.
@@ -87,26 +100,30 @@ class Evaluator:
         for genome in genomes:
             if genome is not None:
                 check_fits(genome, self.model.shape)
-        outcomes: dict[str | None, Outcome] = {}
-        for genome in genomes:
-            digest = genome.digest if genome is not None else None
-            if digest not in outcomes:
-                started = time.perf_counter()
-                examined = self.examine(genome, split, indices)
-                outcomes[digest] = self._outcome(examined, time.perf_counter() - started)
-        return [outcomes[genome.digest if genome is not None else None] for genome in genomes]
+        distinct = list(dict.fromkeys(genomes))
+        started = time.perf_counter()
+        examined = self.examine(distinct, split, indices)
+        duration_s = (time.perf_counter() - started) / max(len(distinct), 1)
+        outcomes = {genome: self._outcome(found, duration_s) for genome, found in zip(distinct, examined, strict=True)}
+        return [outcomes[genome] for genome in genomes]
 
     def examine(
-        self, genome: Genome | None, split: str, indices: Indices | None = None
-    ) -> dict[str, TaskScores] | EvaluationFailure:
-        """The scores of every example, by task name."""
+        self, genomes: Sequence[Genome | None], split: str, indices: Indices | None = None
+    ) -> list[dict[str, TaskScores] | EvaluationFailure]:
+        """For each genome the scores of every example, by task name."""
         started = time.perf_counter()
-        own = self.within_memory(lambda: self._reports(genome, split, indices))
+        own = self.within_memory(lambda: self._reports(genomes, split, indices))
+        of_ranks = self.model.share.gather(own)
+        duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
+        return [self._scores(split, reports, duration_s) for reports in zip(*of_ranks, strict=True)]
+
+    def _scores(
+        self, split: str, of_ranks: Sequence[Sequence[_Report]], duration_s: float
+    ) -> dict[str, TaskScores] | EvaluationFailure:
         scores = {}
-        for task, reports in zip(self.tasks, zip(*self.model.share.gather(own), strict=True), strict=True):
+        for task, reports in zip(self.tasks, zip(*of_ranks, strict=True), strict=True):
             if not all(report.is_finite for report in reports):
-                reason = f"task {task.name}: logits or scores are not finite"
-                return EvaluationFailure("non_finite", reason, time.perf_counter() - started)
+                return EvaluationFailure("non_finite", f"task {task.name}: logits or scores are not finite", duration_s)
             scores[task.name] = task.combine(split, [part for report in reports for part in report.parts])
         return scores
 
@@ -121,37 +138,63 @@ class Evaluator:
             except MEMORY_ERRORS as error:
                 self._memory.lower_after(error)
             # only now, as the error holds on to the tensors of the calls that it went through
-            self._whole.clear()  # references, too, are of the old batches
+            self._whole.clear()  # references and states, too, are of the old batches
+            if self._engine is not None:
+                self._engine.states.clear()
             self._memory.free()
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """Logits (B, n, V) of whatever function the model computes at the moment."""
+        """Logits (M, V) of whatever function the model computes at the moment."""
         self._memory.note(batch)
         logits: Tensor = self.model.language_model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=self.model.attention_masks(batch.position_ids, batch.ends, batch.counts),
             position_ids=batch.position_ids,
             use_cache=False,
-            logits_to_keep=batch.logits_to_keep,
+            logits_to_keep=batch.kept,
         ).logits
         return logits
 
-    def _reports(self, genome: Genome | None, split: str, indices: Indices | None) -> list[_Report]:
-        """One a task. Nothing that goes wrong with a genome ends this early: other ranks go on, too."""
+    def _reports(
+        self, genomes: Sequence[Genome | None], split: str, indices: Indices | None
+    ) -> list[tuple[_Report, ...]]:
+        """For each genome one a task. Nothing that goes wrong with one ends this early: other ranks go on, too."""
         with torch.inference_mode(), _threads(self._config.threads):
             prepared = self._prepared(split, indices)
-            with self.model.applied(genome) if genome is not None else nullcontext():
-                return [self._report(one) for one in prepared]
+            reports = [tuple(_Report() for _ in self.tasks) for _ in genomes]
+            if self._engine is not None:
+                self._run_together(self._engine, genomes, prepared, reports, is_whole=indices is None)
+            for genome, own in zip(genomes, reports, strict=True):
+                self._run_alone(genome, prepared, own)
+        return reports
 
-    def _report(self, prepared: _Prepared) -> _Report:
-        parts, finite = [], []
-        for position, (batch, reference) in enumerate(zip(prepared.batches, prepared.references, strict=True)):
-            output, is_finite = self._run(batch)
-            if position < prepared.num_counted:
-                parts.append((batch.examples, prepared.task.score(batch, output, reference)))
-                finite.append(is_finite)
-        all_finite = all(finite) and all(bool(partial.isfinite().all()) for _, partial in parts)
-        return _Report([(examples, partial.cpu()) for examples, partial in parts], all_finite)
+    def _run_together(
+        self,
+        engine: Engine,
+        genomes: Sequence[Genome | None],
+        prepared: Sequence[_Prepared],
+        reports: Sequence[Sequence[_Report]],
+        is_whole: bool,
+    ) -> None:
+        """All batches that are run forward, each for all genomes."""
+        whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
+        for index, one in enumerate(prepared):
+            for batch, reference in zip(one.batches, one.references, strict=True):
+                if isinstance(batch, ForwardBatch):
+                    copies = min(max(self.batch_tokens // batch.input_ids.numel(), 1), len(genomes))
+                    self._memory.note(batch, copies)
+                    add = partial(_add_scored, [report[index] for report in reports], one.task, batch, reference)
+                    engine.run(batch, whole, add, copies=copies, keep=is_whole)
+
+    def _run_alone(self, genome: Genome | None, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
+        """The batches that are left, for one genome."""
+        with self.model.applied(genome) if genome is not None else nullcontext():
+            for one, report in zip(prepared, reports, strict=True):
+                for position, (batch, reference) in enumerate(zip(one.batches, one.references, strict=True)):
+                    if self._engine is None or not isinstance(batch, ForwardBatch):
+                        output, is_finite = self._run(batch)
+                        if position < one.num_counted:
+                            report.add(batch, one.task.score(batch, output, reference), is_finite)
 
     def _run(self, batch: Batch) -> tuple[Tensor, bool]:
         """The output of a batch, and whether the logits that it was generated from are finite."""
@@ -171,7 +214,7 @@ class Evaluator:
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
         ranks = self.model.share
-        make = partial(task.batches, split, batch_tokens=self.batch_tokens)
+        make = partial(task.batches, split, batch_tokens=self.batch_tokens, trees=self.model.reads_trees)
         share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
         batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(
@@ -205,6 +248,13 @@ class Evaluator:
                 f"{name}/{metric}": value for name, one in examined.items() for metric, value in one.metrics.items()
             },
         )
+
+
+def _add_scored(
+    reports: Sequence[_Report], task: Task, batch: ForwardBatch, reference: Tensor | None, number: int, logits: Tensor
+) -> None:
+    """Add to the report of genome `number` what its logits (M, V) score."""
+    reports[number].add(batch, task.score(batch, logits, reference))
 
 
 def _standard_error(scores: TaskScores) -> float:

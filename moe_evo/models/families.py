@@ -29,6 +29,7 @@ class Family:
     weights are divided by their sum. min_kept_per_group: see `ModelShape`. experts_plan: tensor parallel
     styles of the experts' tensors ('' is the module) where transformers has none. output_biases: expert
     tensors that are added to an output; under tensor parallelism ranks sum theirs, so one rank has them.
+    block_returns_tuple: the block answers with its output and something more.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class Family:
     min_kept_per_group: int = 1
     experts_plan: Mapping[str, str] = field(default_factory=dict)
     output_biases: tuple[str, ...] = ()
+    block_returns_tuple: bool = False
 
     top_k_field = "num_experts_per_tok"
 
@@ -153,6 +155,7 @@ FAMILIES: dict[str, Family] = {
             "": "moe_tp_experts",
         },
         output_biases=("down_proj_bias",),
+        block_returns_tuple=True,
     ),
     "granitemoe": Family(
         "granitemoe",

@@ -7,7 +7,7 @@ The router's forward is wrapped and the experts go through a function registered
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,22 +114,24 @@ class MoELayer:
         """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
         return None if plan.expert_merging is None else merged_key(self.number, plan.expert_merging)
 
-    def install(self, plan: LayerPlan | None, cache: MergedCache) -> None:
-        """Follow `plan`, with merged tensors from `cache`; None leaves the layer as it is."""
-        base = _experts_function(self.experts)
-        key = None if plan is None else self.merged_key(plan)
+    def install(self, plans: Sequence[LayerPlan | None], cache: MergedCache, implementation: str) -> None:
+        """Follow `plans`, each for an equal part of the tokens in turn, with merged tensors from `cache`.
+
+        None leaves its part as it is. implementation: transformers' name of how experts are computed.
+        """
+        base = _experts_function(self.experts, implementation)
 
         def experts_forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            if plan is None or plan.expert_merging is None or key is None:
+            if all(plan is None or plan.expert_merging is None for plan in plans):
                 return base(self.experts, hidden, index, weights)
-            merged = cache.get(key, partial(self.merged_tensors, plan.expert_merging))
-            substitute = Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
-            return base(substitute, hidden, index, weights)
+            parts = zip(plans, *(tensor.chunk(len(plans)) for tensor in (hidden, index, weights)), strict=True)
+            outputs = [base(self._experts_of(plan, cache), *part) for plan, *part in parts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         self.experts.__dict__[_HOOK] = experts_forward
-        if plan is not None:
+        if any(plan is not None for plan in plans):
             self._previous_forward = self.router.__dict__.get(self._slot)
-            self.router.__dict__[self._slot] = partial(self._route, plan)
+            self.router.__dict__[self._slot] = partial(self._route, plans)
 
     def remove(self) -> None:
         """Back to the untouched layer; harmless where nothing is installed."""
@@ -142,7 +144,26 @@ class MoELayer:
             self.router.__dict__[self._slot] = self._previous_forward
         del self._previous_forward
 
-    def _route(self, plan: LayerPlan, hidden: Tensor) -> RouterOutput:
+    def _experts_of(self, plan: LayerPlan | None, cache: MergedCache) -> Any:
+        """The experts, or what stands in for them where `plan` merges."""
+        key = None if plan is None else self.merged_key(plan)
+        if plan is None or plan.expert_merging is None or key is None:
+            return self.experts
+        merged = cache.get(key, partial(self.merged_tensors, plan.expert_merging))
+        return Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
+
+    def _route(self, plans: Sequence[LayerPlan | None], hidden: Tensor) -> RouterOutput:
+        parts = zip(plans, hidden.chunk(len(plans)), strict=True)
+        outputs = [self._route_by(plan, part) for plan, part in parts]
+        if len(outputs) == 1:
+            return outputs[0]
+        logits, weights, index = zip(*outputs, strict=True)
+        return logits[0], torch.cat(weights), torch.cat(index)  # no block reads the logits
+
+    def _route_by(self, plan: LayerPlan | None, hidden: Tensor) -> RouterOutput:
+        if plan is None:
+            output: RouterOutput = type(self.router).forward(self.router, hidden)
+            return output
         if not plan.router_rows:  # built in the first forward, where offloaded weights are in reach
             plan.router_rows = self._router_rows(plan.router_mapping)
             plan.indices = None if plan.indices is None else plan.indices.to(hidden.device)
@@ -165,16 +186,15 @@ class MoELayer:
         return {"mapping": torch.from_numpy(router_mapping.copy()).to(device)}
 
 
-def _experts_function(experts: nn.Module) -> Callable[..., Tensor]:
-    """The experts implementation in force, as a function of (experts, hidden, index, weights)."""
+def _experts_function(experts: nn.Module, implementation: str) -> Callable[..., Tensor]:
+    """An experts implementation as a function of (experts, hidden, index, weights)."""
     eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
-    config: Any = experts.config
-    function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(config._experts_implementation, eager)
+    function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager)
     return function
 
 
 def _experts_forward(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts implementation 'moe_evo', in force while a genome that merges experts is applied."""
+    """The experts implementation 'moe_evo', in force while experts may be merged."""
     output: Tensor = experts.__dict__[_HOOK](hidden, index, weights)
     return output
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 class RoutingCounts:
     """Tokens routed to each expert of each MoE layer.
 
-    mask: attention mask (B, S) of the batch that runs next; tokens where it is 0 are not counted.
-    None counts all tokens. With a KV cache the last columns are those of the new tokens.
+    times: (P, T), how often each token of the batch that runs next counts; None counts all tokens once.
+    With a KV cache the last columns are those of the new tokens.
     """
 
     def __init__(self, num_experts: Sequence[int]) -> None:
-        self.mask: Tensor | None = None
+        self.times: Tensor | None = None
         self._counts = [torch.zeros(number, dtype=torch.float64) for number in num_experts]
 
     @property
@@ -30,14 +30,16 @@ class RoutingCounts:
 
     def add(self, layer: int, index: Tensor) -> None:
         """Count a router's choice; index: (T, top_k) with T = B * new tokens."""
-        if self.mask is not None:
-            rows = self.mask.shape[0]
-            assert index.shape[0] % rows == 0, (tuple(index.shape), tuple(self.mask.shape))
+        times = torch.ones(index.shape[0], device=index.device)
+        if self.times is not None:
+            rows = self.times.shape[0]
+            assert index.shape[0] % rows == 0, (tuple(index.shape), tuple(self.times.shape))
             new_tokens = index.shape[0] // rows
-            assert new_tokens <= self.mask.shape[1], (tuple(index.shape), tuple(self.mask.shape))
-            index = index[self.mask[:, -new_tokens:].reshape(-1).to(index.device).bool()]
+            assert new_tokens <= self.times.shape[1], (tuple(index.shape), tuple(self.times.shape))
+            times = self.times[:, -new_tokens:].reshape(-1).to(index.device)
         counts = self._counts[layer]
-        counts += torch.bincount(index.reshape(-1).cpu(), minlength=len(counts))
+        weights = times.double()[:, None].expand_as(index).reshape(-1).cpu()
+        counts += torch.bincount(index.reshape(-1).cpu(), weights, minlength=len(counts))
 
 
 @contextmanager

@@ -6,8 +6,8 @@ says; outside it is the untouched model, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from moe_evo.models.merged_cache import MergedCache, half_of_free_gib
 from moe_evo.models.observer import RoutingCounts, observed
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.slices import whole_shape
+from moe_evo.models.token_trees import attention_masks, reads_trees
 from moe_evo.space import check_fits
 
 # Relative to the largest logit. The forced hooks run the same kernels on the same numbers.
@@ -63,7 +64,7 @@ class MoEModel:
             self.family.check_eep_router(config)
         self.layers = self._find_layers()
         self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
-        self._is_applied = False
+        self._implementation: str | None = None  # of the experts, while a genome is applied
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
     @property
@@ -83,9 +84,49 @@ class MoEModel:
         Raises GenomeError where the genome does not fit the model.
         """
         check_fits(genome, self.shape)
-        plans = [self._plan(layer, index) for index, layer in enumerate(genome.layers)]
+        plans = [self.plan(layer, index) for index, layer in enumerate(genome.layers)]
         with self._installed(plans):
             yield self.language_model
+
+    @contextmanager
+    def ready_for(self, plans: Iterable[tuple[int, LayerPlan]]) -> Iterator[None]:
+        """Let `planned` follow any of these, each given with the number of its MoE layer."""
+        assert self._implementation is None, "a genome is applied already: leave its `with` block first"
+        keys = [key for number, plan in plans if (key := self.layers[number].merged_key(plan)) is not None]
+        previous = self.language_model.get_experts_implementation()
+        self._implementation = self.language_model.config._experts_implementation
+        try:
+            self.merged_cache.use(keys)
+            if keys:  # prunings need no other experts than the model's own
+                self.language_model.set_experts_implementation(IMPLEMENTATION)
+            yield
+        finally:
+            if keys:
+                self.language_model.set_experts_implementation(previous)
+            self._implementation = None
+
+    @contextmanager
+    def planned(self, number: int, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
+        """Make MoE layer `number` follow `plans`, each for an equal part of its tokens in turn.
+
+        None is the untouched layer. Only in a block of `ready_for`.
+        """
+        assert self._implementation is not None, "planned outside of a block of ready_for"
+        layer = self.layers[number]
+        layer.install(plans, self.merged_cache, self._implementation)
+        try:
+            yield
+        finally:
+            layer.remove()
+
+    @property
+    def reads_trees(self) -> bool:
+        """Whether rows that begin alike can share those tokens."""
+        return reads_trees(self.language_model.config)
+
+    def attention_masks(self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor) -> Any:
+        """The language model's `attention_mask` for token trees; each (P, T), see `ForwardBatch`."""
+        return attention_masks(self.language_model.config, position_ids, ends, counts, self.dtype)
 
     def merged_fits(self, genome: Genome) -> bool:
         """Whether all layers that `genome` merges fit in the cache; others are merged anew in every forward."""
@@ -96,7 +137,7 @@ class MoEModel:
 
     @contextmanager
     def observe_routing(self) -> Iterator[RoutingCounts]:
-        """Count the tokens that go to each expert; set `.mask` to each batch's attention mask.
+        """Count the tokens that go to each expert; set `.times` for each batch.
 
         Under `applied` prunings are counted by the experts' own numbers, merged layers by slot.
         """
@@ -158,31 +199,19 @@ class MoEModel:
             found.append(layer)
         return found
 
-    def _plan(self, layer: LayerGenome, index: int) -> LayerPlan | None:
-        untouched = layer.is_identity and layer.top_k == self.shape.top_k[index]
-        return None if untouched else LayerPlan.of(layer)
+    def plan(self, gene: LayerGenome, number: int) -> LayerPlan | None:
+        """What MoE layer `number` does for `gene`; None where that is what it does anyway."""
+        untouched = gene.is_identity and gene.top_k == self.shape.top_k[number]
+        return None if untouched else LayerPlan.of(gene)
 
     @contextmanager
     def _installed(self, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
-        assert not self._is_applied, "a genome is applied already: leave its `with` block first"
-        pairs = [(layer, plan) for layer, plan in zip(self.layers, plans, strict=True) if plan is not None]
-        keys = [key for layer, plan in pairs if (key := layer.merged_key(plan)) is not None]
-        previous = self.language_model.get_experts_implementation()
-        self._is_applied = True
-        try:
-            self.merged_cache.use(keys)
-            if pairs:
-                for layer, plan in zip(self.layers, plans, strict=True):
-                    layer.install(plan, self.merged_cache)
-            if keys:  # prunings need no other experts than the model's own
-                self.language_model.set_experts_implementation(IMPLEMENTATION)
+        changed = [(number, plan) for number, plan in enumerate(plans) if plan is not None]
+        with self.ready_for(changed), ExitStack() as stack:
+            for number, plan in enumerate(plans):
+                if changed:
+                    stack.enter_context(self.planned(number, [plan]))
             yield
-        finally:
-            if keys:
-                self.language_model.set_experts_implementation(previous)
-            for layer in self.layers:
-                layer.remove()
-            self._is_applied = False
 
 
 def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,8 +1,9 @@
 """What a task gives to the evaluator and takes back: batches of tokens out, outputs in, scores out.
 
 The evaluator owns the forward pass, a task owns tokens and scoring, so that one engine can run many
-genomes over the same batches. A task knows nothing of experts. Letters in shapes: B rows, T tokens,
-n positions with logits, A answers scored on one row, V vocabulary, N examples, M metrics.
+genomes over the same batches. A task knows nothing of experts. Letters in shapes: B rows, P trees of T
+tokens, n scored positions of a row, M nodes with logits, A answers scored on one row, V vocabulary,
+N examples.
 """
 
 from __future__ import annotations
@@ -22,18 +23,23 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """Rows for one forward pass, padded on the left.
+    """Token trees for one forward pass, padded on the right; a row is a path from a root on.
 
-    input_ids, attention_mask, position_ids: (B, T) int64. logits_to_keep: n, the last positions whose
-    logits are needed. scored: (B, n) bool, the positions that count. targets: (B, n, A) int64, the
-    token that answer a expects after a position, or IGNORED. examples: (B,) the example of each row.
-    answers: (B, A) which of the example's answers each is, or IGNORED.
+    input_ids, position_ids: (P, T) int64; a position is the depth in the tree. ends: (P, T) int64; node j
+    is seen by the nodes j to ends[j] - 1, which are itself and its descendants. counts: (P, T) int64, the
+    rows that go through a node; 0 is padding. kept: (P, T) bool, the M nodes whose logits are
+    needed. positions: (B, n) int64, where a row is scored, as a number 0..M-1 of those nodes.
+    scored: (B, n) bool, where positions mean something. targets: (B, n, A) int64, the token that answer a
+    expects after a position, or IGNORED. examples: (B,) the example of each row. answers: (B, A) which of
+    the example's answers each is, or IGNORED.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     position_ids: Tensor
-    logits_to_keep: int
+    ends: Tensor
+    counts: Tensor
+    kept: Tensor
+    positions: Tensor
     scored: Tensor
     targets: Tensor
     examples: npt.NDArray[np.int64]
@@ -41,8 +47,8 @@ class ForwardBatch:
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The batch with its tensors on `device`."""
-        names = ("input_ids", "attention_mask", "position_ids", "scored", "targets")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +87,13 @@ class TaskScores:
 
 
 def target_log_probs(batch: ForwardBatch, logits: Tensor) -> Tensor:
-    """(B, A) summed log-probabilities of each answer's tokens; softmax in float32."""
+    """(B, A) summed log-probabilities of each answer's tokens; logits: (M, V), softmax in float32."""
     wide = logits.float()
-    picked = wide.gather(-1, batch.targets.clamp(min=0)) - wide.logsumexp(-1, keepdim=True)
-    return torch.where(batch.targets == IGNORED, 0.0, picked).sum(dim=1)
+    picked = wide[batch.positions[:, :, None], batch.targets.clamp(min=0)]
+    total = wide.logsumexp(-1)[batch.positions][:, :, None]
+    return torch.where(batch.targets == IGNORED, 0.0, picked - total).sum(dim=1)
 
 
 def scored_log_probs(batch: ForwardBatch, logits: Tensor) -> Tensor:
-    """(scored positions of the batch, V) log-probabilities; softmax in float32."""
-    return logits[batch.scored].float().log_softmax(dim=-1)
+    """(scored positions of the batch, V) log-probabilities; logits: (M, V), softmax in float32."""
+    return logits.float().log_softmax(dim=-1)[batch.positions[batch.scored]]

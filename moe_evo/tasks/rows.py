@@ -1,7 +1,7 @@
-"""Token rows and how they become left-padded batches of similar length.
+"""Token rows and how they become batches.
 
-Left padding with positions that skip it puts the logits that matter last in every row, so that
-`model(..., logits_to_keep=n)` of stock transformers computes no others.
+To score, rows are laid into token trees: what rows have in common at their beginning (a few-shot prefix,
+the prompt of an example's choices) stands there once. To generate, rows are padded on the left.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moe_evo.tasks.base import IGNORED, ForwardBatch, GenerateBatch
@@ -17,6 +18,7 @@ from moe_evo.tasks.examples import Example
 
 MAX_LOGITS = 2**27  # numbers in one batch's logits: 512 MiB in float32
 MAX_PADDING = 256  # tokens of padding that cost about as much as one more forward pass
+TREE_TOKENS = 64  # a wider tree shares more beginnings, but each of its tokens attends to all of it
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,19 @@ class Row:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How large a batch may be: tokens with padding, and the vocabulary that its logits span."""
+    """How large a batch may be: tokens with padding, and the vocabulary that its logits span.
+
+    trees: rows may share their beginnings; otherwise each row is a tree of its own.
+    """
 
     batch_tokens: int
     vocabulary: int
+    trees: bool = True
 
-    def lowered_to(self, batch_tokens: int | None) -> BatchLimits:
-        """These limits, with at most `batch_tokens` tokens; None changes nothing."""
+    def lowered_to(self, batch_tokens: int | None, trees: bool) -> BatchLimits:
+        """These limits, with at most `batch_tokens` tokens (None changes nothing)."""
         lowest = self.batch_tokens if batch_tokens is None else min(self.batch_tokens, batch_tokens)
-        return BatchLimits(lowest, self.vocabulary)
+        return BatchLimits(lowest, self.vocabulary, trees)
 
 
 class TokenisedSplits:
@@ -72,8 +78,8 @@ class TokenisedSplits:
 
 
 def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBatch, ...]:
-    """All rows in batches, shortest first."""
-    return tuple(map(_forward_batch, _buckets(rows, limits)))
+    """All rows as token trees of similar size."""
+    return tuple(map(_forward_batch, _groves(_trees(rows, limits), limits)))
 
 
 def generate_batches(
@@ -88,17 +94,16 @@ def generate_batches(
     return tuple(batches)
 
 
-def _buckets(rows: Sequence[Row], limits: BatchLimits, extra: int = 0) -> Iterator[list[Row]]:
+def _buckets(rows: Sequence[Row], limits: BatchLimits, extra: int) -> Iterator[list[Row]]:
+    """Rows of similar length that fit into one batch with `extra` tokens more each."""
     bucket: list[Row] = []
-    num_kept = padding = 0
+    padding = 0
     for row in sorted(rows, key=lambda row: len(row.tokens)):
         length, count = len(row.tokens), len(bucket) + 1  # the newest row is the longest
-        num_kept = max(num_kept, row.num_scored)
         padding += len(bucket) * (length - len(bucket[-1].tokens)) if bucket else 0
-        too_large = count * (length + extra) > limits.batch_tokens or count * num_kept * limits.vocabulary > MAX_LOGITS
-        if bucket and (too_large or padding > MAX_PADDING):
+        if bucket and (count * (length + extra) > limits.batch_tokens or padding > MAX_PADDING):
             yield bucket
-            bucket, num_kept, padding = [], row.num_scored, 0
+            bucket, padding = [], 0
         bucket.append(row)
     if bucket:
         yield bucket
@@ -115,26 +120,106 @@ def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
 
 
-def _forward_batch(rows: Sequence[Row]) -> ForwardBatch:
-    input_ids, attention_mask = _padded(rows)
-    num_kept = max(row.num_scored for row in rows)
-    num_answers = max(len(row.answers) for row in rows)
-    scored = np.zeros((len(rows), num_kept), dtype=np.bool_)
-    targets = np.full((len(rows), num_kept, num_answers), IGNORED, dtype=np.int64)
-    answers = np.full((len(rows), num_answers), IGNORED, dtype=np.int64)
-    for index, row in enumerate(rows):
-        first = num_kept - row.num_scored
-        scored[index, first:] = True
+class _Tree:
+    """Rows in ascending order, each sharing with the one before it the tokens in which both begin alike.
+
+    tokens: of the nodes, in depth-first order. places: for each row its nodes, from the root on.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.tokens: list[int] = []
+        self.places: list[npt.NDArray[np.int64]] = []
+
+    def num_shared(self, row: Row) -> int:
+        """How many tokens the row has in common with the beginning of the last one."""
+        last = self.rows[-1].tokens if self.rows else ()
+        pairs = enumerate(zip(last, row.tokens, strict=False))
+        return next((place for place, (one, other) in pairs if one != other), min(len(last), len(row.tokens)))
+
+    def add(self, row: Row) -> None:
+        shared = self.num_shared(row)
+        own = np.arange(len(self.tokens), len(self.tokens) + len(row.tokens) - shared)
+        self.places.append(np.concatenate([self.places[-1][:shared], own]) if shared else own)
+        self.tokens.extend(row.tokens[shared:])
+        self.rows.append(row)
+
+    @property
+    def scored(self) -> npt.NDArray[np.int64]:
+        """The nodes whose logits are needed, ascending."""
+        nodes = [places[row.start :] for row, places in zip(self.rows, self.places, strict=True)]
+        return np.unique(np.concatenate(nodes))
+
+
+def _trees(rows: Sequence[Row], limits: BatchLimits) -> list[_Tree]:
+    """All rows in trees of at most TREE_TOKENS nodes, or as many as the longest row has, within the limits."""
+    longest = max((len(row.tokens) for row in rows), default=0)
+    width = min(max(TREE_TOKENS, longest), limits.batch_tokens)
+    trees: list[_Tree] = []
+    for row in sorted(rows, key=lambda row: row.tokens):
+        fits = trees and len(trees[-1].tokens) + len(row.tokens) - trees[-1].num_shared(row) <= width
+        if not (fits and limits.trees):
+            trees.append(_Tree())
+        trees[-1].add(row)
+    return trees
+
+
+def _groves(trees: Sequence[_Tree], limits: BatchLimits) -> Iterator[list[_Tree]]:
+    """Trees of similar size that fit into one batch."""
+    grove: list[_Tree] = []
+    num_scored = padding = 0
+    for tree in sorted(trees, key=lambda tree: len(tree.tokens)):
+        width, count = len(tree.tokens), len(grove) + 1  # the newest tree is the largest
+        num_scored += len(tree.scored)
+        padding += len(grove) * (width - len(grove[-1].tokens)) if grove else 0
+        too_large = count * width > limits.batch_tokens or num_scored * limits.vocabulary > MAX_LOGITS
+        if grove and (too_large or padding > MAX_PADDING):
+            yield grove
+            grove, num_scored, padding = [], len(tree.scored), 0
+        grove.append(tree)
+    if grove:
+        yield grove
+
+
+def _forward_batch(trees: Sequence[_Tree]) -> ForwardBatch:
+    width = max(len(tree.tokens) for tree in trees)
+    input_ids, position_ids, counts = (np.zeros((len(trees), width), dtype=np.int64) for _ in range(3))
+    ends = np.tile(np.arange(1, width + 1), (len(trees), 1))  # padding sees itself alone
+    for number, tree in enumerate(trees):
+        input_ids[number, : len(tree.tokens)] = tree.tokens
+        for places in tree.places:  # the last of a node's rows ends last
+            position_ids[number, places] = np.arange(len(places))
+            ends[number, places] = places[-1] + 1
+            counts[number, places] += 1
+    needed = np.concatenate([tree.scored + number * width for number, tree in enumerate(trees)])
+    placed = [
+        (row, nodes + number * width)
+        for number, tree in enumerate(trees)
+        for row, nodes in zip(tree.rows, tree.places, strict=True)
+    ]
+    kept = np.zeros((len(trees), width), dtype=np.bool_)
+    kept.reshape(-1)[needed] = True
+    num_rows, num_scored = len(placed), max(row.num_scored for row, _ in placed)
+    num_answers = max(len(row.answers) for row, _ in placed)
+    positions = np.zeros((num_rows, num_scored), dtype=np.int64)
+    scored = np.zeros((num_rows, num_scored), dtype=np.bool_)
+    targets = np.full((num_rows, num_scored, num_answers), IGNORED, dtype=np.int64)
+    answers = np.full((num_rows, num_answers), IGNORED, dtype=np.int64)
+    for index, (row, nodes) in enumerate(placed):
+        positions[index, : row.num_scored] = np.searchsorted(needed, nodes[row.start :])
+        scored[index, : row.num_scored] = True
         for slot, (which, tokens) in enumerate(row.answers):
-            targets[index, first : first + len(tokens), slot] = tokens
+            targets[index, : len(tokens), slot] = tokens
             answers[index, slot] = which
     return ForwardBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=num_kept,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        ends=torch.from_numpy(ends),
+        counts=torch.from_numpy(counts),
+        kept=torch.from_numpy(kept),
+        positions=torch.from_numpy(positions),
         scored=torch.from_numpy(scored),
         targets=torch.from_numpy(targets),
-        examples=np.array([row.example for row in rows], dtype=np.int64),
+        examples=np.array([row.example for row, _ in placed], dtype=np.int64),
         answers=answers,
     )

@@ -63,23 +63,24 @@ class Task:
         return list(range(self.num_examples(split))) if indices is None else sorted({int(one) for one in indices})
 
     def batches(
-        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None
+        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
     ) -> Sequence[Batch]:
         """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
 
-        batch_tokens: most tokens of a batch where that is less than the task's own limit.
+        batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
+        that begin alike share those tokens.
         """
         rows = self._rows.of(split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
-        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens))
+        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees))
 
     def prompt_batches(
-        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None
+        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
     ) -> Sequence[ForwardBatch]:
         """Each example's input once, without an answer: what is seen before the model speaks."""
         rows = self._rows.of(split)
         chosen = [rows[number][0].prompt for number in self.numbers(split, indices)]
-        return forward_batches(chosen, self._limits.lowered_to(batch_tokens))
+        return forward_batches(chosen, self._limits.lowered_to(batch_tokens, trees))
 
     def reference(self, batch: ForwardBatch, logits: Tensor) -> Tensor:
         """What `score` needs to know of the untouched model, on the CPU; see `needs_reference`."""
@@ -89,7 +90,7 @@ class Task:
     def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
         """Partial results (B, anything) of one batch.
 
-        output: logits (B, n, V) of a ForwardBatch, or new tokens (B, at most max_new_tokens) of a
+        output: logits (M, V) of a ForwardBatch, or new tokens (B, at most max_new_tokens) of a
         GenerateBatch.
         """
         return self.scorer.score(batch, output, reference)

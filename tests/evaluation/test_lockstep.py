@@ -99,7 +99,7 @@ def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
 
 
 def found(evaluator: Evaluator, genome: Genome) -> Mapping[str, TaskScores]:
-    examined = evaluator.examine(genome, "search")
+    (examined,) = evaluator.examine([genome], "search")
     assert not isinstance(examined, EvaluationFailure)
     return examined
 

@@ -23,7 +23,7 @@ from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation
 
 PRUNED = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
-PROMPTS = [{"prompt": f"one two {n}"} for n in range(8)]
+PROMPTS = [{"prompt": f"{n} one two"} for n in range(8)]
 
 LIMITED = """
 import json, resource, sys
@@ -44,14 +44,14 @@ def limit(mib):
     resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, resource.RLIM_INFINITY))
 
 def scores(evaluator):
-    return evaluator.examine(None, "search")["texts"].score.tolist()
+    return evaluator.examine([None], "search")[0]["texts"].score.tolist()
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 config = MixtralConfig(**{**tiny.SIZES, "vocab_size": 100_000}, num_local_experts=4, num_experts_per_tok=2)
 model = MixtralForCausalLM(config).eval()
 tokenizer = tiny.tiny_tokenizer()
-texts = [{"text": f"{n:02} " + "one two three " * 9} for n in range(16)]
+texts = [{"text": f"{n:02} " + "one two three " * 20} for n in range(16)]
 task = tiny.make_task(Path(sys.argv[2]), texts, tokenizer, batch_tokens=4096)
 moe = MoEModel(model, tokenizer, merged_cache_gib=0)
 
@@ -59,9 +59,9 @@ def evaluator():
     return Evaluator(moe, [task], EvaluationConfig(batch_tokens=4096))
 
 unlimited, limited, hopeless = evaluator(), evaluator(), evaluator()
-shape = task.batches("search")[0].input_ids.shape
-answer = {"rows": shape[0], "tokens": shape.numel(), "unlimited": scores(unlimited)}
-limit(100)
+(batch,) = task.batches("search")
+answer = {"rows": len(batch.examples), "tokens": batch.input_ids.numel(), "unlimited": scores(unlimited)}
+limit(160)
 answer |= {"limited": scores(limited), "batch_tokens": limited.batch_tokens}
 answer |= {"again": scores(limited), "still": limited.batch_tokens}
 limit(8)
@@ -96,14 +96,14 @@ def evaluator(tmp_path: Path) -> Evaluator:
     return Evaluator(moe, [task], EvaluationConfig(batch_tokens=512))
 
 
-def fits(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, most_rows: int, after: int = 0) -> list[int]:
-    """Let larger batches run out of memory after so many passes; returns the rows of each pass."""
+def fits(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, most_tokens: int, after: int = 0) -> list[int]:
+    """Let larger batches run out of memory after so many passes; returns the tokens of each pass."""
     language_model, passes = evaluator.model.language_model, []
     original = language_model.forward
 
     def forward(**arguments):
-        passes.append(len(arguments["input_ids"]))
-        if passes[-1] > most_rows and len(passes) > after:
+        passes.append(arguments["input_ids"].numel())
+        if passes[-1] > most_tokens and len(passes) > after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return original(**arguments)
 
@@ -114,32 +114,56 @@ def fits(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, most_rows: int, 
 def test_references_are_made_anew_for_the_smaller_batches(evaluator, monkeypatch) -> None:
     (expected,) = evaluator.evaluate([PRUNED], "search")
     evaluator._whole.clear()
-    passes = fits(evaluator, monkeypatch, most_rows=4, after=1)  # the reference still fits, the genome does not
+    passes = fits(evaluator, monkeypatch, most_tokens=20, after=1)  # the reference still fits, the genome does not
     (outcome,) = evaluator.evaluate([PRUNED], "search")
-    assert passes == [8, 8, 4, 4, 4, 4]
+    whole = passes[0]
+    assert passes[1] == whole > 20 and max(passes[2:]) <= 20
     assert isinstance(outcome, Evaluation) and outcome.num_examples == 8
     assert outcome.fitness == pytest.approx(expected.fitness, abs=1e-6)
     assert evaluator.batch_tokens < 512
+
+
+def test_so_many_genomes_go_together_as_fit(tmp_path, monkeypatch) -> None:
+    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
+    task = tiny.make_task(tmp_path / "like", PROMPTS, moe.tokenizer, kind="distillation", batch_tokens=512)
+    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=512))
+    genomes = [Genome.from_kept([[0, first], [1, 3]], 4, 2) for first in (1, 2, 3)]
+    expected = evaluator.evaluate(genomes, "search")
+    assert evaluator._engine is not None
+    evaluator._engine.states.clear()
+    layer, copies = moe.language_model.model.layers[1], []
+    original, single = layer.forward, len(task.batches("search")[0].input_ids)
+
+    def forward(hidden, *args, **kwargs):
+        copies.append(len(hidden) // single)
+        if copies[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return original(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    outcomes = evaluator.evaluate(genomes, "search")
+    assert copies[0] == 3 and copies[-1] == 1
+    assert [one.fitness for one in outcomes] == pytest.approx([one.fitness for one in expected], abs=1e-6)
 
 
 def test_merged_layers_are_given_up_for_room(evaluator, monkeypatch) -> None:
     merged = tiny.tiny_merge(evaluator.model.shape)
     evaluator.evaluate([merged], "search")
     assert len(evaluator.model.merged_cache) == 2
-    fits(evaluator, monkeypatch, most_rows=4)
+    fits(evaluator, monkeypatch, most_tokens=20)
     evaluator.evaluate([PRUNED], "search")
     assert len(evaluator.model.merged_cache) == 0
 
 
 def test_counting_shrinks_batches_too(evaluator, monkeypatch) -> None:
     expected = routing_counts(evaluator)
-    fits(evaluator, monkeypatch, most_rows=2)
+    fits(evaluator, monkeypatch, most_tokens=20)
     assert all(map(np.array_equal, routing_counts(evaluator), expected))
     assert evaluator.batch_tokens < 512
 
 
 def test_one_row_that_does_not_fit_is_an_error_that_says_what_to_lower(evaluator, monkeypatch) -> None:
-    fits(evaluator, monkeypatch, most_rows=0)
+    fits(evaluator, monkeypatch, most_tokens=0)
     with pytest.raises(OutOfMemory, match=r"with one row in a batch: lower evaluation\.batch_tokens .* max_length"):
         evaluator.evaluate([PRUNED], "search")
 
@@ -158,7 +182,7 @@ def test_a_rank_among_several_gives_up_at_once_as_the_others_wait(tmp_path, monk
     moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True), ranks=Ranks(0, 2))
     task = tiny.make_task(tmp_path / "like", PROMPTS, moe.tokenizer, kind="distillation")
     evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=64))
-    passes = fits(evaluator, monkeypatch, most_rows=1)
+    passes = fits(evaluator, monkeypatch, most_tokens=8)
     with pytest.raises(OutOfMemory, match=r"with batches of \d+ tokens: lower evaluation\.batch_tokens \(now 64\)"):
         evaluator.evaluate([PRUNED], "search")
     assert len(passes) == 1

@@ -151,7 +151,7 @@ def test_routing_counts_match_the_genome_and_skip_padding(moe: MoEModel) -> None
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
     with moe.observe_routing() as counts, moe.applied(genome):
-        counts.mask = mask
+        counts.times = mask
         logits(moe.language_model, tokens(), attention_mask=mask)
         logits(moe.language_model, tokens(), attention_mask=mask)
     assert len(counts.layers) == moe.shape.num_layers
@@ -167,7 +167,7 @@ def test_routing_counts_of_generation_count_each_new_token_once(mixtral: MoEMode
     prompt = tokens(batch=2, length=5)
     mask = torch.ones(2, 9, dtype=torch.long)
     with torch.inference_mode(), mixtral.observe_routing() as counts:
-        counts.mask = mask
+        counts.times = mask
         mixtral.language_model.generate(
             prompt, attention_mask=mask[:, :5], min_new_tokens=4, max_new_tokens=4, do_sample=False
         )
@@ -285,10 +285,10 @@ def test_merged_fits_tells_whether_all_merged_layers_can_be_kept(moe: MoEModel) 
 def test_indices_move_to_the_device_of_the_model_once() -> None:
     moe = MoEModel(tiny_model("mixtral").to("meta"), merged_cache_gib=0)  # a device other than the CPU, everywhere
     plan = LayerPlan.of(random_pruning(moe.shape, 4).layers[0])
-    moe.layers[0]._route(plan, torch.empty(3, 32, device="meta"))
+    moe.layers[0]._route([plan], torch.empty(3, 32, device="meta"))
     moved = plan.indices
     assert moved is not None and moved.device.type == "meta"
-    moe.layers[0]._route(plan, torch.empty(3, 32, device="meta"))
+    moe.layers[0]._route([plan], torch.empty(3, 32, device="meta"))
     assert plan.indices is moved
 
 

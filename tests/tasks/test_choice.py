@@ -93,7 +93,7 @@ def test_equal_choices_tie_and_the_first_wins(tmp_path):
     rows = [{"prompt": f"a{n}", "choices": [" x", " y"], "label": n % 2} for n in range(4)]
     task = tiny.make_task(tmp_path / "t", rows, tokenizer)
     (batch,) = task.batches("search")
-    flat = torch.zeros(len(batch.examples), batch.logits_to_keep, 350)
+    flat = torch.zeros(int(batch.kept.sum()), 350)
     scores = task.combine("search", [(batch.examples, task.score(batch, flat))])
     assert scores.score.tolist() == [1, 0, 1, 0]
 
@@ -130,6 +130,6 @@ def test_logits_are_asked_for_only_where_an_answer_is_predicted(tmp_path):
     task = tiny.make_task(tmp_path / "t", SINGLE, tiny.tiny_tokenizer(), batch_tokens=4096)
     for batch in task.batches("search"):
         assert isinstance(batch, ForwardBatch)
-        assert batch.logits_to_keep == 1
+        assert batch.kept.sum() == len(batch.examples)
     prompts = sum(len(batch.examples) for batch in task.prompt_batches("search"))
     assert prompts == len(SINGLE)

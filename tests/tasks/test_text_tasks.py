@@ -77,8 +77,7 @@ def test_distillation_takes_prompts_as_the_task_would_show_them(tmp_path):
     rows = [{"prompt": "one"}, {"prompt": "two"}]
     task = tiny.make_task(tmp_path / "t", rows, tokenizer, kind="distillation", few_shot=shots, prefix="P: ")
     (batch,) = task.batches("search")
-    assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == [
-        "P: is it? yes\n\none",
-        "P: is it? yes\n\ntwo",
-    ]
-    assert batch.scored.sum(1).tolist() == batch.attention_mask.sum(1).tolist()
+    tokens = batch.input_ids[batch.kept]
+    rows = [tokens[places[scored]] for places, scored in zip(batch.positions, batch.scored, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    assert sorted(texts) == ["P: is it? yes\n\none", "P: is it? yes\n\ntwo"]

@@ -1,0 +1,195 @@
+"""Many genomes over one batch for the price of what they do not share.
+
+Genomes are a tree over the model's MoE blocks: every distinct beginning is computed once, hidden states
+branch where genomes differ, and a child of a recent genome starts where it differs from it. The last
+block and the head see the tokens that are scored, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_evo.config import EvaluationConfig
+from moe_evo.evaluation.states import Prefix, StateCache
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.halves import Halves
+from moe_evo.models.layer import LayerPlan
+from moe_evo.models.library import LIBRARY_ERRORS
+from moe_evo.models.merged_cache import half_of_free_gib
+from moe_evo.models.view import TOLERANCES, MoEModel, relative_difference
+from moe_evo.tasks.base import ForwardBatch
+
+Emit = Callable[[int, Tensor], None]
+"""Takes the number of a genome and its logits (M, V)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
+
+    In front of the last block it has the scored tokens alone, (1, M, H).
+    """
+
+    prefix: Prefix
+    members: Sequence[int]
+    residual: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """The members of a node that have the next gene in common, too."""
+
+    node: _Node
+    gene: LayerGenome
+    members: Sequence[int]
+
+    @property
+    def prefix(self) -> Prefix:
+        return (*self.node.prefix, self.gene.digest)
+
+
+class Engine:
+    """Runs genomes through one model, with the states of recent ones in `states`."""
+
+    def __init__(self, model: MoEModel, states: StateCache) -> None:
+        self.model = model
+        self.halves = Halves(model)
+        self.states = states
+
+    def run(
+        self, batch: ForwardBatch, genomes: Sequence[Genome], emit: Emit, *, copies: int = 1, keep: bool = True
+    ) -> None:
+        """Call `emit` once for every genome, in any order.
+
+        copies: so many genomes go through a layer together. keep: the batch will come again, so its states
+        are worth keeping.
+        """
+        plans = {
+            (stage, gene.digest): self.model.plan(gene, stage)
+            for stage, genes in enumerate(zip(*(genome.layers for genome in genomes), strict=True))
+            for gene in set(genes)
+        }
+        with self.model.ready_for((stage, plan) for (stage, _), plan in plans.items() if plan is not None):
+            _Walk(self, batch, genomes, plans, emit, copies, keep).run()
+
+    @torch.inference_mode()
+    def reproduces_the_model(self) -> bool:
+        """Whether the halves of the layers add up to the untouched model, on random tokens."""
+        tokens = self.model.random_tokens()
+        node = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        ones = torch.ones_like(tokens)
+        whole = ForwardBatch(
+            tokens, node, ones * tokens.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
+            np.zeros(len(tokens), dtype=np.int64), np.zeros((len(tokens), 1), dtype=np.int64),
+        )  # fmt: skip
+        expected = self.model.language_model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        found: list[Tensor] = []
+        try:
+            self.run(whole, [self.model.shape.identity()], lambda _, logits: found.append(logits), keep=False)
+        except LIBRARY_ERRORS:
+            return False
+        return relative_difference(found[0], expected) <= TOLERANCES[self.model.dtype]
+
+
+def engine_for(model: MoEModel, config: EvaluationConfig) -> Engine | None:
+    """An engine, or None where genomes have to be run one after the other.
+
+    That is so where several ranks hold the model, where the config says so, and where the model's layers
+    do not add up to the model when they are run in halves, which is tried here.
+    """
+    if not config.share_layers or model.ranks.size > 1:
+        return None
+    gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
+    device = torch.device("cpu") if config.state_device == "cpu" else model.device
+    engine = Engine(model, StateCache(gib, device))
+    return engine if engine.reproduces_the_model() else None
+
+
+class _Walk:
+    """One batch on its way through the layers, for all genomes; see `Engine.run`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch: ForwardBatch,
+        genomes: Sequence[Genome],
+        plans: Mapping[tuple[int, str], LayerPlan | None],
+        emit: Emit,
+        copies: int,
+        keep: bool,
+    ) -> None:
+        self._halves, self._states, self._device = engine.halves, engine.states, engine.model.device
+        self._batch = batch
+        self._genomes = genomes
+        self._plans = plans
+        self._emit = emit
+        self._copies = copies
+        self._keep = keep
+        self._last = self._halves.num_stages - 1
+        masks = engine.model.attention_masks(batch.position_ids, batch.ends, batch.counts)
+        arguments = {"position_ids": batch.position_ids, "attention_mask": masks}
+        self._start = self._halves.start(batch.input_ids, arguments)
+
+    def run(self) -> None:
+        """From the deepest states that are kept to the logits."""
+        starts: dict[Prefix, list[int]] = {}
+        for number, genome in enumerate(self._genomes):
+            genes = tuple(gene.digest for gene in genome.layers)
+            starts.setdefault(genes[: self._states.longest(self._batch, genes)], []).append(number)
+        nodes = [_Node(prefix, members, self._state(prefix)) for prefix, members in starts.items()]
+        for stage in sorted({len(node.prefix) for node in nodes}):
+            self._descend(stage, [node for node in nodes if len(node.prefix) == stage])
+
+    def _state(self, prefix: Prefix) -> Tensor:
+        kept = self._states.get(self._batch, prefix)
+        if kept is not None:
+            return kept.to(self._device)
+        assert not prefix, "only the beginning of all genomes can be computed without them"
+        return self._arrived(prefix, self._halves.attend(0, self._start.hidden, self._start))
+
+    def _arrived(self, prefix: Prefix, residual: Tensor) -> Tensor:
+        """The state in front of the block after `prefix`, which is kept."""
+        if len(prefix) == self._last and self._halves.ends_with_moe:
+            residual = self._scored(residual)
+        if self._keep:
+            self._states.keep(self._batch, prefix, residual)
+        return residual
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        """(1, M, H) of (P, T, H)."""
+        return hidden[self._batch.kept][None]
+
+    def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
+        """From in front of MoE block `stage` to the logits, as many branches at a time as fit."""
+        by_top_k: dict[int, list[_Branch]] = {}
+        for branch in (branch for node in nodes for branch in self._branches(node, stage)):
+            by_top_k.setdefault(branch.gene.top_k, []).append(branch)
+        for branches in by_top_k.values():
+            for first in range(0, len(branches), self._copies):
+                self._pass(stage, branches[first : first + self._copies])
+
+    def _branches(self, node: _Node, stage: int) -> Iterator[_Branch]:
+        members: dict[LayerGenome, list[int]] = {}
+        for number in node.members:
+            members.setdefault(self._genomes[number].layers[stage], []).append(number)
+        return (_Branch(node, gene, some) for gene, some in members.items())
+
+    def _pass(self, stage: int, branches: Sequence[_Branch]) -> None:
+        residual = torch.cat([branch.node.residual for branch in branches])
+        plans = [self._plans[stage, branch.gene.digest] for branch in branches]
+        hidden = self._halves.mix(stage, residual, plans, self._start)
+        if stage < self._last or not self._halves.ends_with_moe:
+            hidden = self._halves.attend(stage + 1, hidden, self._start)
+        of_branches = zip(branches, hidden.chunk(len(branches)), strict=True)
+        if stage < self._last:
+            nodes = [_Node(one.prefix, one.members, self._arrived(one.prefix, own)) for one, own in of_branches]
+            return self._descend(stage + 1, nodes)
+        for branch, own in of_branches:
+            logits = self._halves.finish(own[0] if self._halves.ends_with_moe else self._scored(own)[0])
+            for number in branch.members:
+                self._emit(number, logits)

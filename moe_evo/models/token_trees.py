@@ -1,0 +1,43 @@
+"""Attention over token trees: a node sees its ancestors and itself, whatever else stands in its row.
+
+Rows that begin alike share those tokens. The masks are the four-dimensional ones that transformers
+takes as they are; a model whose attention knows no such masks gets trees that are plain rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MASKED_ATTENTION = ("sdpa", "eager")
+
+
+def reads_trees(config: Any) -> bool:
+    """Whether the attention of a model with this config takes any mask."""
+    return config._attn_implementation in _MASKED_ATTENTION
+
+
+def attention_masks(config: Any, position_ids: Tensor, ends: Tensor, counts: Tensor, dtype: torch.dtype) -> Any:
+    """The model's `attention_mask` argument for P trees of T nodes; position_ids, ends, counts: (P, T).
+
+    Additive (P, 1, T, T) masks, a dict of them where the layers of a model differ, or (P, T) flags for a
+    model that knows no trees. A sliding window counts along the path from the root.
+    """
+    if not reads_trees(config):
+        return (counts > 0).long()
+    node = torch.arange(ends.shape[1], device=ends.device)
+    seen = (node[None, :] <= node[:, None]) & (node[:, None] < ends[:, None, :])  # (P, observer, observed)
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return _additive(seen, dtype)
+    near = seen & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+    if getattr(config, "layer_types", None) is None:
+        return _additive(near, dtype)
+    return {"full_attention": _additive(seen, dtype), "sliding_attention": _additive(near, dtype)}
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,234 @@
+"""The engine against one full forward pass a genome, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_tasks as tiny
+import torch
+from tiny_models import CONFIGS, random_merge, random_pruning, tiny_model
+
+from moe_evo.config import EvaluationConfig
+from moe_evo.evaluation.engine import Engine, engine_for
+from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.evaluation.states import StateCache
+from moe_evo.genome import Genome
+from moe_evo.models import halves
+from moe_evo.models.ranks import Ranks
+from moe_evo.models.token_trees import attention_masks
+from moe_evo.models.view import MoEModel, relative_difference
+from moe_evo.tasks.base import IGNORED, ForwardBatch
+from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
+
+CPU = torch.device("cpu")
+MODELS = {
+    **{model_type: {} for model_type in sorted(CONFIGS)},
+    "mixtral, sliding": {"sliding_window": 6},
+    "qwen2_moe, sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 9},
+    "gpt_oss, one window": {"sliding_window": 6},
+    "qwen3_moe, dense end": {"mlp_only_layers": [2]},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def moe(request: pytest.FixtureRequest) -> MoEModel:
+    return MoEModel(tiny_model(request.param.split(",")[0], **MODELS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> MoEModel:
+    return MoEModel(tiny_model("mixtral"))
+
+
+def rows() -> list[Row]:
+    """Rows of which many begin alike: two prompts with answers each, a prefix of all, and one of its own."""
+    rng = np.random.default_rng(0)
+    prefix, first, second = (tuple(rng.integers(3, 96, size).tolist()) for size in (5, 9, 4))
+    prompts = [prefix + first, prefix + first + second, (7, 8, 9), prefix]
+    answers = [(11, 12, 13), (11, 14), (15,)]
+    made = [
+        Row(number, prompt + answer, len(prompt) - 1, ((0, answer),))
+        for number, prompt in enumerate(prompts)
+        for answer in answers
+    ]
+    return [made[place] for place in rng.permutation(len(made))]
+
+
+def one_batch(**options: int | bool) -> ForwardBatch:
+    (batch,) = forward_batches(rows(), BatchLimits(**{"batch_tokens": 4096, "vocabulary": 96, **options}))
+    return batch
+
+
+def population(moe: MoEModel) -> list[Genome]:
+    """Prunings, merges, the identity, and children that differ from a pruning in one layer or the last."""
+    shape = moe.shape
+    parent, other, merged = random_pruning(shape, 4, seed=1), random_pruning(shape, 4, seed=2), random_merge(shape, 4)
+    children = [
+        Genome((*parent.layers[:layer], source.layers[layer], *parent.layers[layer + 1 :]))
+        for layer in range(shape.num_layers)
+        for source in (other, merged)
+    ]
+    wider = random_pruning(shape, 4, top_k=1, seed=3) if shape.min_kept_per_group == 1 else other
+    return [parent, other, merged, shape.identity(), wider, *children]
+
+
+@torch.inference_mode()
+def plain(moe: MoEModel, batch: ForwardBatch, genome: Genome) -> torch.Tensor:
+    with moe.applied(genome):
+        return tiny.forward(moe.language_model, batch)
+
+
+@torch.inference_mode()
+def run(engine: Engine, batch: ForwardBatch, genomes: Sequence[Genome], **options: int | bool) -> list[torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    engine.run(batch, genomes, lambda number, logits: found.update({number: logits}), **options)
+    return [found[number] for number in range(len(genomes))]
+
+
+@pytest.mark.parametrize("copies", [1, 3, 100])
+def test_logits_are_those_of_one_full_forward_pass_each(moe: MoEModel, copies: int) -> None:
+    batch, genomes = one_batch(), population(moe)
+    engine = Engine(moe, StateCache(1, CPU))
+    for _ in range(2):  # with no states kept, then with all of them
+        for genome, logits in zip(genomes, run(engine, batch, genomes, copies=copies), strict=True):
+            assert relative_difference(logits, plain(moe, batch, genome)) <= 2e-6
+    for genome in genomes:  # each alone, from what the others left
+        assert relative_difference(run(engine, batch, [genome])[0], plain(moe, batch, genome)) <= 2e-6
+
+
+def test_the_same_rows_in_the_same_batch_give_the_same_bits(moe: MoEModel) -> None:
+    texts = [Row(number, tuple(range(3 + number, 13 + number)), 0) for number in range(4)]
+    (batch,) = forward_batches(texts, BatchLimits(4096, 96, trees=False))  # every token is scored
+    genome = random_pruning(moe.shape, 4)
+    assert torch.equal(run(Engine(moe, StateCache(1, CPU)), batch, [genome])[0], plain(moe, batch, genome))
+
+
+def logits_of_rows(batch: ForwardBatch, logits: torch.Tensor) -> dict[tuple[int, tuple[int, ...]], torch.Tensor]:
+    """(scored positions, V) by example and answer."""
+    found = {}
+    for index, example in enumerate(batch.examples.tolist()):
+        answer = batch.targets[index, :, 0]
+        found[example, tuple(answer[answer != IGNORED].tolist())] = logits[batch.positions[index][batch.scored[index]]]
+    return found
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_every_row_has_the_logits_of_stock_transformers(moe: MoEModel, trees: bool) -> None:
+    batch = one_batch(trees=trees)
+    assert (batch.input_ids.numel() < sum(len(row.tokens) for row in rows())) == trees
+    found = logits_of_rows(batch, plain(moe, batch, moe.shape.identity()))
+    assert len(found) == len(batch.examples) == len(rows())
+    for row in rows():
+        with torch.inference_mode():
+            expected = moe.language_model(input_ids=torch.tensor([row.tokens])).logits[0, row.start :]
+        assert relative_difference(found[row.example, row.answers[0][1]], expected) <= 5e-6
+
+
+def test_a_model_without_tree_masks_reads_rows(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    genome, batch = random_pruning(mixtral.shape, 4), one_batch(trees=False)
+    expected = plain(mixtral, batch, genome)
+    monkeypatch.setattr("moe_evo.models.token_trees._MASKED_ATTENTION", ())
+    masks = attention_masks(mixtral.language_model.config, batch.position_ids, batch.ends, batch.counts, torch.float32)
+    assert masks.shape == batch.input_ids.shape and not mixtral.reads_trees
+    assert relative_difference(plain(mixtral, batch, genome), expected) <= 5e-6
+
+
+def test_a_child_starts_where_it_differs_from_its_parent(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = one_batch()
+    parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
+    engine = Engine(mixtral, StateCache(1, CPU))
+    passed: list[tuple[int, int]] = []
+    attended: list[int] = []
+    mix, attend = halves.Halves.mix, halves.Halves.attend
+
+    def counted_mix(self: halves.Halves, stage: int, state: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passed.append((stage, state[..., 0].numel()))
+        return mix(self, stage, state, *rest)
+
+    def counted_attend(self: halves.Halves, stage: int, *rest: Any) -> torch.Tensor:
+        attended.append(stage)
+        return attend(self, stage, *rest)
+
+    monkeypatch.setattr(halves.Halves, "mix", counted_mix)
+    monkeypatch.setattr(halves.Halves, "attend", counted_attend)
+    run(engine, batch, [parent])
+    whole, scored = batch.input_ids.numel(), int(batch.kept.sum())
+    assert passed == [(0, whole), (1, whole), (2, scored)] and attended == [0, 1, 2]
+    for layer in range(3):
+        child = Genome((*parent.layers[:layer], other.layers[layer], *parent.layers[layer + 1 :]))
+        passed.clear()
+        attended.clear()
+        run(engine, batch, [child])
+        assert [stage for stage, _ in passed] == list(range(layer, 3))
+        assert attended == list(range(layer + 1, 3))
+    siblings = [Genome((parent.layers[0], *random_pruning(mixtral.shape, 4, seed=seed).layers[1:])) for seed in (5, 6)]
+    engine.states.clear()
+    passed.clear()
+    run(engine, batch, siblings, copies=2)
+    assert passed == [(0, whole), (1, 2 * whole), (2, 2 * scored)]
+
+
+def test_states_keep_to_their_budget_and_the_least_recent_go_first() -> None:
+    state = torch.zeros(256)  # 1 KiB
+    cache = StateCache(3 / 2**20, CPU)
+    for number in range(3):
+        cache.keep("batch", (number,), state)
+    assert cache.get("batch", (0,)) is not None
+    cache.keep("batch", (3,), state)
+    assert [cache.get("batch", (number,)) is not None for number in range(4)] == [True, False, True, True]
+    assert cache.size_bytes == cache.budget_bytes and len(cache) == 3
+    cache.keep("batch", (4,), torch.zeros(1024))
+    assert cache.get("batch", (4,)) is None and len(cache) == 3
+    assert cache.longest("batch", (3, 7)) == 1 and cache.longest("other", (3, 7)) == cache.longest("batch", (3,)) == 0
+    cache.clear()
+    assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+def test_a_kept_part_does_not_hold_the_whole() -> None:
+    cache = StateCache(1, CPU)
+    whole = torch.zeros(4, 256)
+    cache.keep("batch", (0,), whole[1:2])
+    kept = cache.get("batch", (0,))
+    assert kept is not None and kept.untyped_storage().nbytes() == 1024
+
+
+@pytest.mark.parametrize("gib", [0.0, 2e-5])
+def test_without_room_for_states_scores_are_the_same(mixtral: MoEModel, gib: float) -> None:
+    batch, genomes = one_batch(), population(mixtral)
+    engine = Engine(mixtral, StateCache(gib, CPU))
+    for genome in genomes:
+        assert relative_difference(run(engine, batch, [genome])[0], plain(mixtral, batch, genome)) <= 2e-6
+    assert engine.states.size_bytes <= engine.states.budget_bytes
+
+
+def test_genomes_run_one_after_the_other_where_halves_do_not_add_up(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
+    data = [{"prompt": f"one {n}", "choices": [" yes", " no no"], "label": n % 2} for n in range(6)]
+    task = tiny.make_task(tmp_path / "choice", data, moe.tokenizer, metric="log_likelihood")
+    genomes = [None, random_pruning(moe.shape, 2), tiny.tiny_merge(moe.shape)]
+    shared = Evaluator(moe, [task], EvaluationConfig())
+    assert shared.shares_layers
+    expected = shared.evaluate(genomes, "search")
+    mix = halves.Halves.mix
+    monkeypatch.setattr(halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    alone = Evaluator(moe, [task], EvaluationConfig())
+    assert not alone.shares_layers
+    for one, other in zip(expected, alone.evaluate(genomes, "search"), strict=True):
+        assert one.fitness == pytest.approx(other.fitness, abs=1e-5)
+
+
+def test_an_engine_is_for_one_rank_that_wants_it(mixtral: MoEModel) -> None:
+    assert engine_for(mixtral, EvaluationConfig(share_layers=False)) is None
+    assert engine_for(MoEModel(mixtral.language_model, ranks=Ranks(0, 2)), EvaluationConfig()) is None
+    engine = engine_for(mixtral, EvaluationConfig(state_cache_gib=0.5, state_device="cpu"))
+    assert engine is not None and engine.states.budget_bytes == 2**29
+
+
+def test_a_model_on_another_device_may_keep_states_in_host_memory(mixtral: MoEModel) -> None:
+    assert StateCache(1, CPU).keep("batch", (), torch.zeros(3)) is None
+    kept = StateCache(1, torch.device("meta"))
+    kept.keep("batch", (0,), torch.zeros(3))
+    assert kept.get("batch", (0,)).device.type == "meta"
