@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
@@ -99,6 +100,9 @@ def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
     content = _yaml(text, str(file))
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: got {type(content).__name__}, expected sections such as model and tasks")
+    if config is RunConfig and content.get("sweep"):
+        note = f"{file}: has a sweep: section; `moe-evo sweep {file}` runs it, this command takes the one search"
+        print(f"moe-evo: note: {note}", file=sys.stderr)
     foreign = {one.name for one in fields(SweepConfig)} - {one.name for one in fields(config)}
     kept = {key: value for key, value in content.items() if key not in foreign}
     if "tasks" in kept:

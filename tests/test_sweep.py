@@ -17,12 +17,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from moe_evo.config import ModelConfig, SearchConfig, SelectionConfig, TaskConfig
+from moe_evo import cli, commands
+from moe_evo.cluster_config import ClusterConfig
+from moe_evo.config import ModelConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.config_file import config_parser, parse_config
 from moe_evo.errors import ConfigError, RunError, TaskError
+from moe_evo.gangs.connection import connected
+from moe_evo.gangs.trials import Report, trainable, tune
 from moe_evo.journal import Journal
 from moe_evo.models.loading import read_shape
 from moe_evo.report.sweep import print_sweep, sweep_result
+from moe_evo.search_config import SearchConfig
 from moe_evo.sweep import SweepFolder, grid, sweep
 from moe_evo.sweep_config import GridConfig, SweepConfig
 from moe_evo.tracking.terminal import TerminalTracker
@@ -99,6 +104,20 @@ def test_an_impossible_run_is_refused_before_any_starts(tmp_path: Path) -> None:
 def test_lists_are_written_with_commas(words: list[str], expected: GridConfig) -> None:
     parser = config_parser("sweep", "", "", SweepConfig)
     assert parse_config(parser, words, SweepConfig)[1].sweep == expected
+
+
+def test_a_search_says_that_it_leaves_a_sweep_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.yaml"
+    wrong = ["--tasks", "nowhere.jsonl"]  # so that neither command begins
+    file.write_text("sweep: {seeds: [0, 1]}\n")
+    assert cli.main(["search", str(file), *wrong]) == 2
+    note, _ = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"moe-evo: note: {file}: has a sweep: section; `moe-evo sweep {file}` runs it")
+    assert cli.main(["sweep", str(file), *wrong]) == 2
+    assert "note" not in capsys.readouterr().err
+    file.write_text("sweep: {}\n")
+    assert cli.main(["search", str(file), *wrong]) == 2
+    assert "note" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -192,8 +211,19 @@ def content(folder: SweepFolder) -> dict[str, set[tuple[object, ...]]]:
 class SweepProcess:
     """`moe-evo sweep` in a process group of its own, with its Ray."""
 
-    def __init__(self, folder: Path, config: Path) -> None:
-        command = [sys.executable, "-m", "moe_evo", "sweep", str(config), "--folder", str(folder)]
+    def __init__(self, folder: Path, evaluations: int, swept: dict[str, object]) -> None:
+        """swept: the config's section `sweep`."""
+        config = {
+            "model": {"self_check": False},
+            "tasks": [{"data": "syll", "num_search": 16, "num_validation": 8, "num_test": 16}],
+            "search": {"algorithm": "random", "evaluations": evaluations},
+            "selection": {"finalists": 2},
+            "cluster": {"address": "local", "num_gangs": 1},
+            "sweep": swept,
+        }
+        file = folder.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "moe_evo", "sweep", str(file), "--folder", str(folder)]
         self.folder = folder
         self.output = folder.with_suffix(".txt")
         with self.output.open("a") as output:
@@ -214,6 +244,10 @@ class SweepProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
+    def trial(self, name: str) -> int:
+        """The process that works on a run."""
+        return int((self.folder / "runs" / name / "journal.lock").read_text())
+
     def evaluated(self, name: str) -> int:
         """Evaluations in the journal of a run."""
         journal = self.folder / "runs" / name / "journal.sqlite"
@@ -224,22 +258,12 @@ class SweepProcess:
 
 
 def test_runs_share_one_pool_and_survive_the_death_of_a_trial_and_of_the_sweep(tmp_path: Path) -> None:
-    config = {
-        "model": {"self_check": False},
-        "tasks": [{"data": "syll", "num_search": 16, "num_validation": 8, "num_test": 16}],
-        "search": {"algorithm": "random", "evaluations": 150},
-        "selection": {"finalists": 2},
-        "cluster": {"address": "local", "num_gangs": 1},
-        "sweep": {"num_kept": [6, 4, 2], "seeds": [0, 1], "max_concurrent": 2},
-    }
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(config))
+    swept: dict[str, object] = {"num_kept": [6, 4, 2], "seeds": [0, 1], "max_concurrent": 2}
     names = [f"keep{kept}-seed{seed}" for kept in (6, 4, 2) for seed in (0, 1)]
-    first = SweepProcess(tmp_path / "sweep", file)
+    first = SweepProcess(tmp_path / "sweep", 150, swept)
     try:
         first.wait_until(lambda: first.evaluated(names[0]) >= 3)
-        trial = int((first.folder / "runs" / names[0] / "journal.lock").read_text())
-        os.kill(trial, signal.SIGKILL)
+        os.kill(first.trial(names[0]), signal.SIGKILL)
         first.wait_until(lambda: (first.folder / "runs" / names[0] / "result.json").is_file())
         assert "crashed, starts again" in first.output.read_text()
         first.wait_until(lambda: any(first.evaluated(name) >= 3 for name in names[2:]))
@@ -247,7 +271,7 @@ def test_runs_share_one_pool_and_survive_the_death_of_a_trial_and_of_the_sweep(t
         first.kill_everything()
     loads = gang_loads(tmp_path / "sweep")
     assert len(loads) == 1  # however many runs it has served
-    second = SweepProcess(tmp_path / "sweep", file)
+    second = SweepProcess(tmp_path / "sweep", 150, swept)
     try:
         assert second.wait() == 0, second.output.read_text()
     finally:
@@ -269,6 +293,33 @@ def test_runs_share_one_pool_and_survive_the_death_of_a_trial_and_of_the_sweep(t
     )
     undisturbed = sweep(plain, TerminalTracker(Console(quiet=True)), use_tune=False)
     assert found["keep4-seed1"] == content(undisturbed)["keep4-seed1"]
+
+
+def test_tune_restores_a_sweep_that_was_killed(tmp_path: Path) -> None:
+    done, half = "keep4-seed0", "keep4-seed1"
+    killed = SweepProcess(tmp_path / "sweep", 120, {"num_kept": [4], "seeds": [0, 1], "max_concurrent": 1})
+    try:
+        killed.wait_until(lambda: killed.evaluated(half) >= 3)
+    finally:
+        killed.kill_everything()
+    os.kill(killed.trial(half), signal.SIGKILL)  # it outlives its Ray by seconds, and would go on
+    folder = SweepFolder(killed.folder)
+    before, written = content(folder), folder.run(done).journal.stat().st_mtime_ns
+    assert folder.run(done).result.is_file() and killed.evaluated(done) == 120
+    assert 3 <= killed.evaluated(half) < 120
+    parser = config_parser("sweep", "", "", SweepConfig)
+    runs = runs_of(parse_config(parser, [str(folder.config)], SweepConfig)[1], folder.path)
+
+    def search(config: RunConfig, report: Report) -> None:
+        commands.search(config, TerminalTracker(Console(quiet=True)), cluster=ClusterConfig())
+
+    with connected("local"):
+        trials = tune.Tuner.restore(str(folder.tune), trainable(runs, search)).fit()
+    assert trials.num_errors == 0
+    assert [killed.evaluated(name) for name in (done, half)] == [120, 120]
+    assert folder.run(done).journal.stat().st_mtime_ns == written
+    assert content(folder)[half] > before[half]
+    assert folder.run(half).result.is_file()
 
 
 def gang_loads(folder: Path) -> set[float]:

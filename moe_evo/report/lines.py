@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,9 +71,9 @@ def lines_of(record: Record) -> list[Line]:
         "algorithm": record.search.algorithm,
         "seed": record.search.seed,
     }
+    common["tasks"] = _tasks(record)
     if record.result is None:
         return _unfinished(record, common)
-    tasks = ", ".join(f"{task['name']} ({task['metric']})" for task in record.result["tasks"])
     model = record.result["model"]
     whole = next((row.get("parameters") for row in record.result["rows"] if row["key"] == "full"), None)
     lines = []
@@ -88,7 +88,6 @@ def lines_of(record: Record) -> list[Line]:
             Line(
                 **common,
                 state="finished",
-                tasks=tasks,
                 key=row["key"],
                 title=row["title"],
                 num_kept=float(np.mean(row["num_kept"])),
@@ -110,7 +109,6 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
     layers = None if genome is None else len(genome.layers)
     common |= {
         "state": "unfinished",
-        "tasks": ", ".join(record.task_names),
         "num_experts": total / layers if total and layers else None,
         "parameters": None,
         "parameters_share": None,
@@ -138,18 +136,39 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
     return found
 
 
+def _tasks(record: Record) -> str:
+    """Names with metrics; of an unfinished run the names alone, as data decide what the default metric is."""
+    if record.result is None:
+        return ", ".join(record.task_names)
+    return ", ".join(f"{task['name']} ({task['metric']})" for task in record.result["tasks"])
+
+
+def lines_of_all(records: Sequence[Record]) -> list[Line]:
+    """The lines of several runs; an unfinished one learns its metrics from a finished one of the same tasks."""
+    known = {_tasks_key(record): _tasks(record) for record in records if record.is_finished}
+    return [
+        line if record.is_finished else replace(line, tasks=known.get(_tasks_key(record), line.tasks))
+        for record in records
+        for line in lines_of(record)
+    ]
+
+
+def _tasks_key(record: Record) -> tuple[Any, ...]:
+    options = ("name", "data", "kind", "metric")
+    return tuple(tuple(task.get(option) for option in options) for task in record.config["tasks"])
+
+
 def sorted_lines(records: Sequence[Record]) -> list[Line]:
     """Lines that can be compared stand together: by tasks and model, then few experts first, then the best test score.
 
-    What has no test score yet comes last among its kind.
+    What has no test score yet comes last among those that keep as many.
     """
-    return sorted((line for record in records for line in lines_of(record)), key=_order)
+    return sorted(lines_of_all(records), key=_order)
 
 
 def _order(line: Line) -> tuple[Any, ...]:
-    tasks = line.tasks if line.state == "finished" else "￿"
     test = -np.inf if line.test is None else line.test
-    return (tasks, line.model, line.num_kept or 0.0, -test, line.run, line.seed)
+    return (line.tasks, line.model, line.num_kept or 0.0, -test, line.run, line.seed)
 
 
 def as_csv(lines: Sequence[Line]) -> str:

@@ -16,7 +16,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_evo.report.lines import kept_label, lines_of, parameters_label
+from moe_evo.report.lines import kept_label, lines_of_all, parameters_label
 from moe_evo.report.payload import finite, index_payload, packed, run_payload
 from moe_evo.report.record import Record
 from moe_evo.report.sections import section
@@ -39,7 +39,7 @@ def render_page(records: Sequence[Record], *, now: datetime | None = None) -> st
     )
     environment.filters["decimals"] = lambda value: "–" if value is None else f"{value:.3f}"
     environment.globals |= {"kept_label": kept_label, "parameters_label": parameters_label}
-    lines = [line for record in records for line in lines_of(record)]
+    lines = lines_of_all(records)
     scripts = [_in_script(text) for text in (*map(_bokeh, _BOKEH), "\n".join(map(_asset, _SCRIPTS)))]
     return environment.get_template("report.html").render(
         generator=f"{GENERATOR} {version('moe_evo')}",

@@ -69,9 +69,9 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
     share = "" if best.kept_share is None else f"{100 * best.kept_share:.0f} % of all experts"
     shown.append(("experts kept a layer", kept_label(best), share))
     if best.parameters:
-        shown.append(
-            ("parameters", parameters_label(best), "" if full is None else f"full model {parameters_label(full)}")
-        )
+        share = "" if best.parameters_share is None else f"{100 * best.parameters_share:.0f} % of "
+        whole_model = "" if full is None else f"{share}the full model's {parameters_label(full)}"
+        shown.append(("parameters", count_label(best.parameters), whole_model))
     search = record.result["search"]
     spent = time_label(search["evaluation_s"] / 3600)
     shown.append(("evaluations", str(search["evaluations"]), f"{spent} of evaluation, {search['failures']} failed"))

@@ -244,6 +244,37 @@ def test_a_phone_scrolls_down_and_never_sideways(browser: Browser, several: Path
         assert browser.errors() == []
 
 
+# how many lines of text an element has
+LINES = """
+return [...document.querySelectorAll(arguments[0])].filter((one) => one.offsetParent).map((one) => {
+  const range = document.createRange();
+  range.selectNodeContents(one);
+  return new Set([...range.getClientRects()].map((line) => Math.round(line.bottom))).size;
+});
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_a_figure_in_the_head_of_a_run_stands_on_one_line(browser: Browser, several: Path, *, width: int) -> None:
+    browser.open(several, width=width)
+    assert "16.00 M" in browser.texts(".headline dd")
+    assert browser.run(LINES, ".headline dd:not(.remark)") == [1] * 5
+    assert "50\u00a0% of the full model's 32.00 M" in browser.texts(".headline .remark")
+
+
+def test_the_legend_of_the_lineage_shows_the_star_of_the_winner(browser: Browser, single: Path) -> None:
+    for width in (1280, 390):
+        browser.open(single, width=width)
+        star = "document.querySelector('.key .star')"
+        assert browser.run(f"return getComputedStyle({star}).clipPath").count(",") == 9  # a star has ten corners
+        assert browser.run(f"return {star}.getBoundingClientRect().width") > 12
+        assert browser.run(f"return {star}.parentElement.innerText").strip().startswith("the winner")
+        assert "star" in browser.run(
+            "return [...views.get(document.querySelector('.lineage')).model.renderers]"
+            ".flatMap((one) => one.data_source.get_column('marker') ?? [])"
+        ), "what the legend explains is drawn"
+
+
 def test_dark_mode_is_dark_in_plots_too_and_changes_with_the_system(browser: Browser, single: Path) -> None:
     browser.open(single, dark=True)
     script = "return getComputedStyle(document.body).backgroundColor"

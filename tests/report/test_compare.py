@@ -59,12 +59,23 @@ def test_parameters_are_empty_where_the_run_has_none(runs: list[str], capsys: py
     assert lines["two", "best"]["kept_share"] == 0.25
 
 
-def test_few_experts_come_first_then_the_best_test_score_and_unfinished_runs_last(runs: list[str]) -> None:
+def test_few_experts_come_first_then_the_best_test_score_and_what_has_none_last(runs: list[str]) -> None:
     lines = sorted_lines(read_records(runs))
-    assert [line.state for line in lines] == ["finished"] * 8 + ["unfinished"] * 2
-    keys = [(line.num_kept, -line.test) for line in lines[:8] if line.num_kept and line.test]
+    assert [(line.num_kept, line.state) for line in lines if line.state == "unfinished" or line.key == "best"] == [
+        (2, "finished"), (4, "finished"), (4, "unfinished"), (8, "unfinished")
+    ]  # fmt: skip
+    keys = [(line.num_kept or 0, -(line.test or 0)) for line in lines]
     assert keys == sorted(keys)
     assert sorted_lines(read_records(runs[::-1])) == lines
+
+
+def test_an_unfinished_run_stands_in_the_table_of_its_tasks(runs: list[str], tmp_path: Path) -> None:
+    lines = sorted_lines(read_records(runs))
+    assert {line.tasks for line in lines} == {"nli (accuracy)"}
+    assert printed(lines).count("higher is better") == 1
+    other = make_run(tmp_path / "other", task="syll", done=10)
+    lines = sorted_lines(read_records([*runs, other.path]))
+    assert {line.tasks for line in lines if line.run == "other"} == {"syll"}
 
 
 def test_an_unfinished_run_has_search_scores_alone(runs: list[str]) -> None:

@@ -174,7 +174,7 @@ async function lineagePlot(target, lineage) {
       made: lineage.operator.map((operator) => operatorName(lineage.operators[operator])),
       parents: lineage.parents.map((parents) => parents.map((one) => `#${one}`).join(", ") || "none"),
       tone: lineage.operator.map((operator) => colour(operatorTone(lineage.operators[operator]))),
-      size: isWinner.map((winner) => (winner ? 13 : 7)),
+      size: isWinner.map((winner) => (winner ? 18 : 7)),
       marker: isWinner.map((winner) => (winner ? "star" : "circle")),
     }),
     size: { field: "size" }, marker: { field: "marker" }, fill_color: { field: "tone" }, line_color: colour("card"),
