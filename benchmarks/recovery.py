@@ -126,10 +126,10 @@ def _unable(file: Path, misbehave: Callable[[int], None]) -> type[Rank]:
             self._halvings = halvings
             super().begin(work, halvings)
 
-        def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+        def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
             if file.exists() and file.read_text() in {genome.digest for genome in genomes}:
                 misbehave(self._halvings)
-            return super().evaluate(key, genomes, split)
+            return super().evaluate(key, genomes, split, *rivals)
 
     return Unable
 

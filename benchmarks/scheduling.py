@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,7 @@ class NoWork(Rank):
     def begin(self, work: Work, halvings: int) -> None:
         pass
 
-    def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+    def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
         return [outcome_of(genome) for genome in genomes]
 
 

@@ -160,6 +160,8 @@ class EvaluationConfig:
         state_cache_gib: Memory for the hidden states of recent genomes. Default: a quarter of what is free
             after loading.
         state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
+        race: Stop an individual early that is worse than the sixth best with this confidence, as 0.95,
+            after a fifth or a half of the examples. Default: all individuals see all examples.
     """
 
     fitness: FitnessRule = "mean"
@@ -168,12 +170,23 @@ class EvaluationConfig:
     share_layers: bool = True
     state_cache_gib: float | None = None
     state_device: StateDevice = "model"
+    race: float | None = None
 
     def __post_init__(self) -> None:
         cache = self.state_cache_gib
         require(cache is None or cache >= 0, "evaluation.state_cache_gib", cache, "0 or more")
         require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
         require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
+        confidence = self.race
+        require(confidence is None or 0.5 <= confidence < 1, "evaluation.race", confidence, "at least 0.5, below 1")
+        require(
+            confidence is None or self.fitness == "mean", "evaluation.race", confidence,
+            "none, as evaluation.fitness is 'worst': which task is the worst shows at the end",
+        )  # fmt: skip
+
+
+SPEED_ONLY = ("batch_tokens", "threads", "share_layers", "state_cache_gib", "state_device")
+"""Options of `EvaluationConfig` that do not change what is computed."""
 
 
 @dataclass(frozen=True)

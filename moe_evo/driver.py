@@ -17,7 +17,15 @@ from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genome import Genome
 from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome, Population
+from moe_evo.population import (
+    Candidate,
+    Evaluation,
+    EvaluationFailure,
+    ExampleScores,
+    Individual,
+    Outcome,
+    Population,
+)
 from moe_evo.result import Row, Score
 from moe_evo.search import build_search
 from moe_evo.search.base import Search
@@ -27,12 +35,17 @@ from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
 _STATUS_INTERVAL_S = 5.0
+_SURVIVORS = 6
 
 
 class Run:
-    """Evaluations of one run: through the pool, into the journal, once for every digest and split."""
+    """Evaluations of one run: through the pool, into the journal, once for every digest and split.
 
-    def __init__(self, journal: Journal, pool: Pool, tracker: Tracker) -> None:
+    races: candidates that are surely worse than the best need not be scored to the end.
+    """
+
+    def __init__(self, journal: Journal, pool: Pool, tracker: Tracker, *, races: bool = False) -> None:
+        self._races = races
         self._journal = journal
         self._pool = pool
         self._tracker = tracker
@@ -78,8 +91,13 @@ class Run:
         if finished:
             self._journal.record([(name, one.number, "search", one.outcome) for one in finished])
             self._tell(name, search, finished)
-        self._submit(name, "search", waiting.values())
+        self._submit(name, "search", waiting.values(), self._rival(search.population))
         return waiting
+
+    def _rival(self, population: Population) -> ExampleScores | None:
+        """Scores of the worst among those that must be beaten, as soon as there are so many."""
+        complete = population.complete.ranked if self._races else ()
+        return complete[_SURVIVORS - 1].evaluation.scores if len(complete) >= _SURVIVORS else None
 
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
         """Evaluate candidates, each given with its search, on `split`; answers in the given order."""
@@ -127,8 +145,10 @@ class Run:
             self._journal.propose(REFERENCE, known)
         return known
 
-    def _submit(self, name: str, split: str, candidates: Iterable[Candidate]) -> None:
-        self._pool.submit([Request(name, one.number, one.genome, split) for one in candidates])
+    def _submit(
+        self, name: str, split: str, candidates: Iterable[Candidate], rival: ExampleScores | None = None
+    ) -> None:
+        self._pool.submit([Request(name, one.number, one.genome, split, rival) for one in candidates])
 
     def _collect(self) -> list[tuple[Request, Outcome]]:
         """Wait for outcomes, and write them down before anybody hears of them."""
@@ -181,7 +201,7 @@ def run_search(
     is_share: whether fitness is bounded by 0 and 1; see `Score`. wider: see `build_search`.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
-    run = Run(journal, pool, tracker)
+    run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
     references = run.references(space, frequency=config.selection.frequency)
     _require_success(run.score("full model", [(REFERENCE, references[0])], "search")[0])
     search = build_search(space, config.search, wider)
@@ -231,7 +251,7 @@ def _validated(run: Run, config: RunConfig, name: str, title: str, population: P
     """The best few by search fitness, with what they reach on the validation split."""
     if not len(population):
         raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
-    finalists = [(name, one.candidate) for one in population.ranked[: config.selection.finalists]]
+    finalists = [(name, one.candidate) for one in population.complete.ranked[: config.selection.finalists]]
     scored = Population().with_outcomes(run.score(f"validation: {title}", finalists, "validation"))
     if not len(scored):
         raise RunError(f"{title}: no finalist could be scored on the validation split")

@@ -18,12 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
 from moe_evo.errors import GenomeError, JournalError
 from moe_evo.genome import Genome
 from moe_evo.genome_file import genome_from_bytes, genome_to_bytes
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 MAIN, RANDOM, REFERENCE = "search", "random", "reference"
 """The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
@@ -37,7 +40,7 @@ CREATE TABLE candidates (
 CREATE TABLE outcomes (
     position INTEGER PRIMARY KEY, search TEXT NOT NULL, number INTEGER NOT NULL, split TEXT NOT NULL,
     fitness REAL, tie_break REAL, standard_error REAL, num_examples INTEGER, metrics TEXT,
-    failure_kind TEXT, failure_reason TEXT, duration_s REAL NOT NULL, finished_at REAL NOT NULL,
+    scores BLOB, failure_kind TEXT, failure_reason TEXT, duration_s REAL NOT NULL, finished_at REAL NOT NULL,
     UNIQUE (search, number, split),
     FOREIGN KEY (search, number) REFERENCES candidates (search, number)
 );
@@ -157,8 +160,8 @@ class Journal:
         with self._write() as database:
             database.executemany(
                 "INSERT INTO outcomes (search, number, split, fitness, tie_break, standard_error, num_examples,"
-                " metrics, failure_kind, failure_reason, duration_s, finished_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " metrics, scores, failure_kind, failure_reason, duration_s, finished_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
 
@@ -204,11 +207,12 @@ class Journal:
     def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
         """Outcomes by candidate number, in the order in which they finished."""
         rows = self._fetch(
-            "SELECT number, fitness, tie_break, standard_error, num_examples, metrics, failure_kind,"
+            "SELECT number, fitness, tie_break, standard_error, num_examples, metrics, scores, failure_kind,"
             " failure_reason, duration_s FROM outcomes WHERE search = ? AND split = ? ORDER BY position",
             (search, split),
         )
-        return {row[0]: _outcome(row[1:]) for row in rows}
+        with self._readable():
+            return {row[0]: _outcome(row[1:]) for row in rows}
 
     def individuals(self, search: str, split: str = "search") -> list[Individual]:
         """Finished individuals of a search, in the order in which they finished."""
@@ -223,8 +227,8 @@ class Journal:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (GenomeError, ValueError, zlib.error) as error:
-            raise JournalError(f"{self.path}: holds a genome that cannot be read ({error}); {_RESTORE}") from error
+        except (GenomeError, ValueError, SafetensorError, zlib.error) as error:
+            raise JournalError(f"{self.path}: holds what cannot be read ({error}); {_RESTORE}") from error
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -238,16 +242,18 @@ _RESTORE = "restore the file from a copy, or start anew in another folder"
 def _columns(outcome: Outcome) -> tuple[object, ...]:
     """An outcome's columns from fitness to failure_reason."""
     if isinstance(outcome, EvaluationFailure):
-        return (None,) * 5 + (outcome.kind, outcome.reason)
+        return (None,) * 6 + (outcome.kind, outcome.reason)
     metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
-    return (*outcome.rank_key, outcome.standard_error, outcome.num_examples, metrics, None, None)
+    scores = None if outcome.scores is None else zlib.compress(save(dict(outcome.scores)))
+    return (*outcome.rank_key, outcome.standard_error, outcome.num_examples, metrics, scores, None, None)
 
 
 def _outcome(row: Any) -> Outcome:
-    fitness, tie_break, standard_error, num_examples, metrics, kind, reason, duration_s = row
+    fitness, tie_break, standard_error, num_examples, metrics, scores, kind, reason, duration_s = row
     if kind is not None:
         return EvaluationFailure(kind, reason, duration_s)
-    return Evaluation(fitness, tie_break, standard_error, num_examples, duration_s, json.loads(metrics))
+    numbers = (fitness, tie_break, standard_error, num_examples, duration_s)
+    return Evaluation(*numbers, json.loads(metrics), None if scores is None else load(zlib.decompress(scores)))
 
 
 @contextmanager

@@ -31,12 +31,18 @@ class Candidate:
     parents: tuple[int, ...] = ()
 
 
+ExampleScores = Mapping[str, npt.NDArray[np.float64]]
+"""Scores of a split's examples by task, (N,) each, in the order of the examples."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation.
 
     fitness: the score that is searched for. tie_break: orders equal fitness (mean log-likelihood of
-    the right answers). standard_error: of the fitness over examples. metrics: `task/metric` -> value.
+    the right answers). standard_error: of the fitness over examples. num_examples: on which the fitness
+    rests. metrics: `task/metric` -> value. scores: of every example by task, (N,) each; None where the
+    evaluation was stopped before it had seen all, as it was worse than a rival.
     """
 
     fitness: float
@@ -45,10 +51,16 @@ class Evaluation:
     num_examples: int = 0
     duration_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    scores: ExampleScores | None = field(default_factory=dict, hash=False, compare=False)
 
     def __post_init__(self) -> None:
         assert math.isfinite(self.fitness), "a fitness that is not finite is an EvaluationFailure"
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the fitness is an estimate from some of the examples."""
+        return self.scores is None
 
     @property
     def rank_key(self) -> tuple[float, float]:
@@ -56,7 +68,7 @@ class Evaluation:
 
     def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:
         numbers = (self.fitness, self.tie_break, self.standard_error, self.num_examples, self.duration_s)
-        return (Evaluation, (*numbers, dict(self.metrics)))
+        return (Evaluation, (*numbers, dict(self.metrics), self.scores))
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class Population:
 
     @cached_property
     def ranked(self) -> tuple[Individual, ...]:
-        """Best first: by fitness, then tie-break, then the earlier candidate."""
+        """Best first: by fitness, then tie-break, then the earlier candidate; those that were stopped last."""
         return tuple(sorted(self.individuals, key=_descending))
 
     @property
@@ -134,11 +146,17 @@ class Population:
         return self.ranked[0]
 
     @cached_property
+    def complete(self) -> Population:
+        """The part of the population that was scored on all examples."""
+        stopped = any(one.evaluation.is_stopped for one in self.individuals)
+        return Population(tuple(one for one in self.individuals if not one.evaluation.is_stopped)) if stopped else self
+
+    @cached_property
     def prunings(self) -> Population:
         """The part of the population that only prunes."""
         return Population(tuple(one for one in self.individuals if one.genome.is_pruning))
 
 
-def _descending(individual: Individual) -> tuple[float, float, int]:
+def _descending(individual: Individual) -> tuple[bool, float, float, int]:
     fitness, tie_break = individual.evaluation.rank_key
-    return (-fitness, -tie_break, individual.number)
+    return (individual.evaluation.is_stopped, -fitness, -tie_break, individual.number)

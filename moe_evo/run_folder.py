@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from moe_evo.config import ModelConfig, RunConfig, ScoringConfig, difference
+from moe_evo.config import SPEED_ONLY, ModelConfig, RunConfig, ScoringConfig, difference
 from moe_evo.config_file import read_config
 from moe_evo.errors import RunError
 from moe_evo.journal import Journal
@@ -24,7 +24,7 @@ _NAME_LENGTH = 200
 _FREE_TO_CHANGE = {
     "": ("folder", "cluster", "tracking"),
     "model": ("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
-    "evaluation": ("batch_tokens", "threads"),
+    "evaluation": SPEED_ONLY,
 }
 """What a run may be continued with differently: where and how fast it computes and who looks on, not what."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_evo.config import RunConfig
 from moe_evo.journal import MAIN, Journal
-from moe_evo.population import EvaluationFailure, Outcome
+from moe_evo.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.space import ModelShape
 from moe_evo.tasks.data import TaskData
 
@@ -51,6 +51,7 @@ def run_result(
             "seed": config.search.seed,
             "evaluations": len(outcomes),
             **failure_facts(outcomes.values()),
+            "stopped_early": sum(isinstance(one, Evaluation) and one.is_stopped for one in outcomes.values()),
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
         "gangs": gang_facts(journal),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from moe_evo.report.terminal import print_run
 from moe_evo.run_folder import RunFolder
 from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.registry import build_task
 from moe_evo.tracking.terminal import TerminalTracker
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
@@ -113,9 +115,9 @@ def seen(resident: Evaluator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
     evaluated: list[tuple[str, str]] = []
     evaluate = resident.evaluate
 
-    def counting(genomes: list[Genome], split: str) -> list[Outcome]:
+    def counting(genomes: list[Genome], split: str, **more: Any) -> list[Outcome]:
         evaluated.extend((genome.digest, split) for genome in genomes)
-        return evaluate(genomes, split)
+        return evaluate(genomes, split, **more)
 
     monkeypatch.setattr(resident, "evaluate", counting)
     return evaluated
@@ -262,11 +264,11 @@ class InterruptedRun:
     def __getattr__(self, name: str) -> object:
         return getattr(self._evaluator, name)
 
-    def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+    def evaluate(self, genomes: list[Genome], split: str, **more: Any) -> list[Outcome]:
         if self._left == 0:
             raise KeyboardInterrupt
         self._left -= 1
-        return self._evaluator.evaluate(genomes, split)
+        return self._evaluator.evaluate(genomes, split, **more)
 
 
 def test_an_interrupted_run_goes_on_where_it_stood(
@@ -279,6 +281,34 @@ def test_an_interrupted_run_goes_on_where_it_stood(
     monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
     run(tmp_path / "run")
     assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = EvaluationConfig(race=0.8)
+    task = replace(TASK, num_search=80)
+    config = replace(CONFIG, tasks=[task], evaluation=evaluation, search=replace(CONFIG.search, evaluations=40))
+    tasks = [build_task(one, resident.model.tokenizer, 4096) for one in check_tasks([task])]
+    racing = Evaluator(resident.model, tasks, evaluation)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: racing)
+    run(tmp_path / "whole", config)
+    for after in (9, 17):
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: InterruptedRun(racing, n))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", config)
+    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: racing)
+    run(tmp_path / "parts", config)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+    with Journal(RunFolder(tmp_path / "whole").journal, read_only=True) as journal:
+        outcomes = journal.outcomes("search", "search")
+        validated = journal.outcomes("search", "validation")
+    total = max(one.num_examples for one in outcomes.values())
+    stopped = {number for number, one in outcomes.items() if one.is_stopped}
+    assert 0 < len(stopped) < 34 and not stopped & set(range(6)) and not stopped & set(validated)
+    assert all((one.num_examples < total) == (number in stopped) for number, one in outcomes.items())
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["search"]["stopped_early"] == len(stopped)
 
 
 def _in_child(work: Callable[[], object]) -> int:
@@ -331,7 +361,7 @@ def _wait_for_outcomes(folder: Path, number: int, child: int) -> None:
 class FailingEvaluator(InterruptedRun):
     """An evaluator that finds no fitness for some genomes, as a model with NaN logits does."""
 
-    def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+    def evaluate(self, genomes: list[Genome], split: str, **_: Any) -> list[Outcome]:
         failure = EvaluationFailure("non_finite", "logits are NaN")
         return [failure if self._fails(genome) else self._evaluator.evaluate([genome], split)[0] for genome in genomes]
 

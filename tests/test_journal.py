@@ -41,6 +41,21 @@ def test_candidates_and_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
         assert journal.outcomes("random", "search") == {}
 
 
+def test_scores_of_examples_come_back_and_stopped_evaluations_have_none(tmp_path: Path) -> None:
+    scores = {"one": np.array([0.0, 1.0, 1.0]), "other": np.array([-0.25])}
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        journal.propose("search", [PRUNING, MERGED])
+        journal.record([("search", 0, "search", Evaluation(0.5, scores=scores))])
+        journal.record([("search", 1, "search", Evaluation(0.1, num_examples=2, scores=None))])
+    with Journal(tmp_path / "journal.sqlite", read_only=True) as journal:
+        complete, stopped = journal.outcomes("search", "search").values()
+    assert isinstance(complete, Evaluation) and isinstance(stopped, Evaluation)
+    assert stopped.is_stopped and not complete.is_stopped and complete.scores is not None
+    assert {name: one.tolist() for name, one in complete.scores.items()} == {
+        name: one.tolist() for name, one in scores.items()
+    }
+
+
 def test_no_outcome_is_written_twice_or_without_its_candidate(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.sqlite") as journal:
         journal.propose("search", [PRUNING])
@@ -114,7 +129,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     database.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     database.commit()
     database.close()
-    with pytest.raises(JournalError, match="schema 99, expected 2"):
+    with pytest.raises(JournalError, match="schema 99, expected 3"):
         Journal(path)
 
 

@@ -24,9 +24,10 @@ from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
 from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.space import check_fits
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
 from moe_evo.tasks.share import share_of
@@ -77,7 +78,7 @@ class Evaluator:
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config
-        self._whole: dict[str, tuple[_Prepared, ...]] = {}
+        self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
         self._engine = engine_for(model, config)
 
@@ -91,37 +92,77 @@ class Evaluator:
         """Whether what genomes have in common is computed once."""
         return self._engine is not None
 
-    def evaluate(self, genomes: Sequence[Genome | None], split: str, indices: Indices | None = None) -> list[Outcome]:
+    def evaluate(
+        self,
+        genomes: Sequence[Genome | None],
+        split: str,
+        indices: Indices | None = None,
+        rivals: Sequence[ExampleScores | None] | None = None,
+    ) -> list[Outcome]:
         """One outcome a genome, in order; None is the untouched model.
 
-        Raises GenomeError, before anything is computed, where a genome does not fit the model, and
-        OutOfMemory.
+        rivals: for each genome the scores of an individual; where the genome is surely worse it is stopped
+        before it has seen all examples (`EvaluationConfig.race`). Raises GenomeError, before anything is
+        computed, where a genome does not fit the model, and OutOfMemory.
         """
         for genome in genomes:
             if genome is not None:
                 check_fits(genome, self.model.shape)
-        distinct = list(dict.fromkeys(genomes))
+        rival_of = dict(zip(genomes, rivals or [None] * len(genomes), strict=True))
         started = time.perf_counter()
-        examined = self.examine(distinct, split, indices)
-        duration_s = (time.perf_counter() - started) / max(len(distinct), 1)
-        outcomes = {genome: self._outcome(found, duration_s) for genome, found in zip(distinct, examined, strict=True)}
+        examined = self.examine(list(rival_of), split, indices, list(rival_of.values()))
+        duration_s = (time.perf_counter() - started) / max(len(rival_of), 1)
+        outcomes = {
+            genome: self._outcome(found, split, indices, duration_s)
+            for genome, found in zip(rival_of, examined, strict=True)
+        }
         return [outcomes[genome] for genome in genomes]
 
     def examine(
-        self, genomes: Sequence[Genome | None], split: str, indices: Indices | None = None
+        self,
+        genomes: Sequence[Genome | None],
+        split: str,
+        indices: Indices | None = None,
+        rivals: Sequence[ExampleScores | None] | None = None,
     ) -> list[dict[str, TaskScores] | EvaluationFailure]:
-        """For each genome the scores of every example, by task name."""
+        """For each genome the scores of the examples that it saw, by task name; `rivals` as for `evaluate`."""
         started = time.perf_counter()
-        own = self.within_memory(lambda: self._reports(genomes, split, indices))
-        of_ranks = self.model.share.gather(own)
+        reports: list[list[Sequence[_Report]]] = [[] for _ in genomes]
+        racing = list(range(len(genomes)))
+        for part in range(self._num_parts(split, indices)):
+            if part and rivals is not None:
+                racing = [number for number in racing if not self._is_out(split, reports[number], rivals[number])]
+            if not racing:
+                break
+            chosen = [genomes[number] for number in racing]
+            own = self.within_memory(partial(self._reports, chosen, split, indices, part))
+            for of_rank in self.model.share.gather(own):
+                for number, found in zip(racing, of_rank, strict=True):
+                    reports[number].append(found)
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
-        return [self._scores(split, reports, duration_s) for reports in zip(*of_ranks, strict=True)]
+        return [self._scores(split, found, duration_s) for found in reports]
+
+    def _num_parts(self, split: str, indices: Indices | None) -> int:
+        """In how many parts examples are seen; in more than one where individuals race."""
+        return len(PARTS) if self._races(split, indices) else 1
+
+    def _races(self, split: str, indices: Indices | None) -> bool:
+        return self._config.race is not None and split == "search" and indices is None
+
+    def _is_out(self, split: str, reports: Sequence[Sequence[_Report]], rival: ExampleScores | None) -> bool:
+        """Whether a genome need not see more examples; all ranks answer the same."""
+        found = self._scores(split, reports, 0.0)
+        is_out = isinstance(found, EvaluationFailure)
+        if not isinstance(found, EvaluationFailure) and rival and self._config.race is not None:
+            is_out = is_beaten(list(found.values()), [rival[task.name] for task in self.tasks], self._config.race)
+        return bool(self.model.ranks.gather(is_out)[0])
 
     def _scores(
-        self, split: str, of_ranks: Sequence[Sequence[_Report]], duration_s: float
+        self, split: str, found: Sequence[Sequence[_Report]], duration_s: float
     ) -> dict[str, TaskScores] | EvaluationFailure:
+        """found: reports a task, of every rank and part."""
         scores = {}
-        for task, reports in zip(self.tasks, zip(*of_ranks, strict=True), strict=True):
+        for task, reports in zip(self.tasks, zip(*found, strict=True), strict=True):
             if not all(report.is_finite for report in reports):
                 return EvaluationFailure("non_finite", f"task {task.name}: logits or scores are not finite", duration_s)
             scores[task.name] = task.combine(split, [part for report in reports for part in report.parts])
@@ -156,11 +197,11 @@ class Evaluator:
         return logits
 
     def _reports(
-        self, genomes: Sequence[Genome | None], split: str, indices: Indices | None
+        self, genomes: Sequence[Genome | None], split: str, indices: Indices | None, part: int
     ) -> list[tuple[_Report, ...]]:
         """For each genome one a task. Nothing that goes wrong with one ends this early: other ranks go on, too."""
         with torch.inference_mode(), _threads(self._config.threads):
-            prepared = self._prepared(split, indices)
+            prepared = self._prepared(split, indices)[part]
             reports = [tuple(_Report() for _ in self.tasks) for _ in genomes]
             if self._engine is not None:
                 self._run_together(self._engine, genomes, prepared, reports, is_whole=indices is None)
@@ -205,11 +246,17 @@ class Evaluator:
             self.model.language_model, self.model.tokenizer, batch, in_lockstep=self.model.ranks.size > 1
         )
 
-    def _prepared(self, split: str, indices: Indices | None) -> tuple[_Prepared, ...]:
+    def _prepared(self, split: str, indices: Indices | None) -> tuple[tuple[_Prepared, ...], ...]:
+        """Every task's batches, part by part."""
         if indices is not None:
-            return tuple(self._prepare(task, split, indices.get(task.name)) for task in self.tasks)
+            return (tuple(self._prepare(task, split, indices.get(task.name)) for task in self.tasks),)
         if split not in self._whole:
-            self._whole[split] = tuple(self._prepare(task, split, None) for task in self.tasks)
+            races = self._races(split, indices)
+            of_tasks = [parts_of(task.num_examples(split)) if races else [None] for task in self.tasks]
+            self._whole[split] = tuple(
+                tuple(self._prepare(task, split, numbers) for task, numbers in zip(self.tasks, part, strict=True))
+                for part in zip(*of_tasks, strict=True)
+            )
         return self._whole[split]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
@@ -225,9 +272,19 @@ class Evaluator:
         )
         return _Prepared(task, batches, references, share.num_counted)
 
-    def _outcome(self, examined: dict[str, TaskScores] | EvaluationFailure, duration_s: float) -> Outcome:
+    def _outcome(
+        self,
+        examined: dict[str, TaskScores] | EvaluationFailure,
+        split: str,
+        indices: Indices | None,
+        duration_s: float,
+    ) -> Outcome:
         if isinstance(examined, EvaluationFailure):
             return replace(examined, duration_s=duration_s)
+        is_complete = all(
+            len(examined[task.name].examples) == len(task.numbers(split, (indices or {}).get(task.name)))
+            for task in self.tasks
+        )
         scores = list(examined.values())
         means = [float(one.score.mean()) for one in scores]
         errors = [_standard_error(one) for one in scores]
@@ -247,6 +304,7 @@ class Evaluator:
             metrics={
                 f"{name}/{metric}": value for name, one in examined.items() for metric, value in one.metrics.items()
             },
+            scores={name: one.score for name, one in examined.items()} if is_complete else None,
         )
 
 

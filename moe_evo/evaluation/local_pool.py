@@ -38,7 +38,7 @@ class LocalPool:
     def next_outcomes(self) -> list[tuple[Request, Outcome]]:
         assert self._waiting, "next_outcomes was called with no request under way"
         request = self._waiting.popleft()
-        return [(request, self._evaluator.evaluate([request.genome], request.split)[0])]
+        return [(request, self._evaluator.evaluate([request.genome], request.split, rivals=[request.rival])[0])]
 
     def routing_counts(self) -> Counts:
         return routing_counts(self._evaluator, "search")

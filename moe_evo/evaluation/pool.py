@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moe_evo.genome import Genome
-from moe_evo.population import Outcome
+from moe_evo.population import ExampleScores, Outcome
 from moe_evo.space import ModelShape
 
 if TYPE_CHECKING:  # what serves a pool from afar needs no torch
@@ -19,12 +19,16 @@ if TYPE_CHECKING:  # what serves a pool from afar needs no torch
 
 @dataclass(frozen=True)
 class Request:
-    """Evaluate the genome of candidate `number` of `search` on all examples of `split`."""
+    """Evaluate the genome of candidate `number` of `search` on all examples of `split`.
+
+    rival: scores of an individual; where the genome is surely worse it need not be scored to the end.
+    """
 
     search: str
     number: int
     genome: Genome
     split: str
+    rival: ExampleScores | None = None
 
 
 GangState = Literal["waiting", "loading", "ready", "busy"]

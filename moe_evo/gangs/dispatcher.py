@@ -10,15 +10,19 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 
 from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 
 if TYPE_CHECKING:
     from moe_evo.criteria.frequency import Counts
 
 Answer: TypeAlias = "Outcome | Counts"
+
+Key = tuple[str, str, str, str]
 
 _REQUEST_S = 0.2  # a request that takes so long hides what sending it costs
 _CACHE_SIZE = 100_000
@@ -26,18 +30,22 @@ _CACHE_SIZE = 100_000
 
 @dataclass(frozen=True)
 class Job:
-    """A genome to evaluate on a split of the tasks `work`; without genome, counts of routed tokens."""
+    """A genome to evaluate on a split of the tasks `work`; without genome, counts of routed tokens.
+
+    rival: see `Request`; who has another rival may get another answer.
+    """
 
     work: str
     split: str
     genome: Genome | None = None
+    rival: ExampleScores | None = None
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return (self.work, self.split, self.genome.digest if self.genome is not None else "")
+    @cached_property
+    def key(self) -> Key:
+        rival = sha256(b"".join(one.tobytes() for one in self.rival.values())).hexdigest() if self.rival else ""
+        return (self.work, self.split, self.genome.digest if self.genome is not None else "", rival)
 
 
-Key = tuple[str, str, str]
 Batch = tuple[Job, ...]
 """Jobs for one request: all of one work and split, and either all with a genome or one without."""
 

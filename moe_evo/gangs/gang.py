@@ -112,7 +112,8 @@ class Gang:
         split, genomes = batch[0].split, [job.genome for job in batch]
         if genomes == [None]:
             return [(await self._all("routing_counts", work.key, split, timeout_s=deadline_s))[0]]
-        answers: Sequence[Answer] = (await self._all("evaluate", work.key, genomes, split, timeout_s=deadline_s))[0]
+        arguments = (work.key, genomes, split, [job.rival for job in batch])
+        answers: Sequence[Answer] = (await self._all("evaluate", *arguments, timeout_s=deadline_s))[0]
         return answers
 
     def kill(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from moe_evo.config import EvaluationConfig, ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.genome import Genome
-from moe_evo.population import Outcome
+from moe_evo.population import ExampleScores, Outcome
 from moe_evo.tasks.data import TaskData
 
 if TYPE_CHECKING:  # torch is imported when a rank loads its model
@@ -94,9 +94,11 @@ class Rank:
         tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
         self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation)
 
-    def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+    def evaluate(
+        self, key: str, genomes: Sequence[Genome], split: str, rivals: Sequence[ExampleScores | None]
+    ) -> list[Outcome]:
         """One outcome a genome; see `Evaluator.evaluate`."""
-        return self._evaluators[key].evaluate(genomes, split)
+        return self._evaluators[key].evaluate(genomes, split, rivals=rivals)
 
     def routing_counts(self, key: str, split: str) -> Counts:
         from moe_evo.criteria.frequency import routing_counts

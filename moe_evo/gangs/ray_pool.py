@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from moe_evo.config import EvaluationConfig, ScoringConfig
+from moe_evo.config import SPEED_ONLY, EvaluationConfig, ScoringConfig
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
@@ -59,7 +59,7 @@ def ray_pool(
 
 def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
     """The work of a run: equal keys for whatever gives equal scores on one model."""
-    scoring = {**asdict(evaluation), "threads": None}
+    scoring = {name: value for name, value in asdict(evaluation).items() if name not in SPEED_ONLY}
     content = json.dumps([scoring, [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]])
     return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation)
 
@@ -107,7 +107,7 @@ class RayPool:
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            number = self._add(Job(self._work.key, request.split, request.genome))
+            number = self._add(Job(self._work.key, request.split, request.genome, request.rival))
             self._requests[number] = request
 
     def next_outcomes(self) -> list[tuple[Request, Outcome]]:

@@ -99,7 +99,7 @@ class EEPSearch:
 
     def _child(self, number: int, rng: np.random.Generator) -> Candidate:
         eep, merges = self.eep, self.phase == "merging"
-        parents = self.population if merges else self.population.prunings
+        parents = (self.population if merges else self.population.prunings).complete
         initial = number < self.num_initial and not self._all_pruned
         # Parents lack where candidates are asked ahead of outcomes, or where all failed.
         if initial and self._wider and number % 2 == 0 and self.space.can_prune:

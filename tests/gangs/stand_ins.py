@@ -43,7 +43,7 @@ class StandIn(Rank):
     def begin(self, work: Work, halvings: int) -> None:
         self._halvings = halvings
 
-    def evaluate(self, key: str, genomes: Sequence[Genome], split: str) -> list[Outcome]:
+    def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
         return [self.evaluate_one(genome, split) for genome in genomes]
 
     def evaluate_one(self, genome: Genome, split: str) -> Outcome:

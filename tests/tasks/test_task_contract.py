@@ -10,7 +10,6 @@ import tiny_tasks as tiny
 
 from moe_evo.config import TaskConfig
 from moe_evo.errors import ModelError
-from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import SCORERS, build_task
 from moe_evo.tasks.task import Scorer, Task

@@ -140,7 +140,7 @@ def test_a_service_that_fails_in_the_middle_costs_one_line(
         online(monkeypatch, server)
 
         class Failing(SomeFail):
-            def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+            def evaluate(self, genomes: list[Genome], split: str, **_: Any) -> list[Outcome]:
                 if split == "search":
                     time.sleep(0.1)  # so that the run of W&B has begun
                 else:

@@ -48,7 +48,7 @@ class SomeFail:
     def __getattr__(self, name: str) -> object:
         return getattr(self._evaluator, name)
 
-    def evaluate(self, genomes: list[Genome], split: str) -> list[Outcome]:
+    def evaluate(self, genomes: list[Genome], split: str, **_: Any) -> list[Outcome]:
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
