@@ -43,9 +43,17 @@ def narrowed(parent: Genome, space: SearchSpace, rng: np.random.Generator) -> Ge
 
 
 def swap_mutation(
-    parent: Genome, space: SearchSpace, rng: np.random.Generator, *, layer_rate: float, swap_rate: float
+    parent: Genome,
+    space: SearchSpace,
+    rng: np.random.Generator,
+    *,
+    layer_rate: float,
+    swap_rate: float,
+    first_group: int = 0,
 ) -> Genome:
     """Give slots of a pruning other experts (EEP's table, pruning mutation).
+
+    first_group: layer groups before it stay as they are, where a later one can change.
 
     Each layer group is active with probability `layer_rate`, redrawn until one is. Each slot of an
     active group takes with probability `swap_rate` an expert that no slot uses, within its expert
@@ -55,6 +63,7 @@ def swap_mutation(
     genes = list(space.genes(parent))
     assert all(gene.is_pruning for gene in genes), "swap_mutation acts on prunings"
     swappable = [index for index, gene in enumerate(genes) if gene.num_kept < gene.num_experts]
+    swappable = [index for index in swappable if index >= first_group] or swappable
     if not swappable:
         return parent
     active = np.array(swappable)[_at_least_one(len(swappable), layer_rate, rng)]
@@ -80,15 +89,18 @@ def gaussian_mutation(
     layer_rate: float,
     entry_rate: float,
     sigma: float,
+    first_group: int = 0,
 ) -> Genome:
     """Add noise to entries of W_EM and W_RM (EEP's table, merging mutation).
+
+    first_group: layer groups before it stay as they are.
 
     Each of the 2G matrices is active with probability `layer_rate`, redrawn until one is; each entry
     of an active matrix gets + sigma N(0, 1) with probability `entry_rate`. At least one entry changes.
     """
     genes = space.genes(parent)
     matrices = [matrix for gene in genes for matrix in (gene.expert_merging, gene.router_mapping)]
-    active = np.flatnonzero(_at_least_one(len(matrices), layer_rate, rng))
+    active = 2 * first_group + np.flatnonzero(_at_least_one(len(matrices) - 2 * first_group, layer_rate, rng))
     old = np.concatenate([matrices[index].ravel() for index in active])
     chosen = rng.random(old.size) < entry_rate
     if not chosen.any():
@@ -112,8 +124,11 @@ def row_crossover(
     *,
     layer_rate: float,
     bias: float,
+    first_group: int = 0,
 ) -> Genome:
     """Mix two genomes row by row (EEP's table, crossover).
+
+    first_group: layer groups before it are those of `first`.
 
     Each matrix is active with probability `layer_rate`, redrawn until one is. An active matrix takes
     each row from `first` with probability `bias`, an inactive one is taken whole with the same
@@ -123,10 +138,12 @@ def row_crossover(
     """
     pairs = list(zip(space.genes(first), space.genes(second), strict=True))
     tied = [one.is_pruning and other.is_pruning for one, other in pairs]
-    active = iter(_at_least_one(2 * len(pairs) - sum(tied), layer_rate, rng))
+    active = iter(_at_least_one(2 * len(pairs[first_group:]) - sum(tied[first_group:]), layer_rate, rng))
     genes = []
     for group, (one, other) in enumerate(pairs):
-        if tied[group]:
+        if group < first_group:
+            genes.append(one)
+        elif tied[group]:
             rows = _rows_of_first(one.num_kept, bool(next(active)), bias, rng)
             genes.append(_crossed_pruning(space, group, one, other, rows, rng))
         else:
@@ -139,11 +156,15 @@ def row_crossover(
 
 
 def layer_crossover(
-    first: Genome, second: Genome, space: SearchSpace, rng: np.random.Generator, *, bias: float
+    first: Genome, second: Genome, space: SearchSpace, rng: np.random.Generator, *, bias: float, first_group: int = 0
 ) -> Genome:
-    """Take each layer group whole, from `first` with probability `bias`, else from `second`."""
+    """Take each layer group whole, from `first` with probability `bias`, else from `second`.
+
+    first_group: those before it are from `first`.
+    """
     pairs = list(zip(space.genes(first), space.genes(second), strict=True))
     from_first = rng.random(len(pairs)) < bias
+    from_first[:first_group] = True
     return space.genome([one if own else other for (one, other), own in zip(pairs, from_first, strict=True)])
 
 

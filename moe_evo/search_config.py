@@ -28,6 +28,8 @@ class EEPConfig:
         crossover_bias: Probability that a row (or an unmutated matrix) comes from the first parent.
         pruning_crossover: Also cross prunings, with repair of experts chosen twice.
         layer_crossover_rate: Share of crossovers that exchange whole layers in place of rows.
+        prefix_rate: Probability that a child keeps all layer groups of its (first) parent before one that is
+            drawn at random, so that its evaluation starts there.
         normalise_rate: Probability that the rows of a merged child are divided by their sums.
         mutation_margin: Parents of a mutation are within so many units of the best.
         mutation_parents: At least so many individuals may be parents of a mutation.
@@ -46,6 +48,7 @@ class EEPConfig:
     crossover_bias: float = 0.6
     pruning_crossover: bool = True
     layer_crossover_rate: float = 0.0
+    prefix_rate: float = 0.0
     normalise_rate: float = 0.1
     mutation_margin: float = 0.25  # genomes share their examples: differences are surer than scores
     mutation_parents: int = 2
@@ -58,7 +61,7 @@ class EEPConfig:
             require(getattr(self, option) >= 1, f"search.eep.{option}", getattr(self, option), "at least 1")
         rates = (
             "layer_rate", "swap_rate", "entry_rate", "crossover_rate", "crossover_bias",
-            "layer_crossover_rate", "normalise_rate",
+            "layer_crossover_rate", "prefix_rate", "normalise_rate",
         )  # fmt: skip
         for option in rates:
             rate = getattr(self, option)

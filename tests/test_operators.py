@@ -301,3 +301,29 @@ def test_a_narrowed_pruning_keeps_only_experts_of_its_parent():
     for child in children:
         narrow.check(child)
         assert all(set(few) <= set(many) for few, many in zip(child.kept, parent.kept, strict=True))
+
+
+@many
+@given(spaces(), rngs, RATES, st.data())
+def test_groups_before_the_first_stay_those_of_the_parent(space, rng, rate, data):
+    first_group = data.draw(st.integers(0, len(space.layer_groups) - 1))
+    one, other = random_pruning(space, rng), random_pruning(space, rng)
+    merged = gaussian_mutation(one, space, rng, layer_rate=1.0, entry_rate=1.0, sigma=0.1)
+    swapped = swap_mutation(one, space, rng, layer_rate=rate, swap_rate=rate, first_group=first_group)
+    children = [
+        (
+            merged,
+            gaussian_mutation(merged, space, rng, layer_rate=rate, entry_rate=rate, sigma=0.1, first_group=first_group),
+        ),
+        (one, row_crossover(one, other, space, rng, layer_rate=rate, bias=0.5, first_group=first_group)),
+        (merged, row_crossover(merged, other, space, rng, layer_rate=rate, bias=0.5, first_group=first_group)),
+        (one, layer_crossover(one, other, space, rng, bias=0.5, first_group=first_group)),
+    ]
+    later = [gene for gene in space.genes(one)[first_group:] if gene.num_kept < gene.num_experts]
+    if later:  # else an earlier group is all that a swap can change
+        children.append((one, swapped))
+        assert swapped != one
+    for parent, child in children:
+        space.check(child)
+        assert space.genes(child)[:first_group] == space.genes(parent)[:first_group]
+    assert children[0][1] != merged

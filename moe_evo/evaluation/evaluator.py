@@ -222,10 +222,18 @@ class Evaluator:
         for index, one in enumerate(prepared):
             for batch, reference in zip(one.batches, one.references, strict=True):
                 if isinstance(batch, ForwardBatch):
-                    copies = min(max(self.batch_tokens // batch.input_ids.numel(), 1), len(genomes))
+                    copies = self._copies(batch, len(genomes))
                     self._memory.note(batch, copies)
                     add = partial(_add_scored, [report[index] for report in reports], one.task, batch, reference)
                     engine.run(batch, whole, add, copies=copies, keep=is_whole)
+
+    def _copies(self, batch: ForwardBatch, num_genomes: int) -> int:
+        """How many genomes go through a layer together."""
+        if self._config.pack_tokens is None:
+            most = self.batch_tokens if self.model.device.type != "cpu" else 1
+        else:
+            most = min(self._config.pack_tokens, self.batch_tokens)
+        return min(max(most // batch.input_ids.numel(), 1), num_genomes)
 
     def _run_alone(self, genome: Genome | None, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
         """The batches that are left, for one genome."""

@@ -111,8 +111,9 @@ class EEPSearch:
         if crosses and len(parents) >= 2:
             pool = parent_pool(parents, eep.crossover_margin, max(eep.crossover_parents, 2), eep.margin_unit)
             first, second = (pool[index] for index in rng.choice(len(pool), 2, replace=False))
-            genome, operator = self._crossed(first.genome, second.genome, rng)
-            return Candidate(number, self._mutated(genome, rng), operator, (first.number, second.number))
+            first_group = self._first_group(rng)
+            genome, operator = self._crossed(first.genome, second.genome, rng, first_group)
+            return Candidate(number, self._mutated(genome, rng, first_group), operator, (first.number, second.number))
         pool = parent_pool(parents, eep.mutation_margin, eep.mutation_parents, eep.margin_unit)
         return self._mutant(number, pool, rng)
 
@@ -130,25 +131,34 @@ class EEPSearch:
         if not self._all_pruned:
             return Candidate(number, genome, "random_pruning" if self.space.can_prune else "identity")
         parent = self._archive.number_of(genome)
-        return Candidate(number, self._mutated(genome, rng), "gaussian_mutation", (parent,))
+        return Candidate(number, self._mutated(genome, rng, self._first_group(rng)), "gaussian_mutation", (parent,))
 
     def _mutant(self, number: int, pool: Sequence[Individual], rng: np.random.Generator) -> Candidate:
         parent = pool[int(rng.integers(len(pool)))]
         operator = "gaussian_mutation" if self.phase == "merging" else "swap_mutation"
-        return Candidate(number, self._mutated(parent.genome, rng), operator, (parent.number,))
+        genome = self._mutated(parent.genome, rng, self._first_group(rng))
+        return Candidate(number, genome, operator, (parent.number,))
 
-    def _mutated(self, genome: Genome, rng: np.random.Generator) -> Genome:
-        eep = self.eep
+    def _first_group(self, rng: np.random.Generator) -> int:
+        """The first layer group that a child may change."""
+        keeps = self.eep.prefix_rate > 0 and rng.random() < self.eep.prefix_rate
+        return int(rng.integers(len(self.space.layer_groups))) if keeps else 0
+
+    def _mutated(self, genome: Genome, rng: np.random.Generator, first_group: int) -> Genome:
+        eep, space = self.eep, self.space
         if self.phase == "pruning":
             rates = {"layer_rate": eep.layer_rate, "swap_rate": eep.swap_rate}
-            return swap_mutation(genome, self.space, rng, **rates)
+            return swap_mutation(genome, space, rng, **rates, first_group=first_group)
         rates = {"layer_rate": eep.layer_rate, "entry_rate": eep.entry_rate, "sigma": eep.sigma}
-        child = gaussian_mutation(genome, self.space, rng, **rates)
-        return normalise_rows(child) if rng.random() < eep.normalise_rate else child
+        child = gaussian_mutation(genome, space, rng, **rates, first_group=first_group)
+        if rng.random() >= eep.normalise_rate:
+            return child
+        return space.genome([*space.genes(child)[:first_group], *space.genes(normalise_rows(child))[first_group:]])
 
-    def _crossed(self, first: Genome, second: Genome, rng: np.random.Generator) -> tuple[Genome, str]:
-        eep = self.eep
+    def _crossed(self, first: Genome, second: Genome, rng: np.random.Generator, first_group: int) -> tuple[Genome, str]:
+        eep, space = self.eep, self.space
         if rng.random() < eep.layer_crossover_rate:
-            return layer_crossover(first, second, self.space, rng, bias=eep.crossover_bias), "layer_crossover"
+            crossed = layer_crossover(first, second, space, rng, bias=eep.crossover_bias, first_group=first_group)
+            return crossed, "layer_crossover"
         rates = {"layer_rate": eep.layer_rate, "bias": eep.crossover_bias}
-        return row_crossover(first, second, self.space, rng, **rates), "row_crossover"
+        return row_crossover(first, second, space, rng, **rates, first_group=first_group), "row_crossover"

@@ -232,3 +232,19 @@ def test_a_model_on_another_device_may_keep_states_in_host_memory(mixtral: MoEMo
     kept = StateCache(1, torch.device("meta"))
     kept.keep("batch", (0,), torch.zeros(3))
     assert kept.get("batch", (0,)).device.type == "meta"
+
+
+def test_on_the_cpu_scores_do_not_depend_on_company_unless_packing_is_asked_for(tmp_path) -> None:
+    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
+    data = [{"prompt": f"one {n}", "choices": [" yes", " no no"], "label": n % 2} for n in range(6)]
+    task = tiny.make_task(tmp_path / "choice", data, moe.tokenizer, metric="log_likelihood")
+    genomes = [random_pruning(moe.shape, 2, seed=seed) for seed in range(5)]
+
+    def fitness(together: bool, **options: int) -> list[float]:
+        evaluator = Evaluator(moe, [task], EvaluationConfig(**options))
+        requests = [genomes] if together else [[genome] for genome in genomes]
+        return [one.fitness for request in requests for one in evaluator.evaluate(request, "search")]
+
+    alone = fitness(together=False)
+    assert fitness(together=True) == alone
+    assert fitness(together=True, pack_tokens=4096) == pytest.approx(alone, abs=1e-5)

@@ -126,7 +126,7 @@ def test_references_are_made_anew_for_the_smaller_batches(evaluator, monkeypatch
 def test_so_many_genomes_go_together_as_fit(tmp_path, monkeypatch) -> None:
     moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
     task = tiny.make_task(tmp_path / "like", PROMPTS, moe.tokenizer, kind="distillation", batch_tokens=512)
-    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=512))
+    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=512, pack_tokens=512))
     genomes = [Genome.from_kept([[0, first], [1, 3]], 4, 2) for first in (1, 2, 3)]
     expected = evaluator.evaluate(genomes, "search")
     assert evaluator._engine is not None

@@ -125,6 +125,7 @@ def test_candidates_asked_ahead_of_all_outcomes_are_random_prunings():
         {"crossover_bias": 0.99},
         {"pruning_crossover": False},
         {"layer_crossover_rate": 0.95},
+        {"prefix_rate": 0.9},
         {"normalise_rate": 0.9},
         {"mutation_margin": 4.0},
         {"mutation_parents": 12},
@@ -146,6 +147,17 @@ def test_crossover_can_be_kept_to_the_merging_phase():
 def test_crossovers_can_exchange_whole_layers():
     candidates = _candidates(_search(crossover_rate=1.0, layer_crossover_rate=1.0))
     assert {candidate.operator for candidate in candidates[20:]} == {"layer_crossover"}
+
+
+def test_children_may_keep_a_beginning_of_their_parent():
+    def first_changes(**options):
+        candidates = _candidates(_search(crossover_rate=0.3, normalise_rate=0.5, **options))
+        genes = {one.number: one.genome.layers for one in candidates}
+        pairs = [(genes[one.parents[0]], one.genome.layers) for one in candidates if one.parents]
+        return [next(n for n, (old, new) in enumerate(zip(*pair, strict=True)) if old != new) for pair in pairs]
+
+    kept, usual = first_changes(prefix_rate=1.0), first_changes()
+    assert np.mean(kept) > np.mean(usual) + 0.25 and kept.count(2) > len(kept) / 4
 
 
 def test_parents_are_within_the_margin_of_the_best():
