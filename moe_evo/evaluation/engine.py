@@ -7,7 +7,7 @@ block and the head see the tokens that are scored, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,15 @@ from torch import Tensor
 from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.states import Prefix, StateCache
 from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.halves import Halves
+from moe_evo.models.halves import Halves, Start
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.library import LIBRARY_ERRORS
 from moe_evo.models.merged_cache import half_of_free_gib
 from moe_evo.models.view import TOLERANCES, MoEModel, relative_difference
 from moe_evo.tasks.base import ForwardBatch
+
+_MOST_PLANS = 512  # a plan holds a router's rows
+_MOST_STARTS = 64  # a start holds the masks of a batch
 
 Emit = Callable[[int, Tensor], None]
 """Takes the number of a genome and its logits (M, V)."""
@@ -60,6 +63,8 @@ class Engine:
         self.model = model
         self.halves = Halves(model)
         self.states = states
+        self._plans: dict[tuple[int, LayerGenome], LayerPlan | None] = {}
+        self._starts: dict[ForwardBatch, Start] = {}
 
     def run(
         self, batch: ForwardBatch, genomes: Sequence[Genome], emit: Emit, *, copies: int = 1, keep: bool = True
@@ -69,13 +74,35 @@ class Engine:
         copies: so many genomes go through a layer together. keep: the batch will come again, so its states
         are worth keeping.
         """
-        plans = {
-            (stage, gene.digest): self.model.plan(gene, stage)
-            for stage, genes in enumerate(zip(*(genome.layers for genome in genomes), strict=True))
-            for gene in set(genes)
-        }
-        with self.model.ready_for((stage, plan) for (stage, _), plan in plans.items() if plan is not None):
-            _Walk(self, batch, genomes, plans, emit, copies, keep).run()
+        genes = {(stage, gene) for genome in genomes for stage, gene in enumerate(genome.layers)}
+        plans = [(stage, plan) for stage, gene in genes if (plan := self.plan(stage, gene)) is not None]
+        with self.model.ready_for(plans):
+            _Walk(self, batch, genomes, emit, copies, keep).run()
+
+    def plan(self, stage: int, gene: LayerGenome) -> LayerPlan | None:
+        """What MoE block `stage` does for `gene`."""
+        if (stage, gene) not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[stage, gene] = self.model.plan(gene, stage)
+        return self._plans[stage, gene]
+
+    def start(self, batch: ForwardBatch, *, keep: bool) -> Start:
+        """The batch in front of the first layer, with the masks that go along."""
+        start = self._starts.get(batch)
+        if start is None:
+            masks = self.model.attention_masks(batch.position_ids, batch.ends, batch.counts)
+            start = self.halves.start(batch.input_ids, {"position_ids": batch.position_ids, "attention_mask": masks})
+            size_bytes = sum(one.nbytes for one in (masks.values() if isinstance(masks, dict) else [masks]))
+            if keep and _MOST_STARTS * size_bytes < self.states.budget_bytes and len(self._starts) < _MOST_STARTS:
+                self._starts[batch] = start
+        return start
+
+    def forget(self) -> None:
+        """Give back the memory of all that is kept."""
+        self.states.clear()
+        self._plans.clear()
+        self._starts.clear()
 
     @torch.inference_mode()
     def reproduces_the_model(self) -> bool:
@@ -118,22 +145,18 @@ class _Walk:
         engine: Engine,
         batch: ForwardBatch,
         genomes: Sequence[Genome],
-        plans: Mapping[tuple[int, str], LayerPlan | None],
         emit: Emit,
         copies: int,
         keep: bool,
     ) -> None:
-        self._halves, self._states, self._device = engine.halves, engine.states, engine.model.device
+        self._engine, self._halves, self._states = engine, engine.halves, engine.states
         self._batch = batch
         self._genomes = genomes
-        self._plans = plans
         self._emit = emit
         self._copies = copies
         self._keep = keep
         self._last = self._halves.num_stages - 1
-        masks = engine.model.attention_masks(batch.position_ids, batch.ends, batch.counts)
-        arguments = {"position_ids": batch.position_ids, "attention_mask": masks}
-        self._start = self._halves.start(batch.input_ids, arguments)
+        self._start = engine.start(batch, keep=keep)
 
     def run(self) -> None:
         """From the deepest states that are kept to the logits."""
@@ -148,7 +171,7 @@ class _Walk:
     def _state(self, prefix: Prefix) -> Tensor:
         kept = self._states.get(self._batch, prefix)
         if kept is not None:
-            return kept.to(self._device)
+            return kept.to(self._engine.model.device)
         assert not prefix, "only the beginning of all genomes can be computed without them"
         return self._arrived(prefix, self._halves.attend(0, self._start.hidden, self._start))
 
@@ -181,7 +204,7 @@ class _Walk:
 
     def _pass(self, stage: int, branches: Sequence[_Branch]) -> None:
         residual = torch.cat([branch.node.residual for branch in branches])
-        plans = [self._plans[stage, branch.gene.digest] for branch in branches]
+        plans = [self._engine.plan(stage, branch.gene) for branch in branches]
         hidden = self._halves.mix(stage, residual, plans, self._start)
         if stage < self._last or not self._halves.ends_with_moe:
             hidden = self._halves.attend(stage + 1, hidden, self._start)

@@ -181,7 +181,7 @@ class Evaluator:
             # only now, as the error holds on to the tensors of the calls that it went through
             self._whole.clear()  # references and states, too, are of the old batches
             if self._engine is not None:
-                self._engine.states.clear()
+                self._engine.forget()
             self._memory.free()
 
     def forward(self, batch: ForwardBatch) -> Tensor:

@@ -61,7 +61,7 @@ def evaluator():
 unlimited, limited, hopeless = evaluator(), evaluator(), evaluator()
 (batch,) = task.batches("search")
 answer = {"rows": len(batch.examples), "tokens": batch.input_ids.numel(), "unlimited": scores(unlimited)}
-limit(160)
+limit(300)
 answer |= {"limited": scores(limited), "batch_tokens": limited.batch_tokens}
 answer |= {"again": scores(limited), "still": limited.batch_tokens}
 limit(8)
@@ -150,6 +150,7 @@ def test_merged_layers_are_given_up_for_room(evaluator, monkeypatch) -> None:
     merged = tiny.tiny_merge(evaluator.model.shape)
     evaluator.evaluate([merged], "search")
     assert len(evaluator.model.merged_cache) == 2
+    evaluator._engine.forget()
     fits(evaluator, monkeypatch, most_tokens=20)
     evaluator.evaluate([PRUNED], "search")
     assert len(evaluator.model.merged_cache) == 0

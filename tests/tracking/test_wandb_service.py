@@ -31,9 +31,9 @@ import sys, time
 from moe_evo import cli, evaluation
 from moe_evo.evaluation.evaluator import Evaluator
 evaluate = Evaluator.evaluate
-def slow(self, *arguments):
+def slow(self, *arguments, **more):
     time.sleep(0.05)
-    return evaluate(self, *arguments)
+    return evaluate(self, *arguments, **more)
 Evaluator.evaluate = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
