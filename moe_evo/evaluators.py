@@ -42,6 +42,8 @@ def open_pool(
             evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
         else:
             evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation)
+        if config.evaluation.share_layers and not evaluator.shares_layers:
+            tracker.message("this model's layers cannot be run in halves: every genome is run from the first layer on")
         if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
             tracker.message(
                 "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "

@@ -124,17 +124,18 @@ class Engine:
 
 
 def engine_for(model: MoEModel, config: EvaluationConfig) -> Engine | None:
-    """An engine, or None where genomes have to be run one after the other.
+    """An engine, or None where genomes have to be run one after the other; the same on all ranks.
 
-    That is so where several ranks hold the model, where the config says so, and where the model's layers
-    do not add up to the model when they are run in halves, which is tried here.
+    That is so where ranks run different examples (how many layers each has to run differs), where the config
+    says so, and where the model's layers do not add up to the model when they are run in halves, which is
+    tried here.
     """
-    if not config.share_layers or model.ranks.size > 1:
+    if not config.share_layers or model.splits_examples:
         return None
     gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
     device = torch.device("cpu") if config.state_device == "cpu" else model.device
-    engine = Engine(model, StateCache(gib, device))
-    return engine if engine.reproduces_the_model() else None
+    engine = Engine(model, StateCache(min(model.ranks.gather(gib)), device))
+    return engine if all(model.ranks.gather(engine.reproduces_the_model())) else None
 
 
 class _Walk:

@@ -157,6 +157,7 @@ class MoEModel:
             for num_experts, top_k in zip(self.shape.num_experts, self.shape.top_k, strict=True)
         ]
         where = f"self-check of {self.family.model_type} with transformers {transformers.__version__}"
+        budget_bytes, self.merged_cache.budget_bytes = self.merged_cache.budget_bytes, 0  # one layer at a time
         with torch.inference_mode():
             expected = self.language_model(input_ids=tokens, use_cache=False).logits
             try:
@@ -167,7 +168,7 @@ class MoEModel:
                     f"{where}: {type(error).__name__}: {one_line(error)}; the library's MoE layers have changed"
                 ) from error
             finally:
-                self.merged_cache.clear()
+                self.merged_cache.budget_bytes = budget_bytes
         difference = float(np.max(self.ranks.gather(relative_difference(got, expected))))  # NaN where any rank has it
         if not difference <= TOLERANCES[self.dtype]:
             raise ModelError(

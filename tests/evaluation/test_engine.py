@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,18 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import CONFIGS, random_merge, random_pruning, tiny_model
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config import EvaluationConfig, ScoringConfig, TaskConfig
 from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.states import StateCache
+from moe_evo.evaluators import open_pool
 from moe_evo.genome import Genome
 from moe_evo.models import halves
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.token_trees import attention_masks
 from moe_evo.models.view import MoEModel, relative_difference
 from moe_evo.tasks.base import IGNORED, ForwardBatch
+from moe_evo.tasks.data import check_tasks
 from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
 
 CPU = torch.device("cpu")
@@ -220,9 +224,10 @@ def test_genomes_run_one_after_the_other_where_halves_do_not_add_up(tmp_path, mo
         assert one.fitness == pytest.approx(other.fitness, abs=1e-5)
 
 
-def test_an_engine_is_for_one_rank_that_wants_it(mixtral: MoEModel) -> None:
+def test_an_engine_is_for_ranks_that_run_the_same_examples_and_want_it(mixtral: MoEModel) -> None:
     assert engine_for(mixtral, EvaluationConfig(share_layers=False)) is None
-    assert engine_for(MoEModel(mixtral.language_model, ranks=Ranks(0, 2)), EvaluationConfig()) is None
+    apart = MoEModel(mixtral.language_model, ranks=Ranks(0, 2), splits_examples=True)
+    assert engine_for(apart, EvaluationConfig()) is None
     engine = engine_for(mixtral, EvaluationConfig(state_cache_gib=0.5, state_device="cpu"))
     assert engine is not None and engine.states.budget_bytes == 2**29
 
@@ -248,3 +253,20 @@ def test_on_the_cpu_scores_do_not_depend_on_company_unless_packing_is_asked_for(
     alone = fitness(together=False)
     assert fitness(together=True) == alone
     assert fitness(together=True, pack_tokens=4096) == pytest.approx(alone, abs=1e-5)
+
+
+def test_it_is_told_when_every_genome_runs_from_the_first_layer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
+    texts = tiny.write_splits(tmp_path / "texts", [{"text": f"one two {n}"} for n in range(3)])
+    tracker = SimpleNamespace(message=told.append)
+    for expected in (0, 1):
+        config = ScoringConfig(tasks=[TaskConfig(data=texts)])
+        with open_pool(config, check_tasks(config.tasks), tracker, model=moe):
+            assert len(told) == expected
+        mix = halves.Halves.mix
+        monkeypatch.setattr(halves.Halves, "mix", lambda *given, mix=mix: mix(*given) * 1.01)
+    assert "every genome is run from the first layer on" in told[0]
+    alone = replace(config, evaluation=EvaluationConfig(share_layers=False))
+    with open_pool(alone, check_tasks(config.tasks), tracker, model=moe):
+        assert len(told) == 1  # who asked for it knows

@@ -58,6 +58,7 @@ class Answers:
     counts: list[np.ndarray]
     spoiled: list[Outcome]
     unspoiled: Outcome
+    shares_layers: bool
 
 
 def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
@@ -95,6 +96,7 @@ def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
         counts=list(counts),
         spoiled=[evaluator("spoiled", 64, (kind,)).evaluate([PRUNED], "search")[0] for kind in KINDS],
         unspoiled=evaluator("spoiled", 64).evaluate([PRUNED], "search", others)[0],
+        shares_layers=whole.shares_layers,
     )
 
 
@@ -171,6 +173,11 @@ def test_all_ranks_give_the_same_answers(together: list[Answers]) -> None:
         assert without_time(getattr(first, name)) == without_time(getattr(second, name)), name
     for kind in KINDS:
         assert same(first.scores[kind], second.scores[kind]) and same(first.one_row[kind], second.one_row[kind])
+
+
+def test_layers_are_shared_where_all_ranks_run_the_same_examples(together, alone, sharding) -> None:
+    assert alone.shares_layers
+    assert {one.shares_layers for one in together} == {sharding == "tensor_parallel"}
 
 
 def test_every_example_scores_as_in_one_process(together: list[Answers], alone: Answers) -> None:

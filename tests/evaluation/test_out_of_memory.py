@@ -182,7 +182,7 @@ def test_memory_that_runs_out_before_any_pass_ends_too(evaluator) -> None:
 def test_a_rank_among_several_gives_up_at_once_as_the_others_wait(tmp_path, monkeypatch) -> None:
     moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True), ranks=Ranks(0, 2))
     task = tiny.make_task(tmp_path / "like", PROMPTS, moe.tokenizer, kind="distillation")
-    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=64))
+    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=64, share_layers=False))
     passes = fits(evaluator, monkeypatch, most_tokens=8)
     with pytest.raises(OutOfMemory, match=r"with batches of \d+ tokens: lower evaluation\.batch_tokens \(now 64\)"):
         evaluator.evaluate([PRUNED], "search")
