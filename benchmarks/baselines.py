@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import loaded
 
-from moe_evo import evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
 from moe_evo.models.export import export_checkpoint
@@ -29,7 +29,6 @@ from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.prompt import PromptFormat
-from moe_evo.tracking.terminal import TerminalTracker
 
 BATCH_SIZES = (8, 32, 128)
 
@@ -179,14 +178,13 @@ class Checkpoint:
 
     name = "write and load"
 
-    def __init__(self, evaluator: Evaluator, data: Sequence[TaskData], tracker: TerminalTracker) -> None:
+    def __init__(self, evaluator: Evaluator, data: Sequence[TaskData]) -> None:
         self._evaluator = evaluator
         self._data = data
-        self._tracker = tracker
 
     def fitness(self, genome: Genome) -> float:
         """Mean accuracy over the tasks."""
         with tempfile.TemporaryDirectory() as folder:
-            export_checkpoint(self._evaluator.model, genome, Path(folder) / "model", provenance={})
-            model = ModelConfig(path=str(Path(folder) / "model"), self_check=False)
-            return fitness_of(evaluators.load_evaluator(model, self._data, EvaluationConfig(), self._tracker), None)
+            path = str(Path(folder) / "model")
+            export_checkpoint(self._evaluator.model, genome, Path(path), provenance={})
+            return fitness_of(loaded(path, self._data, EvaluationConfig(), self_check=False), None)

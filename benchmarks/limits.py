@@ -29,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says nothing
 import numpy as np
 import torch
 from figures import print_figures
-from models import Work, evaluate, loaded, random_model
+from models import KEPT, Work, evaluate, loaded, model_path
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -44,13 +44,6 @@ from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.space import SearchSpace
 from moe_evo.tasks.data import TaskData, check_tasks
 
-COMMON = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-MIXTRAL = COMMON | {"num_hidden_layers": 8, "intermediate_size": 1024, "num_local_experts": 8}
-QWEN3 = COMMON | {
-    "num_hidden_layers": 6, "moe_intermediate_size": 128, "num_experts": 64, "num_experts_per_tok": 8, "head_dim": 64,
-}  # fmt: skip
-SHAPES = {"mixtral": ("mixtral", MIXTRAL), "qwen3": ("qwen3_moe", QWEN3)}
-KEPT = {"embedded": 4, "mixtral": 4, "qwen3": 32}
 GENOMES = {"embedded": 8, "mixtral": 2, "qwen3": 2}  # of each kind
 SQUARES = ((512, 512, 512), (1024, 1024, 1024))  # multiplications: rows, columns of the first, of the second
 
@@ -234,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
-            shape = SHAPES.get(name)
-            path = "embedded" if shape is None else random_model(Path(folder) / name, shape[0], **shape[1])
+            path = model_path(name, Path(folder))
             figures[name] = measure(name, path, tasks, options.genomes or GENOMES[name])
             if name == "mixtral" and Path("/proc/self/clear_refs").exists():
                 figures["memory"] = memory_of(path, options.gib, options.evaluations)

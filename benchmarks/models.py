@@ -24,6 +24,13 @@ from moe_evo.tasks.data import TaskData
 from moe_evo.tracking.terminal import TerminalTracker
 
 EMBEDDED = Path(moe_evo.__file__).parent / "data" / "model"
+COMMON = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+MIXTRAL = COMMON | {"num_hidden_layers": 8, "intermediate_size": 1024, "num_local_experts": 8}
+QWEN3 = COMMON | {
+    "num_hidden_layers": 6, "moe_intermediate_size": 128, "num_experts": 64, "num_experts_per_tok": 8, "head_dim": 64,
+}  # fmt: skip
+SHAPES = {"mixtral": ("mixtral", MIXTRAL), "qwen3": ("qwen3_moe", QWEN3)}
+KEPT = {"embedded": 4, "mixtral": 4, "qwen3": 32}
 
 
 def random_model(folder: Path, model_type: str, **sizes: int) -> str:
@@ -37,11 +44,19 @@ def random_model(folder: Path, model_type: str, **sizes: int) -> str:
     return str(folder)
 
 
-def loaded(path: str, tasks: Sequence[TaskData], config: EvaluationConfig) -> Evaluator:
+def model_path(name: str, folder: Path) -> str:
+    """Path of the embedded model, or of a new random one of `SHAPES`."""
+    if name == "embedded":
+        return name
+    model_type, sizes = SHAPES[name]
+    return random_model(folder / name, model_type, **sizes)
+
+
+def loaded(path: str, tasks: Sequence[TaskData], config: EvaluationConfig, *, self_check: bool = True) -> Evaluator:
     """The model with the tasks, without a word."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        return evaluators.load_evaluator(ModelConfig(path=path), tasks, config, tracker)
+        return evaluators.load_evaluator(ModelConfig(path=path, self_check=self_check), tasks, config, tracker)
 
 
 def evaluate(evaluator: Evaluator, genomes: Sequence[Genome]) -> None:

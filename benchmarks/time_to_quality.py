@@ -23,11 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from baselines import PublishedLoop
 from figures import print_figures
+from models import loaded
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo import evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config import EvaluationConfig, TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.evaluation.pool import Request
@@ -39,7 +39,6 @@ from moe_evo.search_config import EEPConfig, SearchConfig
 from moe_evo.space import SearchSpace
 from moe_evo.tasks.data import TaskData, check_tasks
 from moe_evo.tasks.registry import build_task
-from moe_evo.tracking.terminal import TerminalTracker
 
 FINALISTS = 20
 SURVIVORS = 6
@@ -129,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(argv)
     tasks = check_tasks([TaskConfig(data=options.task)])
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        tracker = TerminalTracker(Console(file=nowhere))
-        model = evaluators.load_evaluator(ModelConfig(), tasks, EvaluationConfig(), tracker).model
+    model = loaded("embedded", tasks, EvaluationConfig()).model
     space = SearchSpace.build(model.shape, num_kept=options.num_kept)
     loop = PublishedLoop(model, tasks, options.num_kept, space.top_k[0])
     published: list[tuple[Found, float]] = []
