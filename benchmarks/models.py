@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_evo
 from moe_evo import evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.config import Dtype, EvaluationConfig, ModelConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
 from moe_evo.models.library import quiet
@@ -52,11 +52,15 @@ def model_path(name: str, folder: Path) -> str:
     return random_model(folder / name, model_type, **sizes)
 
 
-def loaded(path: str, tasks: Sequence[TaskData], config: EvaluationConfig, *, self_check: bool = True) -> Evaluator:
+def loaded(
+    path: str, tasks: Sequence[TaskData], config: EvaluationConfig, *, self_check: bool = True, dtype: Dtype = "auto"
+) -> Evaluator:
     """The model with the tasks, without a word."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        return evaluators.load_evaluator(ModelConfig(path=path, self_check=self_check), tasks, config, tracker)
+        return evaluators.load_evaluator(
+            ModelConfig(path=path, self_check=self_check, dtype=dtype), tasks, config, tracker
+        )
 
 
 def evaluate(evaluator: Evaluator, genomes: Sequence[Genome]) -> None:

@@ -123,8 +123,10 @@ class Engine:
         return relative_difference(found[0], expected) <= TOLERANCES[self.model.dtype]
 
 
-def engine_for(model: MoEModel, config: EvaluationConfig) -> Engine | None:
+def engine_for(model: MoEModel, config: EvaluationConfig, states: StateCache | None = None) -> Engine | None:
     """An engine, or None where genomes have to be run one after the other; the same on all ranks.
+
+    states: kept by other engines of the model; by default as the config says.
 
     That is so where ranks run different examples (how many layers each has to run differs), where the config
     says so, and where the model's layers do not add up to the model when they are run in halves, which is
@@ -132,9 +134,11 @@ def engine_for(model: MoEModel, config: EvaluationConfig) -> Engine | None:
     """
     if not config.share_layers or model.splits_examples:
         return None
-    gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
-    device = torch.device("cpu") if config.state_device == "cpu" else model.device
-    engine = Engine(model, StateCache(min(model.ranks.gather(gib)), device))
+    if states is None:
+        gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
+        device = torch.device("cpu") if config.state_device == "cpu" else model.device
+        states = StateCache(min(model.ranks.gather(gib)), device)
+    engine = Engine(model, states)
     return engine if all(model.ranks.gather(engine.reproduces_the_model())) else None
 
 

@@ -25,6 +25,7 @@ from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
 from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.generate import generate_greedily
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
+from moe_evo.evaluation.states import StateCache
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
@@ -70,22 +71,30 @@ class Evaluator:
     """A loaded model and the tasks that its genomes are scored on.
 
     Where several ranks hold the model, each has its evaluator, and all make the same calls in the same
-    order. All get the same outcomes; an outcome that is a failure leaves them in step.
+    order. All get the same outcomes; an outcome that is a failure leaves them in step. states: those of
+    another evaluator of the model, whose memory this one is to share.
     """
 
-    def __init__(self, model: MoEModel, tasks: Sequence[Task], config: EvaluationConfig) -> None:
+    def __init__(
+        self, model: MoEModel, tasks: Sequence[Task], config: EvaluationConfig, states: StateCache | None = None
+    ) -> None:
         assert tasks and len({task.name for task in tasks}) == len(tasks), "tasks need distinct names"
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config
         self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
-        self._engine = engine_for(model, config)
+        self._engine = engine_for(model, config, states)
 
     @property
     def batch_tokens(self) -> int:
         """Most tokens of a batch: the config's number, or less where that did not fit in memory."""
         return self._memory.batch_tokens
+
+    @property
+    def states(self) -> StateCache | None:
+        """Hidden states of recent genomes, where they are kept."""
+        return None if self._engine is None else self._engine.states
 
     @property
     def shares_layers(self) -> bool:

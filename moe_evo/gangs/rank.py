@@ -92,7 +92,8 @@ class Rank:
 
         evaluation = replace(work.evaluation, batch_tokens=max(work.evaluation.batch_tokens >> halvings, 1))
         tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
-        self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation)
+        states = next((one.states for one in self._evaluators.values()), None)  # one memory for all works
+        self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation, states)
 
     def evaluate(
         self, key: str, genomes: Sequence[Genome], split: str, rivals: Sequence[ExampleScores | None]

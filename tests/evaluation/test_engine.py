@@ -270,3 +270,18 @@ def test_it_is_told_when_every_genome_runs_from_the_first_layer(tmp_path, monkey
     alone = replace(config, evaluation=EvaluationConfig(share_layers=False))
     with open_pool(alone, check_tasks(config.tasks), tracker, model=moe):
         assert len(told) == 1  # who asked for it knows
+
+
+def test_evaluators_of_one_model_can_share_the_memory_for_states(tmp_path) -> None:
+    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
+    tasks = [
+        tiny.make_task(tmp_path / name, [{"text": f"{n} one {name}"} for n in "ab"], moe.tokenizer)
+        for name in ("x", "y")
+    ]
+    first = Evaluator(moe, tasks[:1], EvaluationConfig(state_cache_gib=0.25))
+    second = Evaluator(moe, tasks[1:], EvaluationConfig(), first.states)
+    assert second.states is first.states and first.states is not None
+    genome = random_pruning(moe.shape, 2)
+    alone = [Evaluator(moe, [task], EvaluationConfig()).evaluate([genome], "search")[0].fitness for task in tasks]
+    assert [one.evaluate([genome], "search")[0].fitness for one in (first, second)] == alone
+    assert len(first.states) == 4  # two states a task
