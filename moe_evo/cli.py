@@ -138,17 +138,19 @@ def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> N
     from dataclasses import asdict
 
     from moe_evo.config_file import parse
-    from moe_evo.report.lines import as_csv, print_lines
+    from moe_evo.report.lines import as_csv, print_lines, print_pairings
     from moe_evo.reporting import compare
 
     arguments = parse(parser, argv)
-    lines = compare(arguments.runs)
+    if arguments.format == "csv" and not as_json:
+        sys.stdout.write(as_csv(compare(arguments.runs, in_pairs=False)[0]))
+        return
+    lines, paired = compare(arguments.runs)
     if as_json or arguments.format == "json":
-        print(json.dumps([asdict(line) for line in lines]))
-    elif arguments.format == "csv":
-        sys.stdout.write(as_csv(lines))
+        print(json.dumps({"lines": [asdict(line) for line in lines], "paired": [asdict(one) for one in paired]}))
     else:
         print_lines(lines)
+        print_pairings(paired)
 
 
 def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:

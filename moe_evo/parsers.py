@@ -87,11 +87,15 @@ def compare_parser() -> ArgumentParser:
     parser = plain_parser(
         "compare",
         "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
-        "score first. Unfinished runs stand there with what they have.",
+        "score first. Unfinished runs stand there with what they have. Then every winner against that of the first "
+        "RUN, on the same test examples: the difference of their scores with its 95 % interval, and McNemar's test.",
     )
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
     parser.add_argument(
-        "--format", choices=("table", "csv", "json"), default="table", help="for people, or for other programs"
+        "--format",
+        choices=("table", "csv", "json"),
+        default="table",
+        help="for people, or for other programs; csv has no pairs",
     )
     return parser
 

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from moe_evo.errors import RunError
-from moe_evo.report.lines import Line, sorted_lines
+from moe_evo.report.lines import Line, Pairing, pairings, sorted_lines
 from moe_evo.report.page import is_report, render_page
 from moe_evo.report.record import read_records
 from moe_evo.run_folder import write_whole
 
 
-def compare(folders: Sequence[str]) -> list[Line]:
-    """The final tables of runs as one sorted list; raises RunError for what is no run."""
-    return sorted_lines(read_records(folders))
+def compare(folders: Sequence[str], *, in_pairs: bool = True) -> tuple[list[Line], list[Pairing]]:
+    """The final tables of runs as one sorted list, and each winner against that of the first run.
+
+    in_pairs: without, the second list is empty, which saves its time. Raises RunError for what is no run.
+    """
+    records = read_records(folders)
+    return sorted_lines(records), pairings(records) if in_pairs else []
 
 
 def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> dict[str, Any]:

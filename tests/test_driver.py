@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from moe_evo import commands, evaluators
+from moe_evo.cli import main
 from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.errors import JournalError, ModelError, OutOfMemory, RunError
 from moe_evo.evaluation.evaluator import Evaluator
@@ -284,7 +285,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(
 
 
 def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
-    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = EvaluationConfig(race=0.8)
     task = replace(TASK, num_search=80)
@@ -309,6 +310,8 @@ def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
     assert all((one.num_examples < total) == (number in stopped) for number, one in outcomes.items())
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert result["search"]["stopped_early"] == len(stopped)
+    assert main(["show", str(tmp_path / "whole")]) == 0
+    assert f"40 evaluations (0 failed, {len(stopped)} stopped early)" in capsys.readouterr().out
 
 
 def _in_child(work: Callable[[], object]) -> int:

@@ -38,8 +38,9 @@ class Record:
     """All that is told of one run.
 
     label: its name in a report, different from those of the runs beside it. config: as plain data.
-    result: None while the run is not finished. outcomes, random, validation: by candidate number, in the order
-    in which they finished; of the search, of the random search beside it, and of the search's finalists.
+    result: None while the run is not finished. outcomes, random, validation, test: by candidate number, in the
+    order in which they finished; of the search, of the random search beside it, of the search's finalists, and of
+    those of them that are in the final table.
     full: the full model on the search split. gang_events: as `Journal.gang_events`; gangs: their last status.
     genomes: by key of the final table, those that are more than a list of kept experts; of an unfinished run the
     best so far, as 'best'.
@@ -55,6 +56,7 @@ class Record:
     ancestry: Mapping[int, Ancestry] = field(default_factory=dict)
     random: Mapping[int, Outcome] = field(default_factory=dict)
     validation: Mapping[int, Outcome] = field(default_factory=dict)
+    test: Mapping[int, Outcome] = field(default_factory=dict)
     full: Evaluation | None = None
     gang_events: Sequence[tuple[float, int, str, str]] = ()
     gangs: Mapping[str, Any] | None = None
@@ -164,6 +166,7 @@ def _read(run: RunFolder, label: str) -> Record:
             ancestry={number: Ancestry(*one) for number, one in journal.ancestry(MAIN).items()},
             random=journal.outcomes(RANDOM, "search"),
             validation=journal.outcomes(MAIN, "validation"),
+            test=journal.outcomes(MAIN, "test"),
             full=full if isinstance(full, Evaluation) else None,
             gang_events=journal.gang_events(),
             gangs=journal.pool_status(),

@@ -32,8 +32,9 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
     winner = load_genome(folder.best)
     console.print(kept_picture(winner, result["model"]["decoder_layers"]))
     search = result["search"]
+    stopped = f", {search['stopped_early']} stopped early" if search.get("stopped_early") else ""
     console.print(
-        f"{search['evaluations']} evaluations ({search['failures']} failed), seed {search['seed']}, "
+        f"{search['evaluations']} evaluations ({search['failures']} failed{stopped}), seed {search['seed']}, "
         f"{search['evaluation_s']:.0f} s of evaluation\n"
         f"{_reasons(search)}{_gangs(result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"

@@ -1,0 +1,170 @@
+"""Whether one individual is better than another on the same examples, and how much of a score was luck.
+
+Examples are what is drawn at random here: nothing below speaks of the spread over seeds. Where several
+individuals are compared, each interval and p-value is for its own comparison, not for all together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_evo.errors import TaskError
+from moe_evo.population import ExampleScores
+
+_NUM_RESAMPLES = 9999
+_BATCH_NUMBERS = 2**18  # drawn at once: what fits in a cache is several times faster than all together
+
+_Sample = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of mean scores with its 95 % interval; num_examples: on which it rests."""
+
+    value: float
+    low: float
+    high: float
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Examples that one of two individuals alone got right, and the exact two-sided p-value of these counts."""
+
+    won: int
+    lost: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class WinnersCurse:
+    """By how much a chosen individual scores worse where it was not chosen: positive is a loss.
+
+    search_validation: what choosing among all candidates flattered. validation_test: what choosing among
+    the finalists did. search_test: both.
+    """
+
+    search_validation: Difference
+    validation_test: Difference
+    search_test: Difference
+
+
+def paired_difference(first: ExampleScores, second: ExampleScores, rng: np.random.Generator) -> Difference:
+    """Mean over tasks of the mean of `first` minus `second`, example by example.
+
+    first, second: (N,) scores a task, of the same examples in the same order. Bootstrap (BCa: Efron 1987,
+    Better bootstrap confidence intervals) over examples, within each task. Assumes that a task's examples
+    are independent draws. Narrow where few examples tell the two apart: with fewer than about ten, trust
+    `exact_mcnemar`. Raises TaskError where tasks or numbers of examples differ.
+    """
+    differences = _differences(first, second)
+    return _difference([(1 / len(differences), one) for one in differences.values()], rng)
+
+
+def exact_mcnemar(first: ExampleScores, second: ExampleScores) -> McNemar | None:
+    """Tests that an example which only one of the two gets right is as likely to be the one's as the other's.
+
+    first, second: (N,) scores a task, of the same examples in the same order; those of all tasks are counted
+    together, so that large tasks weigh more than in `paired_difference`. Binomial, two-sided, without an
+    approximation (McNemar 1947); assumes that examples are independent draws. None where a score is neither
+    0 nor 1. Raises TaskError where tasks or numbers of examples differ.
+    """
+    differences = _differences(first, second)
+    scores = np.concatenate([*first.values(), *second.values()])
+    if not np.isin(scores, (0.0, 1.0)).all():
+        return None
+    every = np.concatenate(list(differences.values()))
+    won, lost = int((every > 0).sum()), int((every < 0).sum())
+    if won == lost:  # also where there is nothing to test
+        return McNemar(won, lost, 1.0)
+    from scipy.stats import binomtest
+
+    return McNemar(won, lost, float(binomtest(won, won + lost).pvalue))
+
+
+def winners_curse(
+    winner: Mapping[str, ExampleScores],
+    rng: np.random.Generator,
+    reference: Mapping[str, ExampleScores] | None = None,
+) -> WinnersCurse:
+    """How much of the score that an individual was chosen for it does not keep.
+
+    winner, reference: by split, `search`, `validation` and `test`, (N,) scores a task. Splits hold different
+    examples, so that they are resampled independently of each other, and what one split is harder than the
+    next counts as loss. With a `reference` that was not chosen by its scores, such as the full model, each
+    split's score is the winner's minus the reference's, in pairs, and difficulty cancels.
+
+    An interval without 0 says: two splits drawn alike would rarely differ so much by themselves. It is not
+    the interval of a correction, as the choice was made on these very search examples. Raises TaskError where
+    tasks differ, or where winner and reference were scored on different numbers of examples.
+    """
+    splits = ("search", "validation", "test")
+    scores = {
+        split: dict(winner[split]) if reference is None else _differences(winner[split], reference[split])
+        for split in splits
+    }
+    for split in splits[1:]:
+        _check_tasks(scores["search"], scores[split])
+    return WinnersCurse(
+        search_validation=_unpaired(scores["search"], scores["validation"], rng),
+        validation_test=_unpaired(scores["validation"], scores["test"], rng),
+        search_test=_unpaired(scores["search"], scores["test"], rng),
+    )
+
+
+def _unpaired(first: ExampleScores, second: ExampleScores, rng: np.random.Generator) -> Difference:
+    share = 1 / len(first)
+    samples = [(share, one) for one in first.values()] + [(-share, second[name]) for name in first]
+    return _difference(samples, rng)
+
+
+def _differences(first: ExampleScores, second: ExampleScores) -> dict[str, _Sample]:
+    """(N,) first minus second by task, in the order of names, as that of tasks need not be the same in two runs."""
+    _check_tasks(first, second)
+    for name in first:
+        sizes = len(first[name]), len(second[name])
+        if sizes[0] != sizes[1]:
+            raise TaskError(f"scores of task {name}: got {sizes[0]} and {sizes[1]} examples, expected the same ones")
+    return {name: first[name] - second[name] for name in sorted(first)}
+
+
+def _check_tasks(first: ExampleScores, second: ExampleScores) -> None:
+    if set(first) != set(second):
+        names = " and ".join(", ".join(sorted(one)) or "none" for one in (first, second))
+        raise TaskError(f"scores: got those of tasks {names}, expected the same tasks twice")
+    empty = [name for scores in (first, second) for name in scores if not len(scores[name])]
+    if empty or not first:
+        raise TaskError(f"scores of task {empty[0]}: got none, expected some" if empty else "scores: got no task")
+
+
+def _difference(samples: Sequence[tuple[float, _Sample]], rng: np.random.Generator) -> Difference:
+    """Sum of weight times mean, with its BCa interval; samples: (weight, (N,)), each resampled by itself."""
+    num_examples = sum(len(one) for _, one in samples)
+    fixed = sum(weight * float(one[0]) for weight, one in samples if not np.ptp(one))
+    varied = [(weight, one) for weight, one in samples if np.ptp(one)]
+
+    def total(*resampled: npt.NDArray[np.float64], axis: int = -1) -> Any:
+        means = (one.mean(axis=axis) for one in resampled)
+        return fixed + sum(weight * mean for (weight, _), mean in zip(varied, means, strict=True))
+
+    drawn = [one for _, one in varied]
+    value = float(total(*drawn))
+    if not varied:
+        return Difference(value, value, value, num_examples)
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        drawn,
+        total,
+        vectorized=True,
+        axis=-1,
+        n_resamples=_NUM_RESAMPLES,
+        batch=max(_BATCH_NUMBERS // num_examples, 1),
+        random_state=rng,  # its name in all versions from 1.12 on
+    ).confidence_interval
+    return Difference(value, float(found.low), float(found.high), num_examples)
