@@ -245,7 +245,8 @@ def _columns(outcome: Outcome) -> tuple[object, ...]:
         return (None,) * 6 + (outcome.kind, outcome.reason)
     metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
     scores = None if outcome.scores is None else zlib.compress(save(dict(outcome.scores)))
-    return (*outcome.rank_key, outcome.standard_error, outcome.num_examples, metrics, scores, None, None)
+    numbers = (outcome.fitness, outcome.tie_break, outcome.standard_error, outcome.num_examples)
+    return (*numbers, metrics, scores, None, None)
 
 
 def _outcome(row: Any) -> Outcome:

@@ -31,6 +31,8 @@ class Candidate:
     parents: tuple[int, ...] = ()
 
 
+RankKey = tuple[bool, float, float]
+
 ExampleScores = Mapping[str, npt.NDArray[np.float64]]
 """Scores of a split's examples by task, (N,) each, in the order of the examples."""
 
@@ -63,8 +65,9 @@ class Evaluation:
         return self.scores is None
 
     @property
-    def rank_key(self) -> tuple[float, float]:
-        return (self.fitness, self.tie_break)
+    def rank_key(self) -> RankKey:
+        """Greater is better; an estimate is below whatever saw all examples, as it was stopped for being worse."""
+        return (not self.is_stopped, self.fitness, self.tie_break)
 
     def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:
         numbers = (self.fitness, self.tie_break, self.standard_error, self.num_examples, self.duration_s)
@@ -157,6 +160,6 @@ class Population:
         return Population(tuple(one for one in self.individuals if one.genome.is_pruning))
 
 
-def _descending(individual: Individual) -> tuple[bool, float, float, int]:
-    fitness, tie_break = individual.evaluation.rank_key
-    return (individual.evaluation.is_stopped, -fitness, -tie_break, individual.number)
+def _descending(individual: Individual) -> tuple[float, float, float, int]:
+    is_complete, fitness, tie_break = individual.evaluation.rank_key
+    return (-is_complete, -fitness, -tie_break, individual.number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +18,12 @@ from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, Individual
 from moe_evo.report.table import expert_weights
 
-_COLOURS = {"pruning": "#0072B2", "merging": "#D55E00", "random": "#999999"}  # Okabe-Ito, safe for colour blindness
+_COLOURS = {
+    "pruning": "#0072B2",
+    "merging": "#D55E00",
+    "random": "#999999",
+    "stopped early": "#CCCCCC",
+}  # Okabe-Ito, safe for colour blindness
 
 
 def search_figure(
@@ -27,7 +32,7 @@ def search_figure(
     """Left: fitness of each individual and the best so far; right: the winner's experts, layer by layer."""
     figure, (curve, experts) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
     try:
-        _draw_curve(curve, individuals, random, full_fitness)
+        draw_curve(curve, individuals, random, full_fitness)
         draw_experts(experts, winner)
         experts.set_title("experts of the winner")
         figure.savefig(path, dpi=130)
@@ -35,18 +40,18 @@ def search_figure(
         plt.close(figure)
 
 
-def _draw_curve(
+def draw_curve(
     axes: Axes, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float
 ) -> None:
-    kinds: Mapping[str, Sequence[Individual]] = {
-        "pruning": [one for one in individuals if one.genome.is_pruning],
-        "merging": [one for one in individuals if not one.genome.is_pruning],
-    }
-    for kind, members in kinds.items():
-        points = [(one.number + 1, one.outcome.fitness) for one in members if isinstance(one.outcome, Evaluation)]
-        if points:
-            numbers, fitness = zip(*points, strict=True)
-            axes.scatter(numbers, fitness, s=9, alpha=0.5, color=_COLOURS[kind], label=kind)
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for one in individuals:
+        if isinstance(one.outcome, Evaluation):
+            kind = "pruning" if one.genome.is_pruning else "merging"
+            point = (one.number + 1, one.outcome.fitness)
+            kinds.setdefault("stopped early" if one.outcome.is_stopped else kind, []).append(point)
+    for kind, points in kinds.items():
+        numbers, fitness = zip(*points, strict=True)
+        axes.scatter(numbers, fitness, s=9, alpha=0.5, color=_COLOURS[kind], label=kind)
     _draw_best_so_far(axes, random, _COLOURS["random"], "random search, best so far")
     _draw_best_so_far(axes, individuals, "black", "best so far")
     axes.axhline(full_fitness, color="#009E73", linestyle="--", label="full model")
@@ -59,7 +64,8 @@ def _draw_curve(
 
 
 def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str, label: str) -> None:
-    points = [one.outcome.fitness for one in individuals if isinstance(one.outcome, Evaluation)]
+    outcomes = [one.outcome for one in individuals if isinstance(one.outcome, Evaluation)]
+    points = [-np.inf if one.is_stopped else one.fitness for one in outcomes]
     if points:
         best = np.maximum.accumulate(points)
         axes.step(np.arange(1, len(best) + 1), best, where="post", color=colour, label=label)

@@ -89,7 +89,7 @@ def curve(record: Record) -> dict[str, Any]:
     """
     positions = {number: place for place, number in enumerate(record.outcomes, start=1)}
     evaluated = {number: one for number, one in record.outcomes.items() if isinstance(one, Evaluation)}
-    best = _rises(list(record.outcomes.values()))
+    best = rises(list(record.outcomes.values()))
     shown = _thinned(list(evaluated), keep={place for place, _ in best}, positions=positions, record=record)
     operators = sorted({record.ancestry[number].operator for number in shown})
     phases = phases_of(record)
@@ -103,7 +103,7 @@ def curve(record: Record) -> dict[str, Any]:
         "operator": [operators.index(record.ancestry[number].operator) for number in shown],
         "phase": [sum(number >= first for first in starts[1:]) for number in shown],
         "best": best,
-        "random_best": _rises(list(record.random.values())),
+        "random_best": rises(list(record.random.values())),
         "validation": [
             (positions[number], number, _short(one.fitness))
             for number, one in record.validation.items()
@@ -125,9 +125,9 @@ def phases_of(record: Record) -> dict[str, int]:
     return phases if merging is None else phases | {"merging": merging}
 
 
-def _rises(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
+def rises(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
     """(position, best so far) wherever it rises, and at the end."""
-    fitness = [one.fitness if isinstance(one, Evaluation) else -math.inf for one in outcomes]
+    fitness = [one.fitness if isinstance(one, Evaluation) and not one.is_stopped else -math.inf for one in outcomes]
     best = list(accumulate(fitness, max))
     rises = [
         (place, _short(value))

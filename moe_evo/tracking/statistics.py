@@ -7,9 +7,10 @@ from collections import Counter
 
 import numpy as np
 
-from moe_evo.population import Evaluation, Individual
+from moe_evo.population import Evaluation, Individual, RankKey
 
 _BEST = 20
+_FAILED: RankKey = (False, -np.inf, 0.0)
 
 
 class SearchStatistics:
@@ -23,8 +24,8 @@ class SearchStatistics:
         self.failures = 0
         self.best: Individual | None = None
         self.position: dict[int, int] = {}
-        self._rank_keys: dict[int, tuple[float, float]] = {}
-        self._top: list[tuple[tuple[float, float], int, Individual]] = []
+        self._rank_keys: dict[int, RankKey] = {}
+        self._top: list[tuple[RankKey, int, Individual]] = []
         self._mean = self._squares = 0.0
         self._digests: set[str] = set()
         self._children: Counter[str] = Counter()
@@ -74,7 +75,7 @@ class SearchStatistics:
         if not known:
             return {}
         self._children[operator] += 1
-        self._successes[operator] += self._rank_keys.get(individual.number, (-np.inf, 0.0)) > max(known)
+        self._successes[operator] += self._rank_keys.get(individual.number, _FAILED) > max(known)
         return {f"operators/{operator}": self._successes[operator] / self._children[operator]}
 
     def _spread(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tiny_tasks as tiny
@@ -16,7 +17,10 @@ from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, ExampleScores, Individual, Population
+from moe_evo.report.figure import draw_curve
+from moe_evo.report.payload import rises
 from moe_evo.tasks.base import TaskScores
+from moe_evo.tracking.statistics import SearchStatistics
 
 GENOME = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
 OTHER = Genome.from_kept([[0, 1], [1, 2]], 4, 2)
@@ -137,11 +141,25 @@ def test_a_genome_with_broken_numbers_fails_after_the_first_part(racing: Evaluat
     assert isinstance(outcome, EvaluationFailure) and outcome.kind == "non_finite"
 
 
-def test_those_that_were_stopped_rank_last() -> None:
-    def one(number: int, fitness: float, stopped: bool) -> Individual:
-        outcome = Evaluation(fitness, scores=None if stopped else {})
-        return Individual(Candidate(number, GENOME, "random_pruning"), outcome)
+def one(number: int, fitness: float, stopped: bool) -> Individual:
+    outcome = Evaluation(fitness, scores=None if stopped else {})
+    return Individual(Candidate(number, GENOME, "random_pruning"), outcome)
 
+
+def test_an_estimate_is_never_shown_as_the_best(tmp_path: Path) -> None:
+    individuals = [one(0, 0.5, False), one(1, 0.9, True), one(2, 0.6, False)]
+    statistics = SearchStatistics()
+    assert [statistics.add(each)["best/fitness"] for each in individuals] == [0.5, 0.5, 0.6]
+    assert rises([each.outcome for each in individuals]) == [(1, 0.5), (3, 0.6)]
+    figure, axes = plt.subplots()
+    draw_curve(axes, individuals, [], 0.7)
+    (best,) = (line for line in axes.lines if line.get_label() == "best so far")
+    assert list(best.get_ydata()) == [0.5, 0.5, 0.6]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["pruning", "stopped early"]
+    plt.close(figure)
+
+
+def test_those_that_were_stopped_rank_last() -> None:
     population = Population().with_outcomes([one(0, 0.9, True), one(1, 0.5, False), one(2, 0.7, False)])
     assert [each.number for each in population.ranked] == [2, 1, 0]
     assert [each.number for each in population.complete] == [1, 2]
