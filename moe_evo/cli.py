@@ -33,6 +33,8 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo report RUN... --to report.html      everything about runs on one interactive page
   moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
+  moe-evo prune --method reap --num_kept 4 --to DIR   without a search, by a one-shot criterion
+  moe-evo criteria                            the one-shot criteria
   moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
 """
 
@@ -192,6 +194,47 @@ def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
         print_export(report)
 
 
+def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config import ScoringConfig
+    from moe_evo.config_file import parse_config
+    from moe_evo.one_shot import prune
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments, config = parse_config(parser, argv, ScoringConfig)
+    observations = None if arguments.observations is None else Path(arguments.observations)
+    with TerminalTracker() as tracker:
+        report = prune(
+            config,
+            arguments.method,
+            arguments.num_kept,
+            Path(arguments.to),
+            observations,
+            overwrite=arguments.overwrite,
+            tracker=tracker,
+        )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from moe_evo.report.terminal import print_export, print_one_shot
+
+        print_one_shot(report)
+        print_export(report)
+
+
+def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.config_file import parse
+    from moe_evo.one_shot import criteria
+
+    parse(parser, argv)
+    found = criteria()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from moe_evo.report.terminal import print_criteria
+
+        print_criteria(found)
+
+
 def _wandb_replay(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import asdict, replace
 
@@ -215,6 +258,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": _sweep,
     "plan": _plan,
     "evaluate": _evaluate,
+    "prune": _prune,
+    "criteria": _criteria,
     "show": _show,
     "compare": _compare,
     "report": _report,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from moe_evo.config import RunConfig
-from moe_evo.criteria.frequency import frequency_pruning
+from moe_evo.criteria.pruning import pruning_by
 from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genome import Genome
@@ -141,7 +141,7 @@ class Run:
             known = [Candidate(0, space.shape.identity(), "full")]
             if frequency and space.can_prune:
                 self._tracker.message("counting how often each expert is used")
-                known.append(Candidate(1, frequency_pruning(self._pool.routing_counts(), space), "frequency"))
+                known.append(Candidate(1, pruning_by(self._pool.routing_counts(), space), "frequency"))
             self._journal.propose(REFERENCE, known)
         return known
 

@@ -33,6 +33,10 @@ class TaskError(MoeEvoError, ValueError):
     """Task data are missing, malformed or too few."""
 
 
+class ObservationError(MoeEvoError, ValueError):
+    """Observations of a model, or a file that should hold them, are not well formed or do not fit."""
+
+
 class JournalError(MoeEvoError, RuntimeError):
     """The journal of a run cannot be read or written."""
 

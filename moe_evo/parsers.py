@@ -77,6 +77,32 @@ def evaluate_parser() -> ArgumentParser:
     return parser
 
 
+def prune_parser() -> ArgumentParser:
+    parser = config_parser(
+        "prune",
+        "Prune without a search: keep the experts that a one-shot criterion scores highest on the tasks' search split, "
+        "write the checkpoint, and score the full and the pruned model on the test split.",
+        "moe-evo prune [CONFIG.yaml] --method reap --num_kept 4 --to DIR [--section.key VALUE ...]",
+        ScoringConfig,
+    )
+    parser.add_argument("--method", type=str, required=True, help="a criterion; `moe-evo criteria` lists them")
+    parser.add_argument("--num_kept", type=int, required=True, help="experts kept in every MoE layer")
+    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--observations",
+        type=str | None,
+        metavar="FILE",
+        help="what the model does on these tasks: read where FILE is there, else observed and written, so that other "
+        "criteria need not observe again",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    return parser
+
+
+def criteria_parser() -> ArgumentParser:
+    return plain_parser("criteria", "List the one-shot criteria, with one line each.")
+
+
 def show_parser() -> ArgumentParser:
     parser = plain_parser("show", "Table, kept experts and files of a run.")
     parser.add_argument("run", type=str, help="folder of a run, finished or not")
@@ -149,6 +175,8 @@ PARSERS = {
     "sweep": sweep_parser,
     "plan": plan_parser,
     "evaluate": evaluate_parser,
+    "prune": prune_parser,
+    "criteria": criteria_parser,
     "show": show_parser,
     "compare": compare_parser,
     "report": report_parser,

@@ -15,9 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
-from moe_evo.space import SearchSpace
 from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.share import share_of
 from moe_evo.tasks.task import Task
@@ -51,21 +49,6 @@ def routing_counts(evaluator: Observed, split: str = "search") -> Counts:
     return evaluator.within_memory(lambda: _counted(evaluator, split))
 
 
-def frequency_pruning(counts: Counts, space: SearchSpace) -> Genome:
-    """The pruning of `space` that keeps the most used experts; the lower number wins a tie.
-
-    counts: (E,) a MoE layer, of `routing_counts`. Layers that share genes keep what is most used in all
-    of them together, and a group-limited router keeps the best of each of its groups.
-    """
-    kept: list[list[int]] = [[] for _ in counts]
-    for group, layers in enumerate(space.layer_groups):
-        used = np.sum([counts[layer] for layer in layers], axis=0)
-        experts = _most_used(used, space, group)
-        for layer in layers:
-            kept[layer] = experts
-    return Genome.from_kept(kept, space.shape.num_experts, space.top_k)
-
-
 def _counted(evaluator: Observed, split: str) -> Counts:
     ranks = evaluator.model.share
     with torch.inference_mode(), evaluator.model.observe_routing() as counts:
@@ -79,12 +62,3 @@ def _counted(evaluator: Observed, split: str) -> Counts:
                 evaluator.forward(placed)
     of_ranks = ranks.gather(counts.layers)
     return tuple(np.sum(layer, axis=0) for layer in zip(*of_ranks, strict=True))
-
-
-def _most_used(used: npt.NDArray[np.float64], space: SearchSpace, group: int) -> list[int]:
-    """The best unused expert for each slot among those that the slot may keep."""
-    kept: list[int] = []
-    for slot in range(space.num_kept[space.layer_groups[group][0]]):
-        free = [expert for expert in space.expert_group(group, slot) if expert not in kept]
-        kept.append(max(free, key=lambda expert: (used[expert], -expert)))
-    return sorted(kept)

@@ -119,7 +119,7 @@ class MoELayer:
 
         None leaves its part as it is. implementation: transformers' name of how experts are computed.
         """
-        base = _experts_function(self.experts, implementation)
+        base = experts_function(self.experts, implementation)
 
         def experts_forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             if all(plan is None or plan.expert_merging is None for plan in plans):
@@ -186,7 +186,7 @@ class MoELayer:
         return {"mapping": torch.from_numpy(router_mapping.copy()).to(device)}
 
 
-def _experts_function(experts: nn.Module, implementation: str) -> Callable[..., Tensor]:
+def experts_function(experts: nn.Module, implementation: str) -> Callable[..., Tensor]:
     """An experts implementation as a function of (experts, hidden, index, weights)."""
     eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
     function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager)

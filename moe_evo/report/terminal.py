@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,26 @@ def print_export(report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_one_shot(report: dict[str, Any]) -> None:
+    """What a one-shot criterion kept, and how good it is."""
+    console = Console()
+    for layer, kept in enumerate(report["kept"]):
+        console.print(f"layer {layer:3}   keeps {', '.join(map(str, kept))}", highlight=False, soft_wrap=True)
+    for name, score in report["scores"].items():
+        told = f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+        console.print(f"{name + ' model':14}{told} on the test split (95 % interval)", highlight=False, markup=False)
+
+
+def print_criteria(criteria: Sequence[Mapping[str, str]]) -> None:
+    """One line a criterion."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("criterion", "keeps the experts with the highest", "source"):
+        table.add_column(column, overflow="fold")
+    for one in criteria:
+        table.add_row(one["name"], one["description"], one["source"])
+    print_whole(Console(), table)
 
 
 def print_report(written: dict[str, Any]) -> None:

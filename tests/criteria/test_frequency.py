@@ -9,7 +9,8 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moe_evo.config import EvaluationConfig
-from moe_evo.criteria.frequency import frequency_pruning, routing_counts
+from moe_evo.criteria.frequency import routing_counts
+from moe_evo.criteria.pruning import pruning_by
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
@@ -83,7 +84,7 @@ def test_every_token_of_every_prompt_counts_once_and_padding_never(moe, evaluato
 def test_the_most_used_experts_of_each_group_are_kept(moe, evaluator):
     space = SearchSpace.build(moe.shape, num_kept=4)
     counts = routing_counts(evaluator)
-    genome = frequency_pruning(counts, space)
+    genome = pruning_by(counts, space)
     space.check(genome)
     groups = moe.shape.num_expert_groups
     size = 8 // groups
@@ -100,11 +101,11 @@ def test_the_most_used_experts_of_each_group_are_kept(moe, evaluator):
 
 def test_layers_that_share_genes_keep_what_both_use_most(moe, evaluator):
     space = SearchSpace.build(moe.shape, num_kept=4, num_layer_groups=1)
-    genome = frequency_pruning(routing_counts(evaluator), space)
+    genome = pruning_by(routing_counts(evaluator), space)
     space.check(genome)
     assert len(set(genome.layers)) == 1
 
 
 def test_the_whole_pruning_is_evaluated_like_any_genome(moe, evaluator):
-    genome = frequency_pruning(routing_counts(evaluator), SearchSpace.build(moe.shape, num_kept=4))
+    genome = pruning_by(routing_counts(evaluator), SearchSpace.build(moe.shape, num_kept=4))
     assert evaluator.evaluate([genome], "validation")[0].num_examples == 4

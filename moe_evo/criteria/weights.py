@@ -1,0 +1,52 @@
+"""What the experts' weights add up to, for criteria that need no data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_evo.models.observation import see_expert_weights
+from moe_evo.models.slices import whole_shape
+from moe_evo.models.view import MoEModel
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """Of the N weights of each expert of one MoE layer: gate, up and down together, without biases.
+
+    absolute: (E,) ||W||_1. squared: (E,) ||W||_2^2. num_weights: N.
+    """
+
+    absolute: npt.NDArray[np.float64]
+    squared: npt.NDArray[np.float64]
+    num_weights: int
+
+
+def expert_weights(moe: MoEModel) -> tuple[LayerWeights, ...]:
+    """One a MoE layer; all ranks of a gang call this together and all get the same."""
+    sums = [np.zeros((2, number)) for number in moe.shape.num_experts]
+
+    def see(layer: int, weights: Mapping[str, Tensor]) -> None:
+        for weight in weights.values():
+            for expert, one in enumerate(weight):  # one at a time: as float64 a layer may not fit
+                wide = one.to(torch.promote_types(one.dtype, torch.float32))
+                sums[layer][0, expert] += wide.abs().sum(dtype=torch.float64).item()
+                sums[layer][1, expert] += wide.square().sum(dtype=torch.float64).item()
+
+    see_expert_weights(moe, see)
+    # ranks of a tensor parallel model hold slices, other ranks the same whole weights
+    is_sliced = moe.ranks.size > 1 and not moe.splits_examples
+    of_ranks = moe.ranks.gather(sums) if is_sliced else [sums]
+    found = []
+    for layer, parts in zip(moe.layers, zip(*of_ranks, strict=True), strict=True):
+        shapes = [whole_shape(weight) for weight in layer.expert_tensors().values()]
+        num_weights = sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 3)
+        absolute, squared = np.sum(parts, axis=0)
+        found.append(LayerWeights(absolute, squared, num_weights))
+    return tuple(found)

@@ -1,0 +1,109 @@
+"""What single experts answer, and what they are made of, while the model runs as it is.
+
+Experts go through a function registered with transformers' `ExpertsInterface`, inside of which the
+weights are in reach wherever they lie otherwise. The implementation in force computes, never a copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.integrations.moe import ExpertsInterface
+
+from moe_evo.models.layer import MoELayer, experts_function
+from moe_evo.models.view import MoEModel
+
+IMPLEMENTATION = "moe_evo_observed"
+_HOOK = "moe_evo_observe"
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The experts of a layer: hidden (T, H), index (T, k) and gates (T, k) to outputs (T, H)."""
+
+
+@contextmanager
+def observed_experts(moe: MoEModel, see: Callable[[int, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(layer, index, gates, outputs)` whenever an MoE layer has run, until the block is left.
+
+    index, gates: (T, k), the chosen experts and their weights as the model itself uses them. outputs:
+    (T, k, H), what each of them answers before it is weighed. Every chosen expert is computed once, and
+    the layer's own output is the weighted sum of these answers, so that observing costs one forward.
+    """
+    # a rank of a tensor parallel model answers with its part of the sum
+    is_partial = moe.ranks.size > 1 and not moe.splits_examples
+
+    def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        outputs = single_outputs(experts, hidden, index, gates)
+        weighed = (outputs * gates[..., None]).sum(dim=1).to(hidden.dtype)
+        if is_partial:
+            dist.all_reduce(outputs)
+        see(layer.number, index, gates, outputs)
+        return weighed
+
+    with _replaced(moe, forward):
+        yield
+
+
+def see_expert_weights(moe: MoEModel, see: Callable[[int, Mapping[str, Tensor]], None]) -> None:
+    """Call `see(layer, weights)` once for each MoE layer; weights: (E, ...) by name, this rank's slices, no biases.
+
+    All ranks call this together: it runs a few random tokens, because offloaded and ZeRO-3 weights can be
+    read in a forward only.
+    """
+
+    def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        see(layer.number, {name: one for name, one in layer.expert_tensors().items() if one.ndim == 3})
+        return experts(hidden, index, gates)
+
+    with torch.inference_mode(), _replaced(moe, forward):
+        moe.language_model(input_ids=moe.random_tokens(), use_cache=False)
+
+
+def single_outputs(experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+    """f_j(x) of every chosen expert, (T, k, H): each token once for each of its experts, with the weight 1."""
+    num_tokens, top_k = index.shape
+    each = hidden.repeat_interleave(top_k, dim=0)
+    outputs = experts(each, index.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1))
+    return outputs.view(num_tokens, top_k, -1)
+
+
+@contextmanager
+def _replaced(moe: MoEModel, forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Let `forward` compute the experts of every MoE layer, given what would have; also around or in `applied`."""
+    language_model = moe.language_model
+    previous = language_model.get_experts_implementation()
+    implementation = language_model.config._experts_implementation
+    for layer in moe.layers:
+        compute = experts_function(layer.experts, implementation)
+        layer.experts.__dict__[_HOOK] = partial(_run, forward, layer, compute)
+    try:
+        language_model.set_experts_implementation(IMPLEMENTATION)
+        yield
+    finally:
+        language_model.set_experts_implementation(previous)
+        for layer in moe.layers:
+            del layer.experts.__dict__[_HOOK]
+
+
+def _run(
+    forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor],
+    layer: MoELayer,
+    compute: Callable[..., Tensor],
+    experts: Any,
+    *routed: Tensor,
+) -> Tensor:
+    return forward(layer, partial(compute, experts), *routed)
+
+
+def _observed_forward(experts: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+    """The experts implementation 'moe_evo_observed'; `experts` may be what stands in for merged ones."""
+    output: Tensor = getattr(experts, _HOOK)(experts, hidden, index, gates)
+    return output
+
+
+ExpertsInterface.register(IMPLEMENTATION, _observed_forward)

@@ -1,0 +1,249 @@
+"""Observing: what counts and how often, in any batches, on any ranks, and the model that is left behind."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tasks as tiny
+import torch
+from process_groups import run_gang
+from tiny_models import logits, random_merge, random_pruning, tiny_model, tokens
+
+from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.criteria.observation import (
+    STATISTICS,
+    LayerObservation,
+    Observation,
+    ObservationError,
+    observe,
+    together,
+)
+from moe_evo.criteria.registry import CRITERIA
+from moe_evo.criteria.weights import expert_weights
+from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.models.loading import load_model
+from moe_evo.models.observation import observed_experts
+from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.view import MoEModel
+from moe_evo.tasks.data import read_task
+from moe_evo.tasks.registry import build_task
+
+WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
+PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(24)]
+ROWS = [{"prompt": prompt, "choices": [" yes", " no no", " x"], "label": 0} for prompt in PROMPTS]
+FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
+
+
+def assert_alike(got: Observation, expected: Observation, rtol: float = 1e-9) -> None:
+    assert got.num_experts == expected.num_experts
+    for one, other in zip(got.layers, expected.layers, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        for name in STATISTICS:
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=rtol, err_msg=name)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def moe(request):
+    model = tiny_model(request.param, vocab_size=350).double()
+    model.set_experts_implementation("eager")  # the default one knows no float64
+    return MoEModel(model, tiny.tiny_tokenizer(bos=True))
+
+
+def make_task(moe, folder: Path, rows=ROWS, batch_tokens=128, **options):
+    return tiny.make_task(folder, rows, moe.tokenizer, batch_tokens=batch_tokens, **options)
+
+
+def observed(moe, folder: Path, rows=ROWS, **options) -> Observation:
+    task = make_task(moe, folder, rows, **options)
+    return together(list(observe(Evaluator(moe, [task], EvaluationConfig())).values()))
+
+
+def test_shared_tokens_count_for_every_prompt_and_padding_never(tmp_path, moe):
+    task = make_task(moe, tmp_path)
+    batches = task.prompt_batches("search", trees=moe.reads_trees)
+    counts = np.concatenate([batch.counts.numpy().reshape(-1) for batch in batches])
+    assert (counts == 0).any(), "no padding here"
+    assert (counts > 1).any() == moe.reads_trees
+    (found,) = observe(Evaluator(moe, [task], EvaluationConfig())).values()
+    num_tokens = sum(len(moe.tokenizer(row["prompt"])["input_ids"]) for row in ROWS)
+    for layer, top_k in zip(found.layers, moe.shape.top_k, strict=True):
+        assert layer.tokens.sum() == num_tokens * top_k
+
+
+def test_padding_that_answers_no_number_changes_nothing(tmp_path, moe):
+    expected = observed(moe, tmp_path / "clean")
+    task = make_task(moe, tmp_path / "padded")
+    padding = torch.tensor(False)
+    spoiled = 0
+
+    def spoil(_module, inputs, output):
+        nonlocal spoiled
+        spoiled += int(padding.sum())
+        hidden = inputs[0] if isinstance(inputs, tuple) else inputs
+        return torch.where(padding.reshape(*hidden.shape[:-1], 1), torch.nan, output)
+
+    evaluator = Evaluator(moe, [task], EvaluationConfig())
+    forward = evaluator.forward
+
+    def forward_noting(batch):
+        nonlocal padding
+        padding = batch.counts == 0
+        return forward(batch)
+
+    evaluator.forward = forward_noting
+    last = moe.language_model.model.layers[moe.shape.decoder_layers[-1]].post_attention_layernorm
+    handle = last.register_forward_hook(spoil)  # of the last layer, so that nothing else reads it
+    try:
+        (found,) = observe(evaluator).values()
+    finally:
+        handle.remove()
+    assert spoiled
+    assert_alike(found, expected)
+
+
+def test_the_order_and_size_of_batches_change_nothing(tmp_path, moe):
+    expected = observed(moe, tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    for number, batch_tokens in enumerate((1, 16, 40, 1000)):
+        shuffled = [ROWS[place] for place in rng.permutation(len(ROWS))]
+        assert_alike(observed(moe, tmp_path / str(number), shuffled, batch_tokens=batch_tokens), expected)
+
+
+def test_halves_of_the_data_add_up_to_the_whole(tmp_path, moe):
+    tasks = [
+        make_task(moe, tmp_path / name, rows, name=name) for name, rows in (("first", ROWS[:5]), ("second", ROWS[5:]))
+    ]
+    halves = observe(Evaluator(moe, tasks, EvaluationConfig()))
+    assert list(halves) == ["first", "second"]
+    whole = observed(moe, tmp_path / "whole")
+    assert_alike(halves["first"] + halves["second"], whole)
+    assert_alike(together(list(halves.values())), whole)
+
+
+def test_the_model_computes_the_same_while_it_is_observed_and_is_left_as_it_was(moe):
+    implementation = moe.language_model.config._experts_implementation
+    untouched = logits(moe.language_model, tokens())
+    with observed_experts(moe, lambda *_: None):
+        torch.testing.assert_close(logits(moe.language_model, tokens()), untouched, rtol=1e-9, atol=1e-9)
+    expert_weights(moe)
+    assert moe.language_model.config._experts_implementation == implementation
+    assert torch.equal(logits(moe.language_model, tokens()), untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_implementation_of_experts_is_observed_alike(tmp_path, family, dtype):
+    moe = MoEModel(tiny_model(family, vocab_size=350).to(dtype), tiny.tiny_tokenizer(bos=True))
+    found = {}
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        moe.language_model.set_experts_implementation(implementation)
+        found[implementation] = observed(moe, tmp_path / implementation)
+    rtol = 1e-5
+    if dtype == torch.bfloat16:  # tokens between two experts may go either way, and no two products round alike
+        found = {name: Observation(one.layers[:1]) for name, one in found.items()}
+        rtol = 2e-2
+    for implementation in ("batched_mm", "grouped_mm"):
+        assert_alike(found[implementation], found["eager"], rtol)
+
+
+@pytest.mark.parametrize("make", [random_pruning, random_merge])
+def test_a_genome_in_force_is_observed_whichever_is_applied_first(moe, make):
+    genome = make(moe.shape, 4)
+    seen: list[list[tuple[torch.Tensor, ...]]] = [[], []]
+
+    def see(into):
+        return lambda _layer, *tensors: into.append(tuple(map(torch.clone, tensors)))
+
+    with moe.applied(genome), observed_experts(moe, see(seen[0])):
+        inside = logits(moe.language_model, tokens())
+    with observed_experts(moe, see(seen[1])), moe.applied(genome):
+        outside = logits(moe.language_model, tokens())
+    with moe.applied(genome):
+        expected = logits(moe.language_model, tokens())
+    torch.testing.assert_close(inside, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(inside, outside)
+    for one, other in zip(*seen, strict=True):
+        assert all(map(torch.equal, one, other))
+    slots = [expert for index, _, _ in seen[0] for expert in index.reshape(-1).tolist()]
+    allowed = {expert for layer in genome.kept for expert in layer} if genome.is_pruning else set(range(4))
+    assert set(slots) <= allowed
+
+
+def test_memory_that_runs_out_once_leaves_no_trace(tmp_path, moe):
+    expected = observed(moe, tmp_path / "whole")
+    task = make_task(moe, tmp_path / "short", batch_tokens=64)
+    evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=64))
+    forward, calls = evaluator.forward, 0
+
+    def forward_once_short(batch):
+        nonlocal calls
+        calls += 1
+        found = forward(batch)
+        if calls == 2:  # the first batch has been counted already
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    evaluator.forward = forward_once_short
+    (found,) = observe(evaluator).values()
+    assert evaluator.batch_tokens < 64
+    assert_alike(found, expected)
+
+
+def test_an_observation_is_frozen_also_after_a_journey():
+    layer = LayerObservation(*np.arange(15.0).reshape(5, 3))
+    source = np.ones(3)
+    copied = LayerObservation(source, source, source, source, source)
+    source[0] = 7
+    assert copied.tokens[0] == 1
+    for one in (layer, pickle.loads(pickle.dumps(Observation((layer,)))).layers[0]):
+        np.testing.assert_array_equal(one.gates, [3, 4, 5])
+        with pytest.raises(ValueError, match="read-only"):
+            one.gates[0] = 1
+
+
+def test_what_does_not_fit_is_refused():
+    small, large = (LayerObservation(*np.ones((5, number))) for number in (3, 4))
+    with pytest.raises(ObservationError, match="of 3 and of 4 experts; add those of one model"):
+        Observation((small,)) + Observation((large,))
+    with pytest.raises(ObservationError, match="of 1 and of 2 MoE layers"):
+        Observation((small,)) + Observation((small, small))
+    with pytest.raises(ObservationError, match=r"gates: got shape \(2,\)"):
+        LayerObservation(np.ones(3), np.ones(2), *np.ones((3, 3)))
+
+
+Found = list[tuple[dict[str, Observation], tuple[np.ndarray, ...]]]
+"""Observations by task and AIMER's scores, of each checkpoint."""
+
+
+def gang_finds(ranks: Ranks, folder: str, sharding: str) -> Found:
+    found: Found = []
+    for family in ("mixtral", "gpt_oss"):
+        moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
+        configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
+        tasks = [build_task(read_task(config), moe.tokenizer, 64) for config in configs]
+        shares = [tasks[1].prompt_batches("search", range(first, 9, 2), trees=moe.reads_trees) for first in (0, 1)]
+        assert len(shares[0]) > len(shares[1])  # so that one rank repeats a batch, only to keep in step
+        observations = observe(Evaluator(moe, tasks, EvaluationConfig()))
+        found.append((observations, CRITERIA["aimer"].scores(expert_weights(moe))))
+    return found
+
+
+@pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
+def test_ranks_together_find_what_one_process_finds(tmp_path, sharding):
+    for family in ("mixtral", "gpt_oss"):
+        tiny_model(family, vocab_size=350).save_pretrained(tmp_path / family)
+        tiny.tiny_tokenizer(bos=True).save_pretrained(tmp_path / family)
+    tiny.write_splits(tmp_path / "equal", ROWS[:9])
+    prompts = [f"{n} {' '.join(WORDS)}" if n % 2 == 0 else "one" for n in range(9)]
+    tiny.write_splits(tmp_path / "unequal", [{**ROWS[0], "prompt": prompt} for prompt in prompts])
+    alone = gang_finds(ALONE, str(tmp_path), "single")
+    for of_rank in run_gang(gang_finds, 2, str(tmp_path), sharding):
+        for (observations, aimer), (expected, expected_aimer) in zip(of_rank, alone, strict=True):
+            assert list(observations) == ["equal", "unequal"]
+            for name, observation in observations.items():
+                assert_alike(observation, expected[name], rtol=1e-5)
+            for one, other in zip(aimer, expected_aimer, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-9)
