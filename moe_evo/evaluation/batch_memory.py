@@ -10,7 +10,7 @@ import torch
 
 from moe_evo.errors import OutOfMemory, RowOutOfMemory
 from moe_evo.models.view import MoEModel
-from moe_evo.tasks.base import Batch, ForwardBatch
+from moe_evo.tasks.base import Batch
 
 MEMORY_ERRORS = (RuntimeError, MemoryError)
 """What may tell that memory ran out; torch.OutOfMemoryError is a RuntimeError, and so are others."""
@@ -28,9 +28,8 @@ class BatchMemory:
 
     def note(self, batch: Batch, copies: int = 1) -> None:
         """Remember the batch that runs now, for so many genomes: it does not fit if memory runs out."""
-        new_tokens = 0 if isinstance(batch, ForwardBatch) else batch.max_new_tokens
         self._rows = len(batch.examples) * copies
-        self._tokens = copies * (batch.input_ids.numel() + len(batch.input_ids) * new_tokens)
+        self._tokens = batch.num_tokens * copies
 
     def lower_after(self, error: BaseException) -> None:
         """Halve `batch_tokens`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -30,7 +30,7 @@ from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.space import check_fits
-from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
+from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.share import share_of
 from moe_evo.tasks.task import Task
 
@@ -212,56 +212,82 @@ class Evaluator:
         with torch.inference_mode(), _threads(self._config.threads):
             prepared = self._prepared(split, indices)[part]
             reports = [tuple(_Report() for _ in self.tasks) for _ in genomes]
+            whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
             if self._engine is not None:
-                self._run_together(self._engine, genomes, prepared, reports, is_whole=indices is None)
-            for genome, own in zip(genomes, reports, strict=True):
-                self._run_alone(genome, prepared, own)
+                self._run_together(self._engine, whole, prepared, reports, is_whole=indices is None)
+            else:
+                for genome, own in zip(whole, reports, strict=True):
+                    self._run_alone(genome, prepared, own)
+            self._generate(whole, prepared, reports)
         return reports
 
     def _run_together(
         self,
         engine: Engine,
-        genomes: Sequence[Genome | None],
+        genomes: Sequence[Genome],
         prepared: Sequence[_Prepared],
         reports: Sequence[Sequence[_Report]],
         is_whole: bool,
     ) -> None:
         """All batches that are run forward, each for all genomes."""
-        whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
         for index, one in enumerate(prepared):
             for batch, reference in zip(one.batches, one.references, strict=True):
                 if isinstance(batch, ForwardBatch):
-                    copies = self._copies(batch, len(genomes))
+                    copies = min(self._copies(batch), len(genomes))
                     self._memory.note(batch, copies)
                     add = partial(_add_scored, [report[index] for report in reports], one.task, batch, reference)
-                    engine.run(batch, whole, add, copies=copies, keep=is_whole)
+                    engine.run(batch, genomes, add, copies=copies, keep=is_whole)
 
-    def _copies(self, batch: ForwardBatch, num_genomes: int) -> int:
-        """How many genomes go through a layer together."""
+    def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
+        """All batches that are run forward, for one genome."""
+        with self.model.applied(genome):
+            for one, report in zip(prepared, reports, strict=True):
+                for position, (batch, reference) in enumerate(zip(one.batches, one.references, strict=True)):
+                    if isinstance(batch, ForwardBatch):
+                        logits = self.forward(batch)
+                        if position < one.num_counted:
+                            report.add(batch, one.task.score(batch, logits, reference))
+
+    def _generate(
+        self, genomes: Sequence[Genome], prepared: Sequence[_Prepared], reports: Sequence[Sequence[_Report]]
+    ) -> None:
+        """All batches that are generated from, for several genomes at once where they go together."""
+        for index, one in enumerate(prepared):
+            for position, batch in enumerate(one.batches):
+                if isinstance(batch, GenerateBatch):
+                    for together in self._packs(batch, genomes):
+                        rows = self._generated(batch, [genomes[number] for number in together])
+                        for number, (new, is_finite) in zip(together, rows, strict=True):
+                            if position < one.num_counted:
+                                scored = one.task.score(batch, new)
+                                reports[number][index].add(batch, scored, bool(is_finite.all()))
+
+    def _generated(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> list[tuple[Tensor, Tensor]]:
+        """For each genome the new tokens, and which rows' logits were finite."""
+        copies = len(genomes)
+        self._memory.note(batch, copies)
+        with self.model.applied_together(genomes) as language_model:
+            new, is_finite = generate_greedily(
+                language_model, self.model.tokenizer, batch.repeated(copies), in_lockstep=self.model.ranks.size > 1
+            )
+        return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
+
+    def _packs(self, batch: Batch, genomes: Sequence[Genome]) -> Iterator[list[int]]:
+        """The numbers of genomes that go together: as many as fit, with the same experts active a token."""
+        by_top_k: dict[tuple[int, ...], list[int]] = {}
+        for number, genome in enumerate(genomes):
+            by_top_k.setdefault(genome.top_k, []).append(number)
+        copies = self._copies(batch)
+        for numbers in by_top_k.values():
+            yield from (numbers[first : first + copies] for first in range(0, len(numbers), copies))
+
+    def _copies(self, batch: Batch) -> int:
+        """How many genomes may go through a layer together."""
         if self._config.pack_tokens is None:
             most = self.batch_tokens if self.model.device.type != "cpu" else 1
         else:
             most = min(self._config.pack_tokens, self.batch_tokens)
-        return min(max(most // batch.input_ids.numel(), 1), num_genomes)
-
-    def _run_alone(self, genome: Genome | None, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
-        """The batches that are left, for one genome."""
-        with self.model.applied(genome) if genome is not None else nullcontext():
-            for one, report in zip(prepared, reports, strict=True):
-                for position, (batch, reference) in enumerate(zip(one.batches, one.references, strict=True)):
-                    if self._engine is None or not isinstance(batch, ForwardBatch):
-                        output, is_finite = self._run(batch)
-                        if position < one.num_counted:
-                            report.add(batch, one.task.score(batch, output, reference), is_finite)
-
-    def _run(self, batch: Batch) -> tuple[Tensor, bool]:
-        """The output of a batch, and whether the logits that it was generated from are finite."""
-        if isinstance(batch, ForwardBatch):
-            return self.forward(batch), True
-        self._memory.note(batch)
-        return generate_greedily(
-            self.model.language_model, self.model.tokenizer, batch, in_lockstep=self.model.ranks.size > 1
-        )
+        return max(most // batch.num_tokens, 1)
 
     def _prepared(self, split: str, indices: Indices | None) -> tuple[tuple[_Prepared, ...], ...]:
         """Every task's batches, part by part."""

@@ -15,32 +15,31 @@ class _Watch:
     """A stopping criterion: a row is done when its new text holds the stop text.
 
     As a logits processor it looks for logits that are not finite, of which greedy decoding makes words
-    without complaint; after the first, all rows are done.
+    without complaint; after the first, the row is done.
     """
 
     def __init__(self, tokenizer: Any, batch: GenerateBatch) -> None:
         self._tokenizer = tokenizer
         self._stop = batch.stop
         self._prompt_length = batch.input_ids.shape[1]
-        self.is_finite = True
+        self.is_finite = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
 
     def look(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # a row of which one logit is finite has a greatest one; masked vocabulary at -inf is legitimate
-        self.is_finite = self.is_finite and bool(scores.max(dim=-1).values.isfinite().all())
+        self.is_finite &= scores.max(dim=-1).values.isfinite()
         return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        new = input_ids[:, self._prompt_length :]
-        if not (self._stop and self.is_finite):
-            return torch.full((len(new),), not self.is_finite, device=new.device)
-        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        return torch.tensor([self._stop in text for text in texts], device=new.device)
+        if not self._stop:
+            return ~self.is_finite
+        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :], skip_special_tokens=True)
+        return ~self.is_finite | torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
 def generate_greedily(
     language_model: Any, tokenizer: Any, batch: GenerateBatch, *, in_lockstep: bool = False
-) -> tuple[Tensor, bool]:
-    """New tokens (B, at most max_new_tokens), each row padded after its end, and whether all logits were finite.
+) -> tuple[Tensor, Tensor]:
+    """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
     in_lockstep: other ranks of the process group generate too, and all run as many forward passes as the
     one that needs most. That is also why logits that are not finite raise nothing.

@@ -83,9 +83,17 @@ class MoEModel:
 
         Raises GenomeError where the genome does not fit the model.
         """
-        check_fits(genome, self.shape)
-        plans = [self.plan(layer, index) for index, layer in enumerate(genome.layers)]
-        with self._installed(plans):
+        with self.applied_together([genome]):
+            yield self.language_model
+
+    @contextmanager
+    def applied_together(self, genomes: Sequence[Genome]) -> Iterator[Any]:
+        """Make the rows of a batch follow `genomes`, an equal part each, in turn; they have the same top_k."""
+        assert len({genome.top_k for genome in genomes}) == 1, "genomes that go together have the same top_k"
+        for genome in genomes:
+            check_fits(genome, self.shape)
+        layers = zip(*(genome.layers for genome in genomes), strict=True)
+        with self._installed([[self.plan(gene, number) for gene in genes] for number, genes in enumerate(layers)]):
             yield self.language_model
 
     @contextmanager
@@ -153,7 +161,7 @@ class MoEModel:
         """
         tokens = self.random_tokens()
         plans = [
-            LayerPlan.reversed_identity(num_experts, top_k)
+            [LayerPlan.reversed_identity(num_experts, top_k)]
             for num_experts, top_k in zip(self.shape.num_experts, self.shape.top_k, strict=True)
         ]
         where = f"self-check of {self.family.model_type} with transformers {transformers.__version__}"
@@ -206,12 +214,13 @@ class MoEModel:
         return None if untouched else LayerPlan.of(gene)
 
     @contextmanager
-    def _installed(self, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
-        changed = [(number, plan) for number, plan in enumerate(plans) if plan is not None]
+    def _installed(self, plans: Sequence[Sequence[LayerPlan | None]]) -> Iterator[None]:
+        """plans: for each MoE layer what `planned` takes."""
+        changed = [(number, plan) for number, some in enumerate(plans) for plan in some if plan is not None]
         with self.ready_for(changed), ExitStack() as stack:
-            for number, plan in enumerate(plans):
+            for number, some in enumerate(plans):
                 if changed:
-                    stack.enter_context(self.planned(number, [plan]))
+                    stack.enter_context(self.planned(number, some))
             yield
 
 

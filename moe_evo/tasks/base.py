@@ -45,6 +45,11 @@ class ForwardBatch:
     examples: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device) -> ForwardBatch:
         """The batch with its tensors on `device`."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -64,9 +69,19 @@ class GenerateBatch:
     stop: str
     examples: npt.NDArray[np.int64]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts with padding, and the most that may be generated."""
+        return self.input_ids.numel() + len(self.input_ids) * self.max_new_tokens
+
     def to(self, device: torch.device) -> GenerateBatch:
         """The batch with its tensors on `device`."""
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+
+    def repeated(self, copies: int) -> GenerateBatch:
+        """All rows so many times over, copy by copy."""
+        rows = {name: getattr(self, name).repeat(copies, 1) for name in ("input_ids", "attention_mask")}
+        return replace(self, **rows, examples=np.tile(self.examples, copies))
 
 
 Batch = ForwardBatch | GenerateBatch

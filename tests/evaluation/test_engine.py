@@ -285,3 +285,24 @@ def test_evaluators_of_one_model_can_share_the_memory_for_states(tmp_path) -> No
     alone = [Evaluator(moe, [task], EvaluationConfig()).evaluate([genome], "search")[0].fitness for task in tasks]
     assert [one.evaluate([genome], "search")[0].fitness for one in (first, second)] == alone
     assert len(first.states) == 4  # two states a task
+
+
+def test_genomes_that_generate_together_write_what_each_writes_alone(moe: MoEModel) -> None:
+    prompts = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": torch.ones_like(prompts)}
+    shape = moe.shape
+    genomes = [
+        random_pruning(shape, 4, seed=1),
+        shape.identity(),
+        random_merge(shape, 4),
+        random_pruning(shape, 6, seed=2),
+    ]
+    alone = []
+    for genome in genomes:
+        with moe.applied(genome) as language_model, torch.inference_mode():
+            alone.append(language_model.generate(prompts, **options))
+    options["attention_mask"] = torch.ones(12, 7, dtype=torch.long)
+    with moe.applied_together(genomes) as language_model, torch.inference_mode():
+        together = language_model.generate(prompts.repeat(4, 1), **options)
+    assert [part.tolist() for part in together.chunk(4)] == [one.tolist() for one in alone]
+    assert len({str(one.tolist()) for one in alone}) > 1

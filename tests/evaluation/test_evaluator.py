@@ -182,3 +182,22 @@ def test_threads_are_set_while_evaluating_and_restored(moe, tasks, monkeypatch):
     evaluator.evaluate([None], "search")
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+def test_genomes_generate_together_where_they_fit_and_one_that_breaks_fails_alone(tmp_path, moe, monkeypatch):
+    write = all_kinds(tmp_path, moe)[3]
+    fewer = Genome.from_kept([[0, 2], [1, 3]], 4, 1)
+    genomes = [PRUNED, None, tiny.tiny_merge(moe.shape), tiny.tiny_merge(moe.shape, scale=1e37), fewer]
+    alone = Evaluator(moe, [write], EvaluationConfig()).evaluate(genomes, "search")
+    calls = []
+    generate = moe.language_model.generate
+    monkeypatch.setattr(
+        moe.language_model, "generate", lambda **given: calls.append(len(given["input_ids"])) or generate(**given)
+    )
+    together = Evaluator(moe, [write], EvaluationConfig(pack_tokens=8192)).evaluate(genomes, "search")
+    (batches,) = {len(write.batches("search"))}
+    assert len(calls) == 2 * batches and max(calls) == 4 * max(len(one.input_ids) for one in write.batches("search"))
+    assert [isinstance(one, EvaluationFailure) for one in together] == [False, False, False, True, False]
+    assert isinstance(alone[3], EvaluationFailure) and together[3].reason == alone[3].reason
+    for number in (0, 1, 2, 4):
+        assert without_time(together[number]) == without_time(alone[number])

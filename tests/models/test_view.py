@@ -50,7 +50,7 @@ def test_identity_genome_equals_untouched_model_bit_for_bit(moe: MoEModel) -> No
 def test_both_hooks_forced_on_equal_untouched_model(moe: MoEModel) -> None:
     plans = [LayerPlan.reversed_identity(8, k) for k in moe.shape.top_k]
     untouched = logits(moe.language_model, tokens())
-    with moe._installed(plans):
+    with moe._installed([[plan] for plan in plans]):
         assert moe.language_model.config._experts_implementation == "moe_evo"
         assert largest_difference(logits(moe.language_model, tokens()), untouched) <= 1e-6
 
