@@ -162,7 +162,7 @@ def test_a_resumed_online_run_gets_what_it_lacks_and_nothing_twice(
 ) -> None:
     with stand_in("answers") as server:
         online(monkeypatch, server)
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8))
+        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8, pause_s=0.3))
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "run", SMALL)
         ((run, lines),) = server.history.items()

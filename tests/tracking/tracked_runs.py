@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,20 @@ SMALL = replace(
 
 
 class SomeFail:
-    """An evaluator without fitness for some genomes, at which somebody may press Ctrl-C after so many evaluations."""
+    """An evaluator without fitness for some genomes, at which somebody may press Ctrl-C after so many evaluations.
 
-    def __init__(self, evaluator: Evaluator, after: int = 10**9) -> None:
+    pause_s: before each evaluation, so that W&B hears of it before the run has ended.
+    """
+
+    def __init__(self, evaluator: Evaluator, after: int = 10**9, pause_s: float = 0.0) -> None:
         self._evaluator, self._left, self.model = evaluator, after, evaluator.model
+        self._pause_s = pause_s
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._evaluator, name)
 
     def evaluate(self, genomes: list[Genome], split: str, **_: Any) -> list[Outcome]:
+        time.sleep(self._pause_s)
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
