@@ -18,6 +18,7 @@ from moe_evo.tasks.examples import Example
 
 MAX_LOGITS = 2**27  # numbers in one batch's logits: 512 MiB in float32
 MAX_PADDING = 256  # tokens of padding that cost about as much as one more forward pass
+_PREFIX_WIDTHS = 4  # a tree is at least so many times as wide as what all rows have in common
 TREE_TOKENS = 64  # a wider tree shares more beginnings, but each of its tokens attends to all of it
 
 
@@ -152,11 +153,19 @@ class _Tree:
 
 
 def _trees(rows: Sequence[Row], limits: BatchLimits) -> list[_Tree]:
-    """All rows in trees of at most TREE_TOKENS nodes, or as many as the longest row has, within the limits."""
+    """All rows in trees of at most TREE_TOKENS nodes, or as many as the longest row has, within the limits.
+
+    What all rows have in common stands in every tree once, and takes at most about a quarter of it.
+    """
+    ordered = sorted(rows, key=lambda row: row.tokens)
     longest = max((len(row.tokens) for row in rows), default=0)
-    width = min(max(TREE_TOKENS, longest), limits.batch_tokens)
+    first = _Tree()
+    for row in ordered[:1]:
+        first.add(row)
+    common = first.num_shared(ordered[-1]) if ordered else 0  # in order, so all in between have it, too
+    width = min(max(TREE_TOKENS, longest, _PREFIX_WIDTHS * common), limits.batch_tokens)
     trees: list[_Tree] = []
-    for row in sorted(rows, key=lambda row: row.tokens):
+    for row in ordered:
         fits = trees and len(trees[-1].tokens) + len(row.tokens) - trees[-1].num_shared(row) <= width
         if not (fits and limits.trees):
             trees.append(_Tree())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -129,6 +130,19 @@ def test_every_row_has_the_logits_of_stock_transformers(moe: MoEModel, trees: bo
         with torch.inference_mode():
             expected = moe.language_model(input_ids=torch.tensor([row.tokens])).logits[0, row.start :]
         assert relative_difference(found[row.example, row.answers[0][1]], expected) <= 5e-6
+
+
+def test_a_long_prefix_of_all_rows_takes_a_quarter_of_what_is_read_at_most() -> None:
+    prefix = tuple(range(3, 93))
+    made = [Row(number, (*prefix, 93 + number % 3, number, 5, 6), 93) for number in range(200)]
+    batches = forward_batches(made, BatchLimits(100_000, 96))
+    read = sum(int((batch.counts > 0).sum()) for batch in batches)
+    trees = sum(len(batch.input_ids) for batch in batches)
+    assert sum(len(batch.examples) for batch in batches) == 200
+    own = read - trees * len(prefix)  # rows of their own are 18,800 tokens
+    assert trees == math.ceil(own / (3 * len(prefix))) == 3 and read < 1200
+    (one,) = forward_batches(made[:1], BatchLimits(100_000, 96))
+    assert one.input_ids.shape == (1, 94)
 
 
 def test_a_model_without_tree_masks_reads_rows(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
