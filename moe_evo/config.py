@@ -157,9 +157,9 @@ class EvaluationConfig:
         threads: Threads of torch on the CPU; default: one a core.
         share_layers: Compute layers that genomes have in common once, and start the children of recent
             genomes where they differ; false runs every genome from the first layer on.
-        pack_tokens: Genomes with so many tokens together go through a layer at once. Default: batch_tokens on
-            a GPU; on the CPU one genome at a time, as it rarely gains there, and scores then do not depend, in
-            the last bits, on what is evaluated together.
+        pack_tokens: Genomes with so many tokens together go through a layer at once; or 'measured': as many as
+            turn out to be fastest, with batch_tokens at most. Default: 'measured' on a GPU; on the CPU one genome
+            at a time, as scores then do not depend, in the last bits, on what is evaluated together.
         state_cache_gib: Memory for the hidden states of recent genomes. Default: a quarter of what is free
             after loading.
         state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
@@ -171,7 +171,7 @@ class EvaluationConfig:
     batch_tokens: int = 8192
     threads: int | None = None
     share_layers: bool = True
-    pack_tokens: int | None = None
+    pack_tokens: int | Literal["measured"] | None = None
     state_cache_gib: float | None = None
     state_device: StateDevice = "model"
     race: float | None = None
@@ -180,9 +180,11 @@ class EvaluationConfig:
         cache = self.state_cache_gib
         require(cache is None or cache >= 0, "evaluation.state_cache_gib", cache, "0 or more")
         require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
+        pack = self.pack_tokens
         require(
-            self.pack_tokens is None or self.pack_tokens >= 1, "evaluation.pack_tokens", self.pack_tokens, "1 or more"
-        )
+            pack in (None, "measured") or (isinstance(pack, int) and pack >= 1), "evaluation.pack_tokens", pack,
+            "1 or more, or 'measured'",
+        )  # fmt: skip
         require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
         confidence = self.race
         require(confidence is None or 0.5 <= confidence < 1, "evaluation.race", confidence, "at least 0.5, below 1")

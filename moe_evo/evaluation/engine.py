@@ -7,7 +7,7 @@ block and the head see the tokens that are scored, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_evo.config import EvaluationConfig
+from moe_evo.evaluation.packing import ALL, Packing, size_class
 from moe_evo.evaluation.states import Prefix, StateCache
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.halves import Halves, Start
@@ -67,17 +68,24 @@ class Engine:
         self._starts: dict[ForwardBatch, Start] = {}
 
     def run(
-        self, batch: ForwardBatch, genomes: Sequence[Genome], emit: Emit, *, copies: int = 1, keep: bool = True
+        self,
+        batch: ForwardBatch,
+        genomes: Sequence[Genome],
+        emit: Emit,
+        *,
+        copies: int = 1,
+        keep: bool = True,
+        packing: Packing = ALL,
     ) -> None:
         """Call `emit` once for every genome, in any order.
 
-        copies: so many genomes go through a layer together. keep: the batch will come again, so its states
-        are worth keeping.
+        copies: so many genomes have room in a layer together; packing: how many of them do go together.
+        keep: the batch will come again, so its states are worth keeping.
         """
         genes = {(stage, gene) for genome in genomes for stage, gene in enumerate(genome.layers)}
         plans = [(stage, plan) for stage, gene in genes if (plan := self.plan(stage, gene)) is not None]
         with self.model.ready_for(plans):
-            _Walk(self, batch, genomes, emit, copies, keep).run()
+            _Walk(self, batch, genomes, emit, copies, packing, keep).run()
 
     def plan(self, stage: int, gene: LayerGenome) -> LayerPlan | None:
         """What MoE block `stage` does for `gene`."""
@@ -152,6 +160,7 @@ class _Walk:
         genomes: Sequence[Genome],
         emit: Emit,
         copies: int,
+        packing: Packing,
         keep: bool,
     ) -> None:
         self._engine, self._halves, self._states = engine, engine.halves, engine.states
@@ -159,6 +168,7 @@ class _Walk:
         self._genomes = genomes
         self._emit = emit
         self._copies = copies
+        self._packing = packing
         self._keep = keep
         self._last = self._halves.num_stages - 1
         self._start = engine.start(batch, keep=keep)
@@ -198,8 +208,17 @@ class _Walk:
         for branch in (branch for node in nodes for branch in self._branches(node, stage)):
             by_top_k.setdefault(branch.gene.top_k, []).append(branch)
         for branches in by_top_k.values():
-            for first in range(0, len(branches), self._copies):
-                self._pass(stage, branches[first : first + self._copies])
+            kind = self._kind(stage, branches)
+            while branches:
+                number = self._packing.together(kind, min(self._copies, len(branches)))
+                self._pass(stage, kind, branches[:number])
+                branches = branches[number:]
+
+    def _kind(self, stage: int, branches: Sequence[_Branch]) -> Hashable:
+        """Of a pass: its tokens a branch, whether attention comes behind the experts, and whether any are merged."""
+        plans = [self._engine.plan(stage, branch.gene) for branch in branches]
+        merges = any(plan is not None and plan.expert_merging is not None for plan in plans)
+        return (size_class(branches[0].node.residual[..., 0].numel()), stage < self._last, merges)
 
     def _branches(self, node: _Node, stage: int) -> Iterator[_Branch]:
         members: dict[LayerGenome, list[int]] = {}
@@ -207,12 +226,13 @@ class _Walk:
             members.setdefault(self._genomes[number].layers[stage], []).append(number)
         return (_Branch(node, gene, some) for gene, some in members.items())
 
-    def _pass(self, stage: int, branches: Sequence[_Branch]) -> None:
-        residual = torch.cat([branch.node.residual for branch in branches])
+    def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch]) -> None:
         plans = [self._engine.plan(stage, branch.gene) for branch in branches]
-        hidden = self._halves.mix(stage, residual, plans, self._start)
-        if stage < self._last or not self._halves.ends_with_moe:
-            hidden = self._halves.attend(stage + 1, hidden, self._start)
+        with self._packing.timed(kind, len(branches)):
+            residual = torch.cat([branch.node.residual for branch in branches])
+            hidden = self._halves.mix(stage, residual, plans, self._start)
+            if stage < self._last or not self._halves.ends_with_moe:
+                hidden = self._halves.attend(stage + 1, hidden, self._start)
         of_branches = zip(branches, hidden.chunk(len(branches)), strict=True)
         if stage < self._last:
             nodes = [_Node(one.prefix, one.members, self._arrived(one.prefix, own)) for one, own in of_branches]

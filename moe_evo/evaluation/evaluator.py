@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
 from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.evaluation.packing import Clock, most_tokens, packing_for, size_class
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
 from moe_evo.evaluation.states import StateCache
 from moe_evo.genome import Genome
@@ -72,11 +73,16 @@ class Evaluator:
 
     Where several ranks hold the model, each has its evaluator, and all make the same calls in the same
     order. All get the same outcomes; an outcome that is a failure leaves them in step. states: those of
-    another evaluator of the model, whose memory this one is to share.
+    another evaluator of the model, whose memory this one is to share. clock: what passes are timed with.
     """
 
     def __init__(
-        self, model: MoEModel, tasks: Sequence[Task], config: EvaluationConfig, states: StateCache | None = None
+        self,
+        model: MoEModel,
+        tasks: Sequence[Task],
+        config: EvaluationConfig,
+        states: StateCache | None = None,
+        clock: Clock | None = None,
     ) -> None:
         assert tasks and len({task.name for task in tasks}) == len(tasks), "tasks need distinct names"
         self.model = model
@@ -85,6 +91,7 @@ class Evaluator:
         self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
         self._engine = engine_for(model, config, states)
+        self._packing = packing_for(config, model, clock)
 
     @property
     def batch_tokens(self) -> int:
@@ -233,10 +240,10 @@ class Evaluator:
         for index, one in enumerate(prepared):
             for batch, reference in zip(one.batches, one.references, strict=True):
                 if isinstance(batch, ForwardBatch):
-                    copies = min(self._copies(batch), len(genomes))
+                    copies = min(self._copies(batch.num_tokens), len(genomes))
                     self._memory.note(batch, copies)
                     add = partial(_add_scored, [report[index] for report in reports], one.task, batch, reference)
-                    engine.run(batch, genomes, add, copies=copies, keep=is_whole)
+                    engine.run(batch, genomes, add, copies=copies, keep=is_whole, packing=self._packing)
 
     def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
         """All batches that are run forward, for one genome."""
@@ -255,8 +262,9 @@ class Evaluator:
         for index, one in enumerate(prepared):
             for position, batch in enumerate(one.batches):
                 if isinstance(batch, GenerateBatch):
-                    for together in self._packs(batch, genomes):
-                        rows = self._generated(batch, [genomes[number] for number in together])
+                    for kind, together in self._packs(batch, genomes):
+                        with self._packing.timed(kind, len(together)):
+                            rows = self._generated(batch, [genomes[number] for number in together])
                         for number, (new, is_finite) in zip(together, rows, strict=True):
                             if position < one.num_counted:
                                 scored = one.task.score(batch, new)
@@ -272,22 +280,26 @@ class Evaluator:
             )
         return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
 
-    def _packs(self, batch: Batch, genomes: Sequence[Genome]) -> Iterator[list[int]]:
-        """The numbers of genomes that go together: as many as fit, with the same experts active a token."""
+    def _packs(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> Iterator[tuple[Hashable, list[int]]]:
+        """The numbers of genomes that generate together, with the same experts active a token.
+
+        Before them what kind of pass it is, for `Packing`.
+        """
         by_top_k: dict[tuple[int, ...], list[int]] = {}
         for number, genome in enumerate(genomes):
             by_top_k.setdefault(genome.top_k, []).append(number)
-        copies = self._copies(batch)
+        # ranks whose examples differ still have to generate equally often
+        num_tokens = max(self.model.share.gather(batch.num_tokens))
         for numbers in by_top_k.values():
-            yield from (numbers[first : first + copies] for first in range(0, len(numbers), copies))
+            kind = ("generate", size_class(num_tokens), all(genomes[number].is_pruning for number in numbers))
+            while numbers:
+                together = self._packing.together(kind, min(self._copies(num_tokens), len(numbers)))
+                yield kind, numbers[:together]
+                numbers = numbers[together:]
 
-    def _copies(self, batch: Batch) -> int:
-        """How many genomes may go through a layer together."""
-        if self._config.pack_tokens is None:
-            most = self.batch_tokens if self.model.device.type != "cpu" else 1
-        else:
-            most = min(self._config.pack_tokens, self.batch_tokens)
-        return max(most // batch.num_tokens, 1)
+    def _copies(self, num_tokens: int) -> int:
+        """How many genomes have room in a pass together, where each has so many tokens."""
+        return max(most_tokens(self._config, self.model, self.batch_tokens) // num_tokens, 1)
 
     def _prepared(self, split: str, indices: Indices | None) -> tuple[tuple[_Prepared, ...], ...]:
         """Every task's batches, part by part."""

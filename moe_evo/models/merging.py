@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_evo.genome import Matrix
 
-_CHUNK_ELEMENTS = 1 << 24  # float32 working copies stay below 64 MiB a tensor
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a float32 working copy: what a core's cache holds; 64 MiB
+_ROWS, _COLUMNS = 8, 2  # least sizes of a multiplication: below, other kernels would give a row other last bits
 
 
 def copied_experts(matrix: Matrix) -> tuple[int | None, ...]:
@@ -32,7 +33,7 @@ def mix_rows(matrix: Matrix, stacked: Tensor) -> Tensor:
     """Row i of the result is sum_j matrix[i, j] * stacked[j]   (EEP eq. 6).
 
     matrix: (K, E). stacked: (E, ...) of any dtype. Returns (K, ...) in that dtype, accumulated in
-    float32; one-hot rows are exact copies.
+    float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows.
     """
     assert matrix.shape[1] == stacked.shape[0], (matrix.shape, stacked.shape)
     source = stacked.detach().reshape(stacked.shape[0], -1)
@@ -53,12 +54,23 @@ def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> 
     if not len(experts):
         mixed[slots] = 0
         return
-    weights = torch.from_numpy(rows[:, experts].copy()).to(source.device)
-    for columns in _column_chunks(source.shape[1], len(experts)):
-        chunk = source[experts.tolist(), columns].to(torch.float32)
-        mixed[slots, columns] = (weights @ chunk).to(mixed.dtype)
+    groups = []
+    for first in range(0, len(slots), _ROWS):
+        some = slots[first : first + _ROWS]
+        weights = torch.zeros((_ROWS, len(experts)), dtype=torch.float32)
+        weights[: len(some)] = torch.from_numpy(rows[first : first + _ROWS, experts])
+        groups.append((torch.tensor(some, device=source.device), weights.to(source.device)))
+    used = torch.from_numpy(experts).to(source.device)
+    for columns in _column_chunks(source):
+        chunk = source[:, columns].index_select(0, used).to(torch.float32)
+        target = mixed[:, columns]
+        width = target.shape[1]
+        chunk = chunk if width >= _COLUMNS else chunk.repeat(1, _COLUMNS)
+        for places, weights in groups:
+            target.index_copy_(0, places, (weights @ chunk)[: len(places), :width].to(mixed.dtype))
 
 
-def _column_chunks(num_columns: int, num_rows: int) -> Iterable[slice]:
-    width = max(1, _CHUNK_ELEMENTS // num_rows)
-    return (slice(start, start + width) for start in range(0, num_columns, width))
+def _column_chunks(source: Tensor) -> Iterable[slice]:
+    """Of (E, N): the same whichever experts are mixed."""
+    width = max(1, _CHUNK_ELEMENTS.get(source.device.type, 1 << 24) // source.shape[0])
+    return (slice(start, start + width) for start in range(0, source.shape[1], width))

@@ -20,7 +20,7 @@ def random_matrix(num_kept: int = 3, num_experts: int = 5, seed: int = 0) -> np.
 def test_mix_rows_equals_the_sum_in_float64(
     shape: tuple[int, ...], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(merging._CHUNK_ELEMENTS, "cpu", chunk_elements)
     stacked, matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)), random_matrix()
     expected = np.tensordot(matrix.astype(np.float64), stacked.double().numpy(), axes=1)
     mixed = mix_rows(matrix, stacked)
@@ -39,6 +39,30 @@ def test_one_hot_rows_are_exact_copies_and_zero_rows_are_zero() -> None:
     assert copied_experts(matrix) == (None, 3, None, None)
     assert is_selection(np.eye(5, dtype=np.float32)[[4, 4, 0]])
     assert not mix_rows(np.zeros((1, 5), dtype=np.float32), stacked).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_kept", "num_experts", "width"), [(4, 8, 70_000), (32, 64, 9_001), (9, 60, 5), (3, 5, 1)])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_the_bits_of_a_row_do_not_depend_on_the_rows_that_it_is_mixed_with(
+    num_kept: int, num_experts: int, width: int, density: float, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(0)
+    matrix = random_matrix(num_kept, num_experts) * (rng.random((num_kept, num_experts)) < density).astype(np.float32)
+    stacked = torch.randn((num_experts, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+    together = mix_rows(matrix, stacked)
+    for row in range(num_kept):
+        assert torch.equal(mix_rows(matrix[[row]], stacked)[0], together[row])
+    for _ in range(5):
+        some = rng.permutation(num_kept)[: rng.integers(1, num_kept + 1)]
+        assert torch.equal(mix_rows(matrix[some], stacked), together[torch.from_numpy(some)])
+
+
+def test_an_expert_that_no_row_mixes_may_be_broken() -> None:
+    stacked, matrix = torch.randn(5, 7), random_matrix()
+    matrix[:, 2] = 0
+    stacked[2] = torch.inf
+    assert mix_rows(matrix, stacked).isfinite().all()
 
 
 def test_low_precision_is_accumulated_in_float32() -> None:
