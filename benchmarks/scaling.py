@@ -19,6 +19,7 @@ from rich.table import Table
 
 from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, TaskConfig
+from moe_evo.criteria.questions import Weights
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.gangs.connection import connected
 from moe_evo.gangs.ray_pool import ray_pool
@@ -63,7 +64,7 @@ def measured(num_gangs: int, task: str, number: int) -> float:
 def _gangs_at_work(pool: Pool) -> int:
     seen: list[int] = []
     pool.listener = lambda news: seen.append(sum(gang.evaluations > 0 for gang in news.status.gangs))
-    pool.routing_counts()
+    list(pool.ask([Weights()]))
     return max(seen)
 
 

@@ -15,7 +15,7 @@ import argparse
 import heapq
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from rich.table import Table
 
 from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import ScoringConfig, TaskConfig
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.driver import Run
 from moe_evo.evaluation.pool import Listener, Pool, Request
 from moe_evo.gangs.dispatcher import Batch, Dispatcher, Job, Key
@@ -83,8 +85,8 @@ class NoWorkPool:
         finished, self._waiting = self._waiting, []
         return [(request, outcome_of(request.genome)) for request in finished]
 
-    def routing_counts(self) -> list[npt.NDArray[np.float64]]:
-        return [np.ones(number) for number in self.shape.num_experts]
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
+        raise AssertionError("nothing is asked of a pool without a model")
 
     def close(self) -> None:
         pass

@@ -34,6 +34,7 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
   moe-evo prune --method reap --num_kept 4 --to DIR   without a search, by a one-shot criterion
+  moe-evo compress CHECKPOINT --method moe_pruner --to DIR   sparse or low-rank experts
   moe-evo criteria                            the one-shot criteria
   moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
 """
@@ -209,6 +210,11 @@ def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> Non
             arguments.num_kept,
             Path(arguments.to),
             observations,
+            arguments.allocation,
+            blend=arguments.blend,
+            progressive=arguments.progressive,
+            base_model=arguments.base_model,
+            aligned=arguments.aligned,
             overwrite=arguments.overwrite,
             tracker=tracker,
         )
@@ -218,6 +224,32 @@ def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> Non
         from moe_evo.report.terminal import print_export, print_one_shot
 
         print_one_shot(report)
+        print_export(report)
+
+
+def _compress(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+    from dataclasses import fields, replace
+
+    from moe_evo.compress import CompressOptions, compress
+    from moe_evo.config import ScoringConfig
+    from moe_evo.config_file import parse_config
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    if any(word.split("=")[0] == "--model.path" for word in argv):
+        raise ConfigError("--model.path: got it beside CHECKPOINT, which is the model; expected one of them")
+    # the first bare word is the model and not a config, which may be the second
+    words = [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
+    arguments, config = parse_config(parser, words, ScoringConfig)
+    options = CompressOptions(**{one.name: getattr(arguments, one.name) for one in fields(CompressOptions)})
+    config = replace(config, model=replace(config.model, path=arguments.checkpoint))
+    with TerminalTracker() as tracker:
+        report = compress(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from moe_evo.report.terminal import print_compression, print_export
+
+        print_compression(report)
         print_export(report)
 
 
@@ -259,6 +291,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "plan": _plan,
     "evaluate": _evaluate,
     "prune": _prune,
+    "compress": _compress,
     "criteria": _criteria,
     "show": _show,
     "compare": _compare,

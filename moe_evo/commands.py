@@ -5,6 +5,8 @@ Everything that can be wrong with the input is found before a model is loaded.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +16,10 @@ from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import ModelConfig, RunConfig, ScoringConfig
 from moe_evo.config_file import read_config
 from moe_evo.errors import GenomeError, RunError
-from moe_evo.evaluators import check_sharding, open_pool
+from moe_evo.evaluators import check_model, open_pool
 from moe_evo.genome import Genome
 from moe_evo.genome_file import load_genome, save_individual
-from moe_evo.journal import MAIN, RANDOM, Journal
+from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.named_genome import named_genome
 from moe_evo.population import EvaluationFailure, Individual, Population
 from moe_evo.run_folder import RunFolder, asdict_plain, default_folder, with_absolute_paths
@@ -34,6 +36,11 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
 
 
 _NUM_WIDER = 10
+_PROMPT_OPTIONS = (
+    "split_shares", "num_search", "num_validation", "num_test", "prefix", "chat_template", "max_length",
+    "max_new_tokens",
+)  # fmt: skip
+"""Options of a task on which its prompts depend, beside its data."""
 
 
 def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
@@ -45,6 +52,14 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
         num_layer_groups=config.num_layer_groups,
         multiple_of=config.multiple_of,
     )
+
+
+def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
+    """Raise ConfigError or ModelError where a run asks for one-shot methods that cannot serve it."""
+    from moe_evo.criteria.registry import check_methods
+
+    check_methods("selection.baselines", config.selection.baselines, space)
+    check_methods("search.init", config.search.init_methods, space)
 
 
 def search(
@@ -65,9 +80,11 @@ def search(
     if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     space = build_space(read_shape(config.model), config.search)
-    check_sharding(config)
+    check_methods_of(config, space)
+    check_model(config)
     with folder.claim(config) as journal:
-        new = check_inputs(journal, {"model": model_hash(config.model), **task_hashes(data)})
+        known_as = model_hash(config.model)
+        new = check_inputs(journal, {"model": known_as, **task_hashes(data)})
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
@@ -76,8 +93,18 @@ def search(
             new |= check_inputs(journal, {"warm_start": " ".join(one.digest for one in wider)})
         journal.set_meta(new)
         with tracked(config, space, journal, folder, tracker) as trackers:
-            _run(config, space, journal, folder, data, trackers, model, wider, cluster or config.cluster)
+            _run(config, space, journal, folder, data, trackers, model, known_as, wider, cluster or config.cluster)
     return folder
+
+
+def observed_names(model: ModelConfig, data: Sequence[TaskData]) -> dict[str, str]:
+    """Tasks, and under which names observations of them are kept: others where prompts or numbers are others."""
+    names = {}
+    for one in data:
+        prompts = [one.hash, one.kind, *(getattr(one.config, option) for option in _PROMPT_OPTIONS)]
+        told = json.dumps([*prompts, model.dtype, model.experts, model.dynamic_skipping])
+        names[one.name] = f"{one.name}@{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+    return names
 
 
 def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:
@@ -131,9 +158,11 @@ def _run(
     data: Sequence[TaskData],
     tracker: Tracker,
     model: MoEModel | None,
+    model_hash: str,
     wider: Sequence[Genome],
     cluster: ClusterConfig,
 ) -> None:
+    from moe_evo.criteria.observer import Observer
     from moe_evo.driver import run_search
     from moe_evo.report.figure import kept_figure, search_figure
 
@@ -142,15 +171,18 @@ def _run(
         if merging_starts >= config.search.evaluations:
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
     with open_pool(replace(config, cluster=cluster), data, tracker, space, model) as pool:
-        rows = run_search(config, space, journal, pool, tracker, is_share=is_share(data), wider=wider)
+        names = observed_names(config.model, data)
+        observer = Observer(pool.ask, names, model_hash, folder.observations, tracker.message)
+        rows = run_search(
+            config, space, journal, pool, tracker, is_share=is_share(data), observer=observer, wider=wider
+        )
     result = run_result(config, space.shape, journal, data, rows)
-    winners = {"best": folder.best, "best_pruning": folder.best_pruning}
     for row in rows:
-        if row.key in winners:
-            outcome = journal.outcomes(MAIN, "search")[row.candidate.number]
+        if row.key in folder.winners:
+            outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
             provenance = {key: result[key] for key in ("model", "router", "tasks")} | {"row": row.to_json()}
-            save_individual(winners[row.key], individual, space, provenance)
+            save_individual(folder.winners[row.key], individual, space, provenance)
     search_figure(
         folder.figure,
         journal.individuals(MAIN),
@@ -240,12 +272,13 @@ def export(
 ) -> dict[str, Any]:
     """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
     result = folder.read_result()
-    genome_file = folder.best if which == "best" else folder.best_pruning
+    genome_file = folder.winners[which]
     if not genome_file.is_file():
-        raise RunError(f"{folder.path}: has no {genome_file.name}; this run merged nothing, export 'best'")
+        found = ", ".join(name for name, path in folder.winners.items() if path.is_file())
+        raise RunError(f"{folder.path}: has no {genome_file.name}; --which: got {which!r}, expected one of {found}")
     genome = load_genome(genome_file)
     row = next(row for row in result["rows"] if row["key"] == which)
-    from moe_evo.models.export import check_router, export_checkpoint
+    from moe_evo.models.export import check_own_experts, check_router, check_skips_nothing, export_checkpoint
     from moe_evo.models.loading import load_model, model_hash, renormalises, resolve_device
     from moe_evo.models.target_folder import check_target
 
@@ -253,6 +286,8 @@ def export(
     model = replace(resumed_config(str(folder.path)).model, device=device)
     check_target(target.absolute(), Path(model.path), overwrite=overwrite)
     check_router(genome, model.router, renormalises=renormalises(model))
+    check_skips_nothing(skips_dynamically=model.dynamic_skipping is not None)
+    check_own_experts(model.experts)
     if model_hash(model) != result["model"]["hash"]:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
     tracker.message(f"loading {model.path}")

@@ -16,6 +16,7 @@ from moe_evo.config_check import require
 from moe_evo.search_config import SearchConfig
 
 RouterMode = Literal["exported", "eep"]
+ExpertsMode = Literal["own", "meo"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TaskKind = Literal["auto", "choice", "generation", "perplexity", "distillation"]
 Metric = Literal[
@@ -40,6 +41,8 @@ class ModelConfig:
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', ...
         router: 'exported' remaps router rows, which a stock checkpoint can hold; 'eep' remaps
             probabilities after the softmax, as the paper does.
+        experts: 'own' runs every expert that a token is routed to; 'meo' merges them for the token, weighted by its
+            gates, and runs the one that comes of it (arXiv 2310.09762), which no checkpoint can hold.
         trust_remote_code: Run code that comes with the checkpoint's tokenizer. Only for sources that you
             trust; the model itself always runs the library's code.
         self_check: After loading, rebuild every expert once and compare the view with the untouched model.
@@ -52,6 +55,11 @@ class ModelConfig:
         offload: zero3: where the slices lie between uses: 'none' (the GPU), 'cpu' or 'nvme'.
         offload_folder: Folder for what is offloaded to disk (zero3 with 'nvme', device_map).
         max_memory: device_map: most memory for weights on each device, as in {0: 70GiB, cpu: 200GiB}.
+        alignment: File that reorders the neurons of every expert after loading, as moe-evo prune --aligned true
+            writes it. What the model computes stays, but what merges of its experts compute does not.
+        dynamic_skipping: A token does without its second expert where that has less than so many times the
+            weight of its first (NAEE; moe-evo prune --method naee tells the median): one number, or a list
+            with one a MoE layer. Only emulated, and no checkpoint can hold it.
     """
 
     path: str = "embedded"
@@ -59,6 +67,7 @@ class ModelConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     router: RouterMode = "exported"
+    experts: ExpertsMode = "own"
     trust_remote_code: bool = False
     self_check: bool = True
     merged_cache_gib: float | None = None
@@ -66,6 +75,8 @@ class ModelConfig:
     offload: Offload = "none"
     offload_folder: str | None = None
     max_memory: dict[int | str, str] | None = None
+    alignment: str | None = None
+    dynamic_skipping: float | list[float] | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
@@ -84,6 +95,16 @@ class ModelConfig:
         require(
             self.max_memory is None or self.sharding == "device_map", "model.max_memory", self.max_memory,
             "none: only model.sharding device_map uses it",
+        )  # fmt: skip
+        require(
+            self.alignment is None or self.sharding == "single", "model.alignment", self.alignment,
+            "none: only model.sharding single has whole experts whose neurons can be reordered",
+        )  # fmt: skip
+        skipping = self.dynamic_skipping
+        thresholds = skipping if isinstance(skipping, list) else [skipping or 0.0]
+        require(
+            bool(thresholds) and min(thresholds) >= 0 and max(thresholds) <= 1, "model.dynamic_skipping", skipping,
+            "0 to 1",
         )  # fmt: skip
         sizes = (self.max_memory or {}).values()
         require(
@@ -206,12 +227,15 @@ class SelectionConfig:
         finalists: The best so many by search fitness are scored on the validation split; the best
             there is scored on the test split.
         random_search: Also spend the same number of evaluations on random prunings (best of N).
-        frequency: Also score the pruning that keeps the most used experts of each layer.
+        soup: Also average finalists that keep the same experts, for as long as it helps on the validation split.
+        baselines: One-shot methods whose genomes are scored beside the winner (moe-evo criteria lists them). Merges
+            are taken without reordering neurons; see model.alignment.
     """
 
     finalists: int = 20
     random_search: bool = False
-    frequency: bool = True
+    soup: bool = False
+    baselines: list[str] = field(default_factory=lambda: ["frequency", "reap"])
 
     def __post_init__(self) -> None:
         require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")

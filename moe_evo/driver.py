@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from moe_evo.config import RunConfig
-from moe_evo.criteria.pruning import pruning_by
-from moe_evo.errors import ModelError, RunError
+from moe_evo.criteria.observer import Observer
+from moe_evo.criteria.registry import METHODS
+from moe_evo.errors import ConfigError, GenomeError, ModelError, RunError
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genome import Genome
 from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
@@ -30,12 +31,14 @@ from moe_evo.result import Row, Score
 from moe_evo.search import build_search
 from moe_evo.search.base import Search
 from moe_evo.search.random_search import RandomSearch
+from moe_evo.soup import alike, greedy_soup
 from moe_evo.space import SearchSpace
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
 _STATUS_INTERVAL_S = 5.0
 _SURVIVORS = 6
+FULL = "full"
 
 
 class Run:
@@ -100,15 +103,18 @@ class Run:
         return complete[_SURVIVORS - 1].evaluation.scores if len(complete) >= _SURVIVORS else None
 
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
-        """Evaluate candidates, each given with its search, on `split`; answers in the given order."""
+        """Evaluate candidates, each given with its search, on `split`; answers in the given order.
+
+        title: of the stage that begins, as people see it; '' where it has begun.
+        """
         outcomes = {
             (name, number): outcome
             for name in {name for name, _ in entries}
             for number, outcome in self._journal.outcomes(name, split).items()
         }
         missing = {(name, one.number): one for name, one in entries if (name, one.number) not in outcomes}
-        if missing:
-            self._tracker.stage(title, len(missing))
+        if title:
+            self.stage(title, len(missing))
         submitted = set()
         for (name, _), candidate in missing.items():
             digest = candidate.genome.digest
@@ -130,20 +136,32 @@ class Run:
         outcomes |= twins
         return [Individual(one, outcomes[name, one.number]) for name, one in entries]
 
+    def stage(self, title: str, total: int) -> None:
+        """Tell people that so many evaluations begin, if any."""
+        if total:
+            self._tracker.stage(title, total)
+
     def _score_told(self, name: str, split: str, individual: Individual) -> None:
         self._tracker.recorded(name, split, individual)
         self._tracker.evaluated(individual, None, "")
 
-    def references(self, space: SearchSpace, *, frequency: bool) -> list[Candidate]:
-        """The full model and, where asked for, the pruning by frequency of use, as candidates."""
-        known = self._journal.candidates(REFERENCE)
-        if not known:
-            known = [Candidate(0, space.shape.identity(), "full")]
-            if frequency and space.can_prune:
-                self._tracker.message("counting how often each expert is used")
-                known.append(Candidate(1, pruning_by(self._pool.routing_counts(), space), "frequency"))
-            self._journal.propose(REFERENCE, known)
+    def references(self, space: SearchSpace, observer: Observer, methods: Sequence[str]) -> dict[str, Candidate]:
+        """The full model, and the genomes of one-shot methods, by name."""
+        known = {one.operator: one for one in self._journal.candidates(REFERENCE)}
+        for name in [FULL, *(methods if space.can_prune else ())]:
+            if name not in known:
+                genome = space.shape.identity() if name == FULL else METHODS[name].genome(observer, space)
+                known[name] = self.refer(genome, name)
         return known
+
+    def refer(self, genome: Genome, made_by: str) -> Candidate:
+        """The candidate with a genome that no search proposes; the same one whenever it is asked for."""
+        known = self._journal.candidates(REFERENCE)
+        same = (one for one in known if (one.genome, one.operator) == (genome, made_by))
+        candidate = next(same, Candidate(len(known), genome, made_by))
+        if candidate.number == len(known):
+            self._journal.propose(REFERENCE, [candidate])
+        return candidate
 
     def _submit(
         self, name: str, split: str, candidates: Iterable[Candidate], rival: ExampleScores | None = None
@@ -194,19 +212,29 @@ def run_search(
     tracker: Tracker,
     *,
     is_share: bool,
+    observer: Observer,
     wider: Sequence[Genome] = (),
 ) -> list[Row]:
     """Search, choose on the validation split, report on the test split.
 
-    is_share: whether fitness is bounded by 0 and 1; see `Score`. wider: see `build_search`.
+    is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: of the pool's model and tasks.
+    wider: see `build_search`.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
-    references = run.references(space, frequency=config.selection.frequency)
-    _require_success(run.score("full model", [(REFERENCE, references[0])], "search")[0])
-    search = build_search(space, config.search, wider)
+    baselines, seeds = config.selection.baselines, config.search.init_methods
+    references = run.references(space, observer, [*baselines, *seeds])
+    _require_success(run.score("full model", [(REFERENCE, references[FULL])], "search")[0])
+    genomes = {name: references[name].genome for name in seeds if name in references}
+    for name, genome in genomes.items():
+        _require_in_space(name, genome, space)
+    search = build_search(space, config.search, wider, genomes)
     population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
-    contenders = [Contender(REFERENCE, one.operator, _TITLES[one.operator], one) for one in references]
+    contenders = [
+        Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])
+        for name in (FULL, *baselines)
+        if name in references
+    ]
     if config.selection.random_search and config.search.algorithm != "random":
         search = RandomSearch(space, config.search.seed)
         random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
@@ -216,7 +244,19 @@ def run_search(
     return _rows(run, contenders, is_share=is_share)
 
 
-_TITLES = {"full": "full model", "frequency": "frequency pruning"}
+def _require_in_space(name: str, genome: Genome, space: SearchSpace) -> None:
+    """Raise ConfigError where a method's genome is none that this search may propose."""
+    try:
+        is_in = space.genome(space.genes(genome)) == genome
+    except GenomeError as error:
+        raise ConfigError(
+            f"search.init: {name} makes no genome of this search ({error}); use another method"
+        ) from error
+    if not is_in:
+        raise ConfigError(
+            f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes layers share "
+            "theirs; use another method, or leave num_layer_groups out"
+        )
 
 
 def _require_success(full: Individual) -> None:
@@ -234,12 +274,32 @@ def _winners(run: Run, config: RunConfig, population: Population, *, can_prune: 
     prunings = population.prunings
     if not can_prune or len(prunings) in (0, number):
         title = "EEP prune" if can_prune and len(prunings) else "EEP merge"
-        return [_winner(run, config, MAIN, "best", title, population)]
+        winners = _validated(run, config, MAIN, title, population)
+        return [
+            *_soups(run, config, winners, number),
+            Contender(MAIN, "best", title, winners.best.candidate, number),
+        ]
     validated = _validated(run, config, MAIN, "EEP prune", prunings)
     pruning = Contender(MAIN, "best_pruning", "EEP prune", validated.best.candidate, len(prunings))
     more = _validated(run, config, MAIN, "EEP prune + merge", population)
-    best = validated.with_outcomes(one for one in more if one not in validated.individuals).best
-    return [pruning, Contender(MAIN, "best", "EEP prune + merge", best.candidate, number)]
+    validated = validated.with_outcomes(one for one in more if one not in validated.individuals)
+    contenders = [pruning, Contender(MAIN, "best", "EEP prune + merge", validated.best.candidate, number)]
+    return [*_soups(run, config, validated, number), *contenders]
+
+
+def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> list[Contender]:
+    """The soup of the finalists, where one is wanted and better than each of them."""
+    if not config.selection.soup:
+        return []
+
+    run.stage("validation: soups", len(alike(validated)))
+
+    def score(genome: Genome) -> Individual:
+        return run.score("", [(REFERENCE, run.refer(genome, "soup"))], "validation")[0]
+
+    soup, num_ingredients = greedy_soup(validated, score)
+    title = f"soup of {num_ingredients}"
+    return [Contender(REFERENCE, "soup", title, soup.candidate, number)] if num_ingredients > 1 else []
 
 
 def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, population: Population) -> Contender:

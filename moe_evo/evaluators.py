@@ -54,7 +54,7 @@ def open_pool(
         from moe_evo.gangs.ray_pool import ray_pool
         from moe_evo.models.loading import model_hash, read_shape
 
-        check_sharding(config)
+        check_model(config)
         check_examples(config, data)  # or ranks would find what is wrong with them
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
@@ -78,13 +78,20 @@ def load_evaluator(
     return _evaluator(load_model(model), tasks, evaluation)
 
 
-def check_sharding(config: ScoringConfig) -> None:
-    """Raise ConfigError where the model cannot be shared among the ranks of a gang, from config.json alone."""
+def check_model(config: ScoringConfig) -> None:
+    """Raise ConfigError where the model cannot compute or be shared among ranks as is asked, from config.json alone."""
+    from moe_evo.models.meo import check_experts
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
     from moe_evo.models.size import read_config
+    from moe_evo.models.skipping import check_skipping
 
-    check_placement(config.model, *read_config(config.model), Ranks(0, num_ranks(config.model, config.cluster)))
+    family, transformers_config = read_config(config.model)
+    check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
+    check_experts(config.model.experts, family, transformers_config)
+    if config.model.router == "eep":
+        family.check_eep_router(transformers_config)
+    check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
 
 
 def check_examples(config: ScoringConfig, data: Sequence[TaskData]) -> None:

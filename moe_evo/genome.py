@@ -107,6 +107,12 @@ class LayerGenome:
         """The expert with the largest |W_EM| of each slot: for a pruning, the kept experts."""
         return tuple(int(expert) for expert in np.abs(self.expert_merging).argmax(axis=1))
 
+    @property
+    def members(self) -> list[list[int]]:
+        """The experts that each slot is made of, by their shares: the largest |W_EM| first."""
+        weights = np.abs(self.expert_merging)
+        return [[int(one) for one in np.argsort(-row, kind="stable") if row[one]] for row in weights]
+
     @cached_property
     def digest(self) -> str:
         """Hash of shape, matrices and top_k; equal for equal values, stable across processes."""

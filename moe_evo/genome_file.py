@@ -11,22 +11,24 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from moe_evo.errors import GenomeError
 from moe_evo.genome import Genome, LayerGenome, Matrix
 from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 from moe_evo.space import ModelShape, SearchSpace, check_fits
+from moe_evo.stamped_file import FileKind
 
-FORMAT = "moe_evo.genome"
-VERSION = 1
-_ADVICE = "give a genome file that moe_evo saved"
+FILE = FileKind(
+    "moe_evo.genome",
+    version=1,
+    holds="a genome",
+    error=GenomeError,
+    advice="give a genome file that moe_evo saved",
+    again="use the moe_evo that wrote it",
+)
 
 
 def save_individual(
@@ -48,21 +50,17 @@ def save_individual(
         outcome=outcome_to_json(individual.outcome),
         provenance=dict(provenance),
     )
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    FILE.write(path, content)
+
+
+def save_genome(path: str | os.PathLike[str], genome: Genome, provenance: Mapping[str, Any]) -> None:
+    """As `save_individual`, for a genome that no search evaluated."""
+    FILE.write(path, _to_bytes(genome, provenance=dict(provenance)))
 
 
 def load_individual(path: str | os.PathLike[str]) -> Individual:
     """The individual in a file of `save_individual`; raises GenomeError for anything else."""
-    content = _read(path)
+    content = FILE.read(path)
     with _malformed_is_genome_error(str(path)):
         genome, metadata = _from_bytes(content, str(path))
         lineage = metadata["lineage"]
@@ -73,14 +71,14 @@ def load_individual(path: str | os.PathLike[str]) -> Individual:
 
 def load_genome(path: str | os.PathLike[str]) -> Genome:
     """The genome in a genome file; raises GenomeError for anything else."""
-    content = _read(path)
+    content = FILE.read(path)
     with _malformed_is_genome_error(str(path)):
         return _from_bytes(content, str(path))[0]
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What stands beside the genome: 'top_k', 'space', 'lineage', 'outcome' and 'provenance'."""
-    content = _read(path)
+    content = FILE.read(path)
     with _malformed_is_genome_error(str(path)):
         return _from_bytes(content, str(path))[1]
 
@@ -105,7 +103,7 @@ def genome_from_kept_json(text_or_path: str | os.PathLike[str], shape: ModelShap
     text, where = str(text_or_path), "kept experts"
     if not text.lstrip().startswith("["):
         where = text
-        text = _read(text_or_path).decode("utf-8", errors="replace")
+        text = FILE.read(text_or_path).decode("utf-8", errors="replace")
     expected = "a JSON list with one list of expert numbers a MoE layer, such as [[0, 3], [1, 2]]"
     try:
         kept = json.loads(text)
@@ -144,24 +142,15 @@ def _to_bytes(genome: Genome, **extras: Mapping[str, Any]) -> bytes:
     for index, layer in enumerate(genome.layers):
         tensors[f"layers.{index}.expert_merging"] = layer.expert_merging
         tensors[f"layers.{index}.router_mapping"] = layer.router_mapping
-    metadata = {"format": FORMAT, "version": str(VERSION), "top_k": json.dumps(genome.top_k)}
-    return save_tensors(tensors, metadata | {name: json.dumps(extra) for name, extra in extras.items()})
+    texts = {name: json.dumps(extra) for name, extra in extras.items()}
+    return FILE.to_bytes(tensors, {"top_k": json.dumps(genome.top_k), **texts})
 
 
 def _from_bytes(content: bytes, where: str) -> tuple[Genome, dict[str, Any]]:
-    tensors = load_tensors(content)
-    header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data
-    metadata: dict[str, str] = json.loads(content[8 : 8 + header_size]).get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
-        raise GenomeError(f"{where}: safetensors without a moe_evo genome; {_ADVICE}")
-    if metadata.get("version") != str(VERSION):
-        raise GenomeError(
-            f"{where}: genome file of version {metadata.get('version')}, this moe_evo reads {VERSION}; "
-            "use the moe_evo that wrote it"
-        )
+    tensors, metadata = FILE.from_bytes(content, where)
     top_k = json.loads(metadata["top_k"])
     if len(tensors) != 2 * len(top_k):
-        raise GenomeError(f"{where}: holds {len(tensors)} matrices, expected {2 * len(top_k)}; {_ADVICE}")
+        raise GenomeError(f"{where}: holds {len(tensors)} matrices, expected {2 * len(top_k)}; {FILE.advice}")
     layers = tuple(
         LayerGenome(
             _matrix(tensors, f"layers.{index}.expert_merging", where),
@@ -170,16 +159,15 @@ def _from_bytes(content: bytes, where: str) -> tuple[Genome, dict[str, Any]]:
         )
         for index, active in enumerate(top_k)
     )
-    extras = {key: json.loads(text) for key, text in metadata.items() if key not in ("format", "version")}
-    return Genome(layers), extras
+    return Genome(layers), {key: json.loads(text) for key, text in metadata.items()}
 
 
 def _matrix(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, where: str) -> Matrix:
     if name not in tensors:
-        raise GenomeError(f"{where}: lacks the matrix {name}; {_ADVICE}")
+        raise GenomeError(f"{where}: lacks the matrix {name}; {FILE.advice}")
     matrix = tensors[name]
     if matrix.dtype != np.float32:
-        raise GenomeError(f"{where}: {name} is {matrix.dtype}, expected float32; {_ADVICE}")
+        raise GenomeError(f"{where}: {name} is {matrix.dtype}, expected float32; {FILE.advice}")
     return matrix
 
 
@@ -191,19 +179,11 @@ def _malformed_is_genome_error(where: str) -> Iterator[None]:
     except GenomeError as error:
         message = str(error)
         raise error if message.startswith(where) else GenomeError(f"{where}: {message}") from error
-    except (SafetensorError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise GenomeError(f"{where}: not a genome file ({reason}); {_ADVICE}") from error
+    except zlib.error as error:
+        raise GenomeError(f"{where}: not a genome file ({error}); {FILE.advice}") from error
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise GenomeError(f"{where}: damaged metadata ({reason}); {_ADVICE}") from error
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise GenomeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise GenomeError(f"{where}: damaged metadata ({reason}); {FILE.advice}") from error
 
 
 def _is_int_list(value: object) -> bool:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from moe_evo.aligning import align, aligns, save_beside
+from moe_evo.commands import observed_names
 from moe_evo.config import ScoringConfig
-from moe_evo.config_check import require
-from moe_evo.errors import ConfigError, GenomeError
+from moe_evo.errors import ConfigError
 from moe_evo.evaluators import load_evaluator
-from moe_evo.population import EvaluationFailure
 from moe_evo.run_folder import with_absolute_paths
 from moe_evo.space import SearchSpace
-from moe_evo.tasks.data import TaskData, check_tasks, is_share
+from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.base import Tracker
+from moe_evo.transforms import provenance, require_one_process, scored_on_test
 
-if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
-    from moe_evo.criteria.observation import Observation
+if TYPE_CHECKING:  # not needed for the help texts
+    from moe_evo.criteria.observer import Observer
+    from moe_evo.genome import Genome
+
+Allocation = Literal["uniform", "global"]
 
 
 def criteria() -> list[dict[str, str]]:
-    """Name, description and source of every one-shot criterion."""
-    from moe_evo.criteria.registry import CRITERIA
+    """Name, description and source of every one-shot method."""
+    from moe_evo.criteria.registry import METHODS
 
-    return [{"name": one.name, "description": one.description, "source": one.source} for one in CRITERIA.values()]
+    return [{"name": one.name, "description": one.description, "source": one.source} for one in METHODS.values()]
 
 
 def prune(
@@ -34,88 +38,118 @@ def prune(
     num_kept: int,
     target: Path,
     observations: Path | None,
+    allocation: Allocation = "uniform",
     *,
+    blend: Mapping[str, float] | None = None,
+    progressive: bool = False,
+    base_model: str | None = None,
+    aligned: bool | None = None,
     overwrite: bool,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """Keep the `num_kept` experts of each layer that `method` scores highest on the tasks' search split.
+    """Keep or make `num_kept` experts of each layer by a one-shot method, on the tasks' search split.
 
-    target: folder of the checkpoint. observations: file of what the model does on these tasks, which is read
-    where it is there, and written where it is not. Answers the export's report with what is kept, and the
-    scores of the full and the pruned model on the test split.
+    target: folder of the checkpoint. observations: file of what the model does on tasks, from which is read
+    what is there, and to which is added what is not. allocation: 'global' lets layers differ in how many they
+    keep, `num_kept` on average. blend: how many times each task counts. progressive: each layer is scored
+    behind the pruned ones before it. base_model: the checkpoint that this one was tuned from, for methods that
+    compare with it. aligned: whether neurons are reordered so that merged experts match; None is as the
+    method's paper does. Answers the export's report with what is kept, and the scores of the full and the
+    pruned model on the test split; for NAEE also the threshold of its dynamic skipping in each layer, which no
+    checkpoint holds.
     """
-    from moe_evo.criteria.observation import observe, together
-    from moe_evo.criteria.observation_file import StoredObservations, save_observations
-    from moe_evo.criteria.pruning import pruning_by
-    from moe_evo.criteria.registry import CRITERIA, WeightCriterion
-    from moe_evo.criteria.weights import expert_weights
+    from moe_evo.criteria.naee import Naee, median_gate_ratio
+    from moe_evo.criteria.observation_file import load_observations
+    from moe_evo.criteria.observer import Observer
+    from moe_evo.criteria.pruning import check_global
+    from moe_evo.criteria.questions import GateRatios
+    from moe_evo.criteria.registry import CRITERIA, METHODS, Criterion, check_methods
+    from moe_evo.evaluation.local_pool import LocalPool
 
-    if method not in CRITERIA:
-        raise ConfigError(f"--method: got {method!r}, expected one of {', '.join(CRITERIA)} (see moe-evo criteria)")
-    require(config.cluster.address is None, "cluster.address", config.cluster.address, "none: prune needs no cluster")
-    router = config.model.router
-    require(router == "exported", "model.router", router, "'exported': a stock checkpoint is made")
+    check_methods("--method", [method], has_base_model=base_model is not None)
+    if base_model is not None and not (method in CRITERIA and CRITERIA[method].needs_base_model):
+        needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
+        raise ConfigError(f"--base_model: {method} compares with no other checkpoint; only {needing} do")
+    _check_way(method, _way(allocation, progressive=progressive))
+    is_aligned = aligns(config.model, method, aligned)
+    require_one_process(config, "prune")
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
+    _check_blend(blend or {}, [one.name for one in data])
     from moe_evo.models.export import export_checkpoint
     from moe_evo.models.loading import model_hash, read_shape, resolve_device
+    from moe_evo.models.router_rows import check_comparable
     from moe_evo.models.target_folder import check_target
-    from moe_evo.result import Score
 
     resolve_device(config.model.device)
     space = SearchSpace.build(read_shape(config.model), num_kept=num_kept)
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
     known_as = model_hash(config.model)
-    known = _read(observations, known_as, data) if observations is not None and observations.exists() else None
+    chosen = METHODS[method]
+    if allocation == "global":
+        check_global(space)
+    check_methods("--method", [method], space, has_base_model=base_model is not None)
+    if base_model is not None and isinstance(chosen, Criterion):
+        base = replace(config.model, path=base_model, revision=None, alignment=None)
+        check_comparable(config.model, base)
+        chosen = chosen.comparing_with(base, model_hash(base), config.model)
+    if observations is not None:  # or say what is wrong, before a model is loaded
+        if observations.exists():
+            load_observations(observations, known_as)
+        elif not observations.absolute().parent.is_dir():
+            raise ConfigError(f"--observations: got {observations}, expected a file in a folder that exists")
     evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
-    criterion = CRITERIA[method]
-    if isinstance(criterion, WeightCriterion):
-        found = criterion.scores(expert_weights(evaluator.model))
-    else:
-        if known is None:
-            tracker.message("observing the experts on the search split")
-            known = observe(evaluator)
-            if observations is not None:
-                names = [_named(one) for one in data]
-                save_observations(
-                    observations, StoredObservations(dict(zip(names, known.values(), strict=True)), known_as, "search")
-                )
-        found = criterion.scores(together(list(known.values())))
-    genome = pruning_by(found, space)
+    names = observed_names(config.model, data)
+    observer = Observer(LocalPool(evaluator).ask, names, known_as, observations, tracker.message, blend or {})
+    make: Callable[[Observer, SearchSpace], Genome] = getattr(chosen, _way(allocation, progressive=progressive))
+    genome = make(observer, space)
+    alignment = align(evaluator, genome, known_as, tracker) if is_aligned else None
+    told_more = {}
+    if isinstance(chosen, Naee) and set(space.top_k) == {2}:
+        told_more["dynamic_skipping_beta"] = [median_gate_ratio(layer) for layer in observer.about(GateRatios()).layers]
     tracker.message("scoring the full and the pruned model on the test split")
-    scores = {}
-    for name, outcome in zip(("full", "pruned"), evaluator.evaluate([None, genome], "test"), strict=True):
-        if isinstance(outcome, EvaluationFailure):
-            raise GenomeError(f"the {name} model has no score on the test split ({outcome.reason})")
-        scores[name] = asdict(Score.of(outcome, is_share=is_share(data)))
+    scores = scored_on_test(evaluator, {"full": None, "pruned": genome}, data)
     tracker.message(f"writing and checking {target}")
-    told = {name: f"{one['fitness']:.4f} [{one['low']:.4f}, {one['high']:.4f}]" for name, one in scores.items()}
-    is_embedded = config.model.path == "embedded"
-    provenance = {
-        "base_model": "moe_evo embedded Mixtral" if is_embedded else Path(config.model.path).name,
-        "hash of the base model": known_as,
-        "tasks": {one.name: f"{one.kind}, {one.metric}, data {one.hash[:16]}" for one in data},
+    how = {
         "search": f"none: one-shot criterion {method} on the search split",
         "genome": f"digest {genome.digest}",
-        "scores (95 % interval)": {"test": f"{told['pruned']}, full model {told['full']}"},
+        **({} if alignment is None else {"alignment": f"digest {alignment.digest}"}),
     }
-    report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=provenance)
-    kept = [list(layer) for layer in genome.kept]
-    return {**asdict(report), "folder": str(report.folder), "method": method, "kept": kept, "scores": scores}
+    told = provenance(config, known_as, data, how, scores)
+    report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=told)
+    save_beside(report.folder, genome, alignment, {"method": method, "router": config.model.router})
+    named = {
+        "folder": str(report.folder),
+        "method": method,
+        "aligned": is_aligned,
+        "kept": [list(layer) for layer in genome.kept],
+        "made_of": [layer.members for layer in genome.layers],
+        "scores": scores,
+    }
+    return {**asdict(report), **named, **told_more}
 
 
-def _named(task: TaskData) -> str:
-    return f"{task.name}@{task.hash}"
+def _check_blend(blend: Mapping[str, float], tasks: Sequence[str]) -> None:
+    """Raise ConfigError unless every task counts some of the time."""
+    for name, times in blend.items():
+        if name not in tasks or not (0 <= times < float("inf")):
+            raise ConfigError(f"--blend: got {name}: {times:g}, expected times of 0 or more for {', '.join(tasks)}")
+    if not any(blend.get(name, 1.0) for name in tasks):
+        raise ConfigError(f"--blend: got 0 for {', '.join(tasks)}, expected more for one task at least")
 
 
-def _read(file: Path, model_hash: str, data: Sequence[TaskData]) -> Mapping[str, Observation]:
-    """The observations in `file`, which must be of this model and these data."""
-    from moe_evo.criteria.observation_file import load_observations
+def _way(allocation: Allocation, *, progressive: bool) -> str:
+    """The function of a method that makes the genome; raises ConfigError for options that exclude each other."""
+    if progressive and allocation != "uniform":
+        raise ConfigError(f"--progressive: got it beside --allocation {allocation}, expected only one of them")
+    return "progressive_genome" if progressive else "genome" if allocation == "uniform" else "global_genome"
 
-    stored = load_observations(file, model_hash)
-    if set(stored.of_tasks) != {_named(one) for one in data}:
-        raise ConfigError(
-            f"--observations: {file} was made on {', '.join(stored.of_tasks)}, expected "
-            f"{', '.join(map(_named, data))}; name another file, which will be written"
-        )
-    return stored.of_tasks
+
+def _check_way(method: str, way: str) -> None:
+    """Raise ConfigError for a method that has no such way to make a genome."""
+    from moe_evo.criteria.registry import METHODS
+
+    able = [name for name, one in METHODS.items() if hasattr(one, way)]
+    if method not in able:
+        option = "--progressive" if way == "progressive_genome" else "--allocation"
+        raise ConfigError(f"{option}: {method} knows no such way; expected one of {', '.join(able)}")

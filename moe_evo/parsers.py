@@ -80,27 +80,91 @@ def evaluate_parser() -> ArgumentParser:
 def prune_parser() -> ArgumentParser:
     parser = config_parser(
         "prune",
-        "Prune without a search: keep the experts that a one-shot criterion scores highest on the tasks' search split, "
-        "write the checkpoint, and score the full and the pruned model on the test split.",
+        "Prune or merge without a search, by a one-shot method that looks at the tasks' search split; "
+        "write the checkpoint, and score the full and the smaller model on the test split.",
         "moe-evo prune [CONFIG.yaml] --method reap --num_kept 4 --to DIR [--section.key VALUE ...]",
         ScoringConfig,
     )
-    parser.add_argument("--method", type=str, required=True, help="a criterion; `moe-evo criteria` lists them")
+    parser.add_argument("--method", type=str, required=True, help="a one-shot method; `moe-evo criteria` lists them")
     parser.add_argument("--num_kept", type=int, required=True, help="experts kept in every MoE layer")
     parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--observations",
         type=str | None,
         metavar="FILE",
-        help="what the model does on these tasks: read where FILE is there, else observed and written, so that other "
-        "criteria need not observe again",
+        help="what the model does on tasks: what FILE knows is not observed again, and what it does not is added",
+    )
+    parser.add_argument(
+        "--blend",
+        type=dict[str, float] | None,
+        metavar="'{TASK: TIMES, ...}'",
+        help="how many times each task's tokens count; default: once, so that long tasks weigh more",
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="'global': layers differ in how many experts they keep, num_kept on average (for our own loader)",
+    )
+    parser.add_argument(
+        "--progressive",
+        action="store_true",
+        help="score each layer behind those before it as they were pruned: a pass over the tasks for every layer",
+    )
+    parser.add_argument(
+        "--base_model",
+        type=str | None,
+        metavar="PATH",
+        help="the checkpoint before fine-tuning, for methods that compare router rows with it; only those are read",
+    )
+    parser.add_argument(
+        "--aligned",
+        type=bool | None,
+        help="merges: reorder each expert's neurons to match those of the expert that leads its group (default: as the "
+        "method's paper does); other commands do so with --model.alignment DIR/moe_evo/alignment.safetensors",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    return parser
+
+
+def compress_parser() -> ArgumentParser:
+    parser = config_parser(
+        "compress",
+        "Make the experts of a checkpoint sparse (moe_pruner) or of low rank (mc_smoe), write them densely in stock "
+        "format, score the model before and after on the test split, and count what the experts would take packed.",
+        "moe-evo compress CHECKPOINT [CONFIG.yaml] --method moe_pruner --to DIR [--section.key VALUE ...]",
+        ScoringConfig,
+    )
+    parser.add_argument(
+        "checkpoint", type=str, metavar="CHECKPOINT", help="an exported folder or any other model; sets model.path"
+    )
+    parser.add_argument("--method", type=str, required=True, help="moe_pruner or mc_smoe")
+    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--sparsity", type=float | None, help="moe_pruner: share of each row's weights that become zero (default: 0.5)"
+    )
+    parser.add_argument(
+        "--pattern",
+        type=str | None,
+        metavar="N:M",
+        help="moe_pruner: keep N of every M consecutive weights of a row instead, such as 2:4",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int | float | None,
+        help="mc_smoe: rank of each matrix's factors, or a share of its full rank such as 0.25",
+    )
+    parser.add_argument(
+        "--columns",
+        type=float | None,
+        help="mc_smoe: share of the residual's columns that are kept beside them (default: 0.1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
     return parser
 
 
 def criteria_parser() -> ArgumentParser:
-    return plain_parser("criteria", "List the one-shot criteria, with one line each.")
+    return plain_parser("criteria", "List the one-shot criteria and merges, with one line each.")
 
 
 def show_parser() -> ArgumentParser:
@@ -152,7 +216,10 @@ def export_parser() -> ArgumentParser:
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--which", choices=("best", "best_pruning"), default="best", help="the winner, or the best that only prunes"
+        "--which",
+        choices=("best", "best_pruning", "soup"),
+        default="best",
+        help="the winner, the best that only prunes, or the soup (selection.soup)",
     )
     parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
@@ -176,6 +243,7 @@ PARSERS = {
     "plan": plan_parser,
     "evaluate": evaluate_parser,
     "prune": prune_parser,
+    "compress": compress_parser,
     "criteria": criteria_parser,
     "show": show_parser,
     "compare": compare_parser,

@@ -56,6 +56,7 @@ def plan(
     data = _tasks(config, problems)
     size = _model(config, problems)
     space = None if size is None else _space(size.shape, config.search, problems)
+    _check_methods(config, space, problems)
     device_bytes = _device_bytes(config, memory_gib, problems)
     _check_folder(config, problems, notes)
     answer: dict[str, Any] = {
@@ -172,19 +173,39 @@ def _tasks(config: RunConfig, problems: list[str]) -> list[TaskData]:
 
 
 def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
+    from moe_evo.models.loading import model_hash
+    from moe_evo.models.meo import check_experts
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
     from moe_evo.models.size import read_config, read_size
+    from moe_evo.models.skipping import check_skipping
 
     size = None
     with _Noted(problems):
         family, transformers_config = read_config(config.model)
         size = read_size(config.model, config.cluster.gang_size)
+        with _Noted(problems):
+            check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
+        with _Noted(problems):
+            check_experts(config.model.experts, family, transformers_config)
+        with _Noted(problems):
+            model_hash(config.model)  # reads the alignment
         if config.model.router == "eep":
             with _Noted(problems):
                 family.check_eep_router(transformers_config)
         check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
     return size
+
+
+def _check_methods(config: RunConfig, space: SearchSpace | None, problems: list[str]) -> None:
+    from moe_evo.criteria.registry import check_methods
+
+    for option, names in (
+        ("selection.baselines", config.selection.baselines),
+        ("search.init", config.search.init_methods),
+    ):
+        with _Noted(problems):
+            check_methods(option, names, space)
 
 
 def _space(shape: ModelShape, config: SearchConfig, problems: list[str]) -> SearchSpace | None:

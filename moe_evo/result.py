@@ -14,6 +14,11 @@ from moe_evo.population import Candidate, Evaluation
 _Z_95 = 1.959963984540054
 
 
+def runs_stock_experts(result: Mapping[str, Any]) -> bool:
+    """Whether tokens ran all experts that they were routed to, as a stock architecture does; result: of a run."""
+    return result.get("experts", "own") == "own" and result.get("dynamic_skipping") is None
+
+
 @dataclass(frozen=True)
 class Score:
     """Fitness on one split with its 95 % interval over examples.

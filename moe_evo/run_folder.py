@@ -40,6 +40,12 @@ class RunFolder:
         self.journal = path / "journal.sqlite"
         self.best = path / "best.safetensors"
         self.best_pruning = path / "best_pruning.safetensors"
+        self.winners = {
+            "best": self.best,
+            "best_pruning": self.best_pruning,
+            "soup": path / "soup.safetensors",
+        }
+        self.observations = path / "observations.safetensors"
         self.result = path / "result.json"
         self.figure = path / "search.png"
         self.kept_figure = path / "kept_experts.png"
@@ -188,6 +194,8 @@ def with_absolute_paths(config: Config) -> Config:
     model = replace(config.model, path=_absolute(config.model.path, [ModelConfig().path]))
     if model.offload_folder is not None:
         model = replace(model, offload_folder=str(Path(model.offload_folder).expanduser().absolute()))
+    if model.alignment is not None:
+        model = replace(model, alignment=str(Path(model.alignment).expanduser().absolute()))
     if isinstance(config, RunConfig) and config.search.warm_start is not None:
         warm_start = str(Path(config.search.warm_start).expanduser().absolute())
         config = replace(config, search=replace(config.search, warm_start=warm_start))

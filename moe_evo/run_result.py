@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_evo.config import RunConfig
-from moe_evo.journal import MAIN, Journal
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.journal import MAIN, REFERENCE, Journal
+from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.space import ModelShape
-from moe_evo.tasks.data import TaskData
+from moe_evo.tasks.data import SPLITS, TaskData
 
 if TYPE_CHECKING:  # not needed before a run is finished
     from moe_evo.result import Row
@@ -46,6 +46,8 @@ def run_result(
         ],
         "fitness": config.evaluation.fitness,
         "router": config.model.router,
+        "experts": config.model.experts,
+        "dynamic_skipping": config.model.dynamic_skipping,
         "search": {
             "algorithm": config.search.algorithm,
             "seed": config.search.seed,
@@ -54,12 +56,32 @@ def run_result(
             "stopped_early": sum(isinstance(one, Evaluation) and one.is_stopped for one in outcomes.values()),
             "evaluation_s": sum(one.duration_s for one in outcomes.values()),
         },
+        "winners_curse": _winners_curse(journal, rows),
         "gangs": gang_facts(journal),
         "rows": [
             {**row.to_json(), "parameters": parameters, "bytes": total}
             for row, (parameters, total) in zip(rows, sizes, strict=True)
         ],
     }
+
+
+def _winners_curse(journal: Journal, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """How much of its lead over the full model the winner does not keep from split to split; see `winners_curse`.
+
+    None where one of the two has no scores on some split.
+    """
+    import numpy as np
+
+    from moe_evo.statistics import winners_curse
+
+    def scores(search: str, row: Row) -> dict[str, ExampleScores]:
+        found = {split: journal.outcomes(search, split)[row.candidate.number] for split in SPLITS}
+        return {split: one.scores for split, one in found.items() if isinstance(one, Evaluation) and one.scores}
+
+    full, winner = scores(REFERENCE, rows[0]), scores(MAIN, rows[-1])
+    if not len(full) == len(winner) == len(SPLITS):
+        return None
+    return asdict(winners_curse(winner, np.random.default_rng(0), full))
 
 
 def gang_facts(journal: Journal) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from typing import Literal
 from moe_evo.config_check import require
 
 Algorithm = Literal["eep", "eep_release", "random"]
+RANDOM = "random"
+"""The origin of initial candidates that no one-shot method made."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class SearchConfig:
         eep: Parameters of 'eep'.
         warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
             prunings keep only experts that one of its ten best prunings keeps ('eep' only).
+        init: What the initial candidates are: 'random', or one-shot methods (moe-evo criteria lists them), each
+            as it is and with some experts swapped. A list for equal shares, or shares as in {random: 2, reap: 1}.
     """
 
     algorithm: Algorithm = "eep"
@@ -114,6 +118,7 @@ class SearchConfig:
     seed: int = 0
     eep: EEPConfig = field(default_factory=EEPConfig)
     warm_start: str | None = None
+    init: list[str] | dict[str, float] = field(default_factory=lambda: [RANDOM])
 
     def __post_init__(self) -> None:
         numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
@@ -130,3 +135,22 @@ class SearchConfig:
             self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
             "none, as random search begins nowhere",
         )  # fmt: skip
+        shares = self.init_shares.values()
+        require(
+            bool(shares) and min(shares) >= 0 and sum(shares) > 0, "search.init", self.init,
+            "names, or names with shares that are not negative",
+        )  # fmt: skip
+        require(
+            not self.init_methods or (self.algorithm != "random" and self.warm_start is None), "search.init", self.init,
+            "only 'random' in a random search, or beside search.warm_start",
+        )  # fmt: skip
+
+    @property
+    def init_shares(self) -> dict[str, float]:
+        """Shares of the initial candidates by origin; their sum is any positive number."""
+        return dict(self.init) if isinstance(self.init, dict) else dict.fromkeys(self.init, 1.0)
+
+    @property
+    def init_methods(self) -> list[str]:
+        """The one-shot methods among the origins."""
+        return [name for name, share in self.init_shares.items() if name != RANDOM and share > 0]

@@ -54,6 +54,44 @@ class WinnersCurse:
     search_test: Difference
 
 
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rho with its 95 % interval; num_pairs: on which it rests."""
+
+    value: float
+    low: float
+    high: float
+    num_pairs: int
+
+
+def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike, rng: np.random.Generator) -> RankCorrelation:
+    """Whether two scores put the same candidates in the same order: 1 alike, 0 as luck would, -1 the other way.
+
+    first, second: (N,) scores of the same candidates, ties allowed. Percentile bootstrap over candidates;
+    resamples in which one score is constant say nothing and are left out. Raises ValueError for fewer than three
+    candidates, or where a score is the same for all.
+    """
+    from scipy.stats import rankdata
+
+    pairs = np.stack([np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)])
+    number = pairs.shape[1]
+    if number < 3 or not np.ptp(pairs, axis=1).all():
+        raise ValueError(f"rank correlation: got {number} pairs, expected three or more that differ in both scores")
+
+    def rho(drawn: _Sample) -> _Sample:
+        """drawn: (2, R, N); Pearson's correlation of the ranks (R,)."""
+        ranks = rankdata(drawn, axis=-1)
+        ranks -= ranks.mean(axis=-1, keepdims=True)
+        scale = np.sqrt((ranks**2).sum(axis=-1).prod(axis=0))
+        found: _Sample = np.full(scale.shape, np.nan)
+        np.divide(ranks.prod(axis=0).sum(axis=-1), scale, out=found, where=scale > 0)
+        return found
+
+    drawn = rho(pairs[:, rng.integers(number, size=(_NUM_RESAMPLES, number))])
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return RankCorrelation(float(rho(pairs[:, None])[0]), float(low), float(high), number)
+
+
 def paired_difference(first: ExampleScores, second: ExampleScores, rng: np.random.Generator) -> Difference:
     """Mean over tasks of the mean of `first` minus `second`, example by example.
 

@@ -76,7 +76,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         search = replace(config.search, algorithm=algorithm, num_kept=kept, seed=seed)
         if search.top_k is None and isinstance(kept, int) and kept < max(shape.top_k):
             search = replace(search, top_k=kept)
-        commands.build_space(shape, search)
+        space = commands.build_space(shape, search)
         label = kept if isinstance(kept, int) else "-".join(map(str, kept))
         parts = [f"keep{label}", f"seed{seed}"]
         if len(swept.algorithms) > 1:
@@ -87,6 +87,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         if name in runs:
             raise ConfigError(f"sweep.tasks: two tasks have the name {task_name(tasks[0])!r}; rename a file or folder")
         run = RunConfig(**{**plain, "tasks": tasks, "search": search, "folder": str(folder.run(name).path)})
+        commands.check_methods_of(run, space)
         runs[name] = with_absolute_paths(run)
     return _linked(runs) if swept.warm_start else runs
 
@@ -120,12 +121,12 @@ def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> S
 
     Everything that can be wrong with any of the runs is found before the first begins.
     """
-    from moe_evo.evaluators import check_sharding
+    from moe_evo.evaluators import check_model
     from moe_evo.models.loading import read_shape
 
     folder = SweepFolder(Path(config.folder or _default_folder(config)).absolute())
     runs = grid(config, read_shape(config.model), folder)
-    check_sharding(config)
+    check_model(config)
     missing = _missing(runs, folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,19 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
     budget, finalists = config.search.evaluations, config.selection.finalists
     evolves = config.search.algorithm != "random"
     compares_random = config.selection.random_search and evolves
-    counts_use = config.selection.frequency and can_prune
+    baselines = len(config.selection.baselines) if can_prune else 0
     is_merged = merges(config.search, can_prune=can_prune)
-    # the winner; the best pruning, where merging came after it; the best random one; full and frequency
+    # the winner; the best pruning, where merging came after it; the best random one; full and baselines
     populations = 1 + (is_merged and can_prune) + compares_random
-    references = 1 + counts_use
+    references = 1 + baselines
+    observes = can_prune and bool(config.selection.baselines or config.search.init_methods)  # a pass of its own
+    # only merged individuals are averaged, one after the other with the best of them
+    averages = (1 + can_prune) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
+    soups = int(averages > 0)
     return {
-        "search": budget * (1 + compares_random) + references + counts_use,  # counting is a pass of its own
-        "validation": populations * min(finalists, budget) + references,
-        "test": populations + references,
+        "search": budget * (1 + compares_random) + references + observes + soups,
+        "validation": populations * min(finalists, budget) + references + averages,
+        "test": populations + references + soups,
     }
 
 

@@ -40,6 +40,8 @@ CONFIG = RunConfig(
     evaluation=EvaluationConfig(threads=1),
     selection=SelectionConfig(finalists=3, random_search=True),
 )
+UNOBSERVED = replace(CONFIG, selection=replace(CONFIG.selection, baselines=[]))
+"""For tests whose model has other tasks than their config, about which nothing can be asked."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,8 @@ def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_finished_run_leaves_config_result_genomes_and_pictures(finished: RunFolder) -> None:
     result = finished.read_result()
-    assert [row["key"] for row in result["rows"]] == ["full", "frequency", "random_search", "best_pruning", "best"]
+    keys = ["full", "frequency", "reap", "random_search", "best_pruning", "best"]
+    assert [row["key"] for row in result["rows"]] == keys
     for row in result["rows"]:
         assert set(row["scores"]) == {"search", "validation", "test"}
         test = row["scores"]["test"]
@@ -135,7 +138,7 @@ def test_the_search_and_the_choice_never_see_the_test_split(finished: RunFolder)
     splits = [row[3] for row in rows]
     assert set(splits[: splits.index("test")]) == {"search", "validation"}
     assert set(splits[splits.index("test") :]) == {"test"}
-    assert splits.count("test") == 5
+    assert splits.count("test") == 6
 
 
 def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
@@ -162,9 +165,9 @@ def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
     assert content(tmp_path / "run") == content(finished.path)
 
 
-@pytest.mark.parametrize("frequency", [True, False])
+@pytest.mark.parametrize("baselines", [["frequency"], []])
 def test_out_of_memory_is_one_line_that_says_what_to_lower(
-    frequency: bool, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    baselines: list[str], evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -173,7 +176,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
     monkeypatch.setattr(evaluator.model.language_model, "forward", exhausted)
     monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: other)
     with pytest.raises(OutOfMemory, match=r"out of memory on cpu with one row in a batch: lower evaluation.batch_tok"):
-        run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(frequency=frequency)))
+        run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(baselines=baselines)))
 
 
 def test_a_full_model_without_fitness_does_not_bind_the_folder(
@@ -189,8 +192,8 @@ def test_a_full_model_without_fitness_does_not_bind_the_folder(
 
 def test_a_config_written_before_an_option_existed_still_resumes(finished: RunFolder, resident: Evaluator) -> None:
     text = finished.config.read_text()
-    assert "  frequency: true\n" in text
-    finished.config.write_text(text.replace("  frequency: true\n", ""))
+    assert "  multiple_of: 1\n" in text
+    finished.config.write_text(text.replace("  multiple_of: 1\n", ""))
     run(finished.path)
 
 
@@ -202,7 +205,7 @@ def test_a_run_means_the_same_from_another_folder(
     rows = [{"prompt": f"verb: go{n}\npast:", "choices": [" went.", " goed."], "label": 0} for n in range(60)]
     (tmp_path / "here" / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path / "here")
-    run(tmp_path / "run", replace(CONFIG, tasks=[TaskConfig(data="task.jsonl")]))
+    run(tmp_path / "run", replace(UNOBSERVED, tasks=[TaskConfig(data="task.jsonl")]))
     monkeypatch.chdir(tmp_path / "there")
     config = commands.resumed_config(str(tmp_path / "run"))
     assert config.tasks[0].data == str(tmp_path / "here" / "task.jsonl")
@@ -215,16 +218,6 @@ def test_what_a_killed_start_left_behind_does_not_bar_the_next_one(resident: Eva
     (folder / ".config.yaml.123").write_text("model:")
     Journal(folder / "journal.sqlite").close()
     assert run(folder).result.is_file()
-
-
-def test_a_damaged_result_says_what_to_do(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.result.write_text("{")
-    with pytest.raises(RunError, match=r"is not JSON .*delete it and run the same search again"):
-        folder.read_result()
-    folder.result.write_text('{"version": 99}')
-    with pytest.raises(RunError, match="version 99, expected 1"):
-        folder.read_result()
 
 
 def test_a_second_start_of_a_finished_run_changes_nothing(finished: RunFolder, resident: Evaluator) -> None:
@@ -244,7 +237,7 @@ def test_changed_task_data_are_refused_on_resume(resident: Evaluator, tmp_path: 
     rows = [{"prompt": f"verb: go{n}\npast:", "choices": [" went.", " goed."], "label": 0} for n in range(60)]
     data = tmp_path / "task.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(CONFIG, tasks=[TaskConfig(data=str(data))])
+    config = replace(UNOBSERVED, tasks=[TaskConfig(data=str(data))])
     stop = InterruptedRun(resident, after=2)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluators, "load_evaluator", lambda *_: stop)
@@ -376,7 +369,7 @@ def test_failed_genomes_are_kept_in_the_journal_and_never_win(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
-    config = replace(CONFIG, selection=SelectionConfig(finalists=3, frequency=False))
+    config = replace(CONFIG, selection=SelectionConfig(finalists=3, baselines=[]))
     result = run(tmp_path / "run", config).read_result()
     assert 0 < result["search"]["failures"] < 24
     assert result["search"]["failure_reasons"] == ["logits are NaN"]

@@ -112,10 +112,11 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
         {"evaluations": 6, "algorithm": "random"},
         {"evaluations": 6, "eep": EEPConfig(num_initial=3, num_pruning=6)},
         {"evaluations": 4, "num_kept": 8},
+        {"evaluations": 6, "init": ["reap"]},
     ],
 )
 def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_path: Path) -> None:
-    run = replace(small(tmp_path, **config), selection=SelectionConfig(random_search=True, finalists=3))
+    run = replace(small(tmp_path, **config), selection=SelectionConfig(random_search=True, finalists=3, soup=True))
     told = plan(run)
     assert told["problems"] == []
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
@@ -143,6 +144,20 @@ def test_the_embedded_model_is_told_and_the_plan_is_json(tmp_path: Path) -> None
 def test_nothing_is_written(tmp_path: Path) -> None:
     plan(small(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_that_cannot_be_asked_are_problems(tmp_path: Path) -> None:
+    config = replace(small(tmp_path), selection=SelectionConfig(baselines=["reap", "router_norm"]))
+    config = replace(
+        config,
+        search=replace(config.search, init=["luck"]),
+        model=replace(config.model, dynamic_skipping=[0.5], alignment="nowhere"),
+    )
+    skipping, alignment, baseline, seed = plan(config)["problems"]
+    assert alignment.startswith("nowhere: cannot be read (No such file or directory)")
+    assert skipping == "model.dynamic_skipping: got 1 thresholds, the model has 4 MoE layers"
+    assert baseline.startswith("selection.baselines: router_norm compares with the checkpoint before fine-tuning")
+    assert seed.startswith("search.init: got 'luck', expected one of ")
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
-"""Intervals of the final table."""
+"""Results: intervals of the final table, and the file of a run."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
 
+from moe_evo.errors import RunError
 from moe_evo.population import Evaluation
 from moe_evo.result import Score
+from moe_evo.run_folder import RunFolder
 
 
 def share_of(right: int, number: int) -> Evaluation:
@@ -32,3 +35,13 @@ def test_the_interval_of_an_unbounded_metric_is_normal() -> None:
 def test_a_mean_over_tasks_has_an_interval_as_wide_as_its_standard_error_says() -> None:
     score = Score.of(Evaluation(0.6, standard_error=0.02, num_examples=900), is_share=True)
     assert (score.high - score.low) / 2 == pytest.approx(1.96 * 0.02, rel=0.02)
+
+
+def test_a_damaged_result_says_what_to_do(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.result.write_text("{")
+    with pytest.raises(RunError, match=r"is not JSON .*delete it and run the same search again"):
+        folder.read_result()
+    folder.result.write_text('{"version": 99}')
+    with pytest.raises(RunError, match="version 99, expected 1"):
+        folder.read_result()

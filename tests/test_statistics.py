@@ -10,10 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.special import ndtr, ndtri
+from scipy.stats import spearmanr
 
 from moe_evo.errors import TaskError
 from moe_evo.population import ExampleScores
-from moe_evo.statistics import Difference, McNemar, exact_mcnemar, paired_difference, winners_curse
+from moe_evo.statistics import (
+    Difference,
+    McNemar,
+    exact_mcnemar,
+    paired_difference,
+    rank_correlation,
+    winners_curse,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -270,3 +278,36 @@ def test_a_curse_over_other_tasks_or_another_references_examples_is_refused() ->
     scores = {split: {"a": np.ones(3)} for split in winner}
     with pytest.raises(TaskError, match="got 3 and 2 examples"):
         winners_curse(scores, rng(), {**scores, "test": {"a": np.ones(2)}})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rank_correlation_is_spearmans(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 6, 40)  # ties
+    second = first + rng.normal(0, 2, 40)
+    found = rank_correlation(first, second, rng)
+    assert found.value == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
+    assert found.low < found.value < found.high and found.num_pairs == 40
+
+
+def test_equal_orders_correlate_perfectly_and_opposite_ones_inversely() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.arange(10.0)
+    up, down = rank_correlation(scores, scores**3, rng), rank_correlation(scores, -scores, rng)
+    assert (up.value, up.low, up.high) == pytest.approx((1, 1, 1))
+    assert (down.value, down.low, down.high) == pytest.approx((-1, -1, -1))
+
+
+def test_the_interval_of_a_rank_correlation_covers_luck() -> None:
+    covered = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        found = rank_correlation(rng.normal(size=30), rng.normal(size=30), rng)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 34, "95 % intervals of scores that have nothing to do with each other"
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0], [1.0, 1.0, 1.0]])
+def test_a_rank_correlation_needs_three_that_differ(scores: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected three or more"):
+        rank_correlation(scores, scores, np.random.default_rng(0))

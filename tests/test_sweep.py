@@ -89,6 +89,9 @@ def test_an_impossible_run_is_refused_before_any_starts(tmp_path: Path) -> None:
     config = replace(CONFIG, sweep=GridConfig(num_kept=[4, 9]), folder=str(tmp_path / "sweep"))
     with pytest.raises(ConfigError, match="num_kept"):
         sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
+    config = replace(config, sweep=GridConfig(), selection=replace(CONFIG.selection, baselines=["luck"]))
+    with pytest.raises(ConfigError, match=r"selection\.baselines: got 'luck'"):
+        sweep(config, TerminalTracker(Console(quiet=True)), use_tune=False)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -138,7 +141,7 @@ def test_a_sweep_ends_with_a_table_and_a_figure(one_by_one: SweepFolder) -> None
     result = one_by_one.read_result()
     assert result["runs"] == ["keep1-seed0", "keep1-seed1", "keep2-seed0", "keep2-seed1"]
     assert result["unfinished"] == []
-    assert {line["key"] for line in result["lines"]} == {"full", "frequency", "best"}
+    assert {line["key"] for line in result["lines"]} == {"full", "frequency", "reap", "best"}
     assert one_by_one.figure.read_bytes().startswith(b"\x89PNG")
     console = Console(width=60, record=True, file=io.StringIO())
     print_sweep(result, console)
@@ -192,6 +195,22 @@ def test_the_front_holds_what_nothing_beats_in_both_size_and_score() -> None:
     runs = [run("small", 1, 0.5), run("better", 2, 0.7), run("beaten", 3, 0.7), run("worse", 2, 0.6)]
     lines = sweep_result(dict(runs))["lines"]  # type: ignore[arg-type]
     assert [line["run"] for line in lines if line["front"]] == ["small", "better"]
+
+
+def test_soups_of_two_algorithms_are_two_lines_of_the_table() -> None:
+    runs = {}
+    for number, algorithm in enumerate(["eep", "eep", "eep_release"]):
+        score = {"fitness": 0.5, "low": 0.4, "high": 0.6}
+        row = {
+            "key": "soup", "title": f"soup of {number + 2}", "num_kept": [1], "parameters": 1, "bytes": 1, "digest": "",
+            "scores": {"test": score},
+        }  # fmt: skip
+        search = {"algorithm": algorithm, "seed": number}
+        runs[str(number)] = {"rows": [row], "tasks": [{"name": "a"}], "search": search}
+    printed = io.StringIO()
+    print_sweep(sweep_result(runs), Console(file=printed, width=200))
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("soup ")]
+    assert len(lines) == 2 and not any(line.startswith("soup of") for line in lines)
 
 
 def content(folder: SweepFolder) -> dict[str, set[tuple[object, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.criteria.weights import LayerWeights
+from moe_evo.criteria.sums import LayerWeights
 
 
 def aimer(layer: LayerWeights) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What a model's experts do on the prompts of its tasks, as sums from which one-shot criteria are made.
+"""Observing what experts do on the prompts of a task.
 
 The gates and indices are the model's own and only routed tokens are computed, so observing costs about
 one forward pass. Sums add across batches, ranks and tasks.
@@ -6,134 +6,190 @@ one forward pass. Sums add across batches, ranks and tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, reduce
 from operator import add
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from moe_evo.criteria.frequency import Observed
-from moe_evo.errors import ObservationError
-from moe_evo.models.observation import observed_experts
+from moe_evo.criteria.questions import GateRatios, Observed, OfPrompts, Outputs, Routed
+from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, LayerSums, Observation
+from moe_evo.models.observation import observed_experts, residual_streams
+from moe_evo.models.view import MoEModel
+from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.share import share_of
-from moe_evo.tasks.task import Task
 
-Sums = npt.NDArray[np.float64]
+L = TypeVar("L", bound=LayerSums)
+NUM_RATIOS = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class LayerObservation:
-    """Sums over A_j, the tokens that one MoE layer routes to its expert j; each (E,) float64.
+def observe_routed(evaluator: Observed, question: Routed) -> Observation[LayerObservation]:
+    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    return observe(evaluator, question, _Routed)
 
-    tokens: #A_j. gates: of g_j, the weight that the model gives the expert's answer. norms: of ||f_j||_2,
-    the answer before it is weighed. gated_norms: of g_j ||f_j||_2. squared_norms: of ||f_j||_2^2.
+
+def observe_outputs(evaluator: Observed, question: Outputs) -> Observation[LayerOutputs]:
+    """As `observe_routed`."""
+    return observe(evaluator, question, _Outputs)
+
+
+def observe_gate_ratios(evaluator: Observed, question: GateRatios) -> Observation[LayerRatios]:
+    """As `observe_routed`."""
+    return observe(evaluator, question, _GateRatios)
+
+
+def counting(times: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of T tokens count, (T,) bool, and how often those do, (n,) float64, on the device of what was `seen`.
+
+    A choice, not a factor: what padding answers may be no number. A device map puts layers elsewhere than inputs.
     """
-
-    tokens: Sums
-    gates: Sums
-    norms: Sums
-    gated_norms: Sums
-    squared_norms: Sums
-
-    def __post_init__(self) -> None:
-        for name in STATISTICS:
-            sums = np.array(getattr(self, name), dtype=np.float64)
-            if sums.ndim != 1 or sums.shape != np.shape(self.tokens):
-                raise ObservationError(f"{name}: got shape {sums.shape}, expected (num_experts,) as all statistics")
-            sums.setflags(write=False)
-            object.__setattr__(self, name, sums)
-
-    def __add__(self, other: LayerObservation) -> LayerObservation:
-        if self.num_experts != other.num_experts:
-            raise ObservationError(
-                f"observations of {self.num_experts} and of {other.num_experts} experts; add those of one model"
-            )
-        return LayerObservation(*(getattr(self, name) + getattr(other, name) for name in STATISTICS))
-
-    def __reduce__(self) -> tuple[object, tuple[Sums, ...]]:
-        return (LayerObservation, tuple(getattr(self, name) for name in STATISTICS))  # frozen again when read
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.tokens)
+    placed = times.to(seen.device)
+    counted = placed > 0
+    return counted, placed[counted].double()
 
 
-STATISTICS = tuple(field.name for field in fields(LayerObservation))
+class Collector(Protocol[L]):
+    """What it has seen of every MoE layer. times: (T,) how often each token of the current batch counts, 0 or more."""
+
+    times: Tensor
+
+    def watching(self, moe: MoEModel, only: int | None) -> AbstractContextManager[object]: ...
+
+    def layers(self) -> list[L]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """One `LayerObservation` for each MoE layer, in the model's order."""
-
-    layers: tuple[LayerObservation, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-
-    def __add__(self, other: Observation) -> Observation:
-        if len(self.layers) != len(other.layers):
-            raise ObservationError(
-                f"observations of {len(self.layers)} and of {len(other.layers)} MoE layers; add those of one model"
-            )
-        return Observation(tuple(map(add, self.layers, other.layers)))
-
-    @property
-    def num_experts(self) -> tuple[int, ...]:
-        return tuple(layer.num_experts for layer in self.layers)
+def observe(evaluator: Observed, question: OfPrompts, make: Callable[[MoEModel], Collector[L]]) -> Observation[L]:
+    """What collectors of the question's prompts find, all ranks' added up. Raises OutOfMemory."""
+    return evaluator.within_memory(partial(_observed, evaluator, question, make))
 
 
-def observe(evaluator: Observed, split: str = "search") -> dict[str, Observation]:
-    """What experts do on each task's prompts, by the task's name; `together` adds them up.
+def _observed(evaluator: Observed, question: OfPrompts, make: Callable[[MoEModel], Collector[L]]) -> Observation[L]:
+    moe = evaluator.model
+    collector = make(moe)
+    with torch.inference_mode(), ExitStack() as stack:
+        if question.genome is not None:
+            stack.enter_context(moe.applied(question.genome))
+        stack.enter_context(collector.watching(moe, question.layer))
+        for batch, collector.times in prompts(evaluator, question.task, question.split, question.part):
+            evaluator.forward(batch)
+    layers = [reduce(add, of_ranks) for of_ranks in zip(*moe.share.gather(collector.layers()), strict=True)]
+    return Observation(tuple(layers if question.layer is None else [layers[question.layer]]))
 
-    A prompt counts once however many answers it has, and padding never. All ranks of a gang call this
-    together and all get the same. Raises OutOfMemory.
+
+def prompts(
+    evaluator: Observed, task_name: str, split: str, part: tuple[int, int] | None = None
+) -> Iterator[tuple[ForwardBatch, Tensor]]:
+    """This rank's batches of a task's prompts, on the model's device, and how often each of their tokens counts.
+
+    The second is (T,) whole numbers, 0 for what does not count: padding, and batches that only keep this
+    rank in step with the others. part: (i, n) for the i-th of n parts of the examples.
     """
-    return {
-        task.name: evaluator.within_memory(partial(_observed_task, evaluator, task, split)) for task in evaluator.tasks
-    }
+    ranks = evaluator.model.share
+    (task,) = (one for one in evaluator.tasks if one.name == task_name)
+    make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=evaluator.model.reads_trees)
+    place, num_parts = part or (0, 1)
+    share = share_of(ranks.rank, ranks.size, task.numbers(split)[place::num_parts], make)
+    for position, batch in enumerate(share.batches):
+        placed = batch.to(evaluator.model.device)
+        times = placed.counts if position < share.num_counted else torch.zeros_like(placed.counts)
+        yield placed, times.reshape(-1)
 
 
-def together(observations: Sequence[Observation]) -> Observation:
-    """The observation of all data together."""
-    return reduce(add, observations)
+class _Routed:
+    """Sums (statistics, E) a layer."""
 
-
-class _Collector:
-    """The sums of one task's batches, (statistics, E) a layer, and how often each token of the current one counts."""
-
-    def __init__(self, num_experts: Sequence[int]) -> None:
-        self.layers = [np.zeros((len(STATISTICS), number)) for number in num_experts]
+    def __init__(self, moe: MoEModel) -> None:
+        self._sums = [np.zeros((len(LayerObservation.names()), number)) for number in moe.shape.num_experts]
+        self._scaling = moe.family.residual_scaling(moe.language_model.config)
+        self._streams: dict[int, Tensor] = {}
         self.times = torch.zeros(0)
 
-    def see(self, layer: int, index: Tensor, gates: Tensor, outputs: Tensor) -> None:
-        """index, gates: (T, k); outputs: (T, k, H); times: (T,) whole numbers, 0 for what does not count."""
-        precision = torch.promote_types(outputs.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=precision)
-        counted = self.times > 0  # a choice, not a factor: what padding answers may be no number
+    @contextmanager
+    def watching(self, moe: MoEModel, only: int | None) -> Iterator[None]:
+        with residual_streams(moe, only) as self._streams, observed_experts(moe, self._see, only):
+            yield
+
+    def layers(self) -> list[LayerObservation]:
+        return [LayerObservation(*sums) for sums in self._sums]
+
+    def _see(self, layer: int, index: Tensor, gates: Tensor, outputs: Tensor) -> None:
+        """index, gates: (T, k); outputs: (T, k, H)."""
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(wide, dim=-1)
+        added = torch.bmm(gates.to(wide.dtype)[:, None], wide)[:, 0] * self._scaling
+        turns = turn(self._streams.pop(layer).to(wide.dtype), added)  # each is needed once, and large
+        counted, times = counting(self.times, index)
         experts = index[counted].reshape(-1).cpu()
-        times, gate, norm = (
-            values[counted].cpu().double().reshape(-1)
-            for values in (self.times[:, None].expand_as(index), gates, norms)
+        times = times.cpu().repeat_interleave(index.shape[1])
+        gate, norm, turned = (
+            values[counted].cpu().double().reshape(-1) for values in (gates, norms, turns[:, None].expand_as(index))
         )
-        sums = self.layers[layer]
-        for row, values in enumerate((torch.ones_like(gate), gate, norm, gate * norm, norm.square())):
+        gated = gate * norm
+        sums = self._sums[layer]
+        for row, values in enumerate((torch.ones_like(gate), gate, norm, gated, norm.square(), gated * turned)):
             sums[row] += torch.bincount(experts, times * values, minlength=sums.shape[1]).numpy()
 
 
-def _observed_task(evaluator: Observed, task: Task, split: str) -> Observation:
-    ranks = evaluator.model.share
-    collector = _Collector(evaluator.model.shape.num_experts)
-    make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=evaluator.model.reads_trees)
-    share = share_of(ranks.rank, ranks.size, task.numbers(split), make)
-    with torch.inference_mode(), observed_experts(evaluator.model, collector.see):
-        for position, batch in enumerate(share.batches):
-            placed = batch.to(evaluator.model.device)
-            times = placed.counts if position < share.num_counted else torch.zeros_like(placed.counts)
-            collector.times = times.reshape(-1)
-            evaluator.forward(placed)
-    of_ranks = ranks.gather(collector.layers)
-    return Observation(tuple(LayerObservation(*np.sum(layer, axis=0)) for layer in zip(*of_ranks, strict=True)))
+def turn(before: Tensor, added: Tensor) -> Tensor:
+    """1 - cos(before, before + added), (T,) for (T, H): half the squared distance of their unit vectors.
+
+    Small turns keep their digits, and none is negative.
+    """
+    return (normalize(before + added, dim=-1) - normalize(before, dim=-1)).square().sum(dim=-1) / 2
+
+
+class _Outputs:
+    """Sums a layer: (E, 3) of 1, g_j and ||f_j||^2, and (E, H) of f_j."""
+
+    def __init__(self, moe: MoEModel) -> None:
+        hidden_size = moe.language_model.config.hidden_size
+        zeros = partial(torch.zeros, dtype=torch.float64, device=moe.device)
+        self._sums = [(zeros((number, 3)), zeros((number, hidden_size))) for number in moe.shape.num_experts]
+        self.times = torch.zeros(0)
+
+    def watching(self, moe: MoEModel, only: int | None) -> AbstractContextManager[object]:
+        return observed_experts(moe, self._see, only)
+
+    def layers(self) -> list[LayerOutputs]:
+        found = []
+        for numbers, outputs in self._sums:
+            tokens, gates, squared_norms = numbers.T.cpu().numpy()
+            found.append(LayerOutputs(tokens, gates, squared_norms, outputs.cpu().numpy()))
+        return found
+
+    def _see(self, layer: int, index: Tensor, gates: Tensor, outputs: Tensor) -> None:
+        counted, times = counting(self.times, index)
+        numbers, sums = self._sums[layer]
+        experts = index[counted].reshape(-1).to(sums.device)
+        answers = outputs[counted].reshape(-1, outputs.shape[-1]).to(sums)
+        gate = gates[counted].reshape(-1).to(sums)
+        times = times.repeat_interleave(index.shape[1]).to(sums)
+        values = torch.stack([torch.ones_like(gate), gate, answers.square().sum(dim=-1)], dim=-1)
+        numbers.index_add_(0, experts, values * times[:, None])
+        sums.index_add_(0, experts, answers * times[:, None])
+
+
+class _GateRatios:
+    """Counts (B,) a layer."""
+
+    def __init__(self, moe: MoEModel) -> None:
+        self._counts = [np.zeros(NUM_RATIOS) for _ in moe.shape.num_experts]
+        self.times = torch.zeros(0)
+
+    def watching(self, moe: MoEModel, only: int | None) -> AbstractContextManager[object]:
+        return observed_experts(moe, self._see, only)
+
+    def layers(self) -> list[LayerRatios]:
+        return [LayerRatios(counts) for counts in self._counts]
+
+    def _see(self, layer: int, index: Tensor, gates: Tensor, outputs: Tensor) -> None:
+        counted, times = counting(self.times, gates)
+        first, second = gates[counted].double().topk(2, dim=-1).values.unbind(dim=-1)
+        ratios = (second / first).nan_to_num(nan=0.0)  # of two gates that are 0
+        bins = (ratios * NUM_RATIOS).long().clamp(max=NUM_RATIOS - 1).cpu()
+        self._counts[layer] += torch.bincount(bins, times.cpu(), minlength=NUM_RATIOS).numpy()

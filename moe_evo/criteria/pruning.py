@@ -1,14 +1,14 @@
-"""From the scores of any criterion to the pruning that keeps the best."""
+"""From the scores of any criterion to a pruning: the best of each layer, of all layers, or layer after layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.errors import ModelError
-from moe_evo.genome import Genome
+from moe_evo.errors import ConfigError, ModelError
+from moe_evo.genome import Genome, LayerGenome
 from moe_evo.space import SearchSpace
 
 Scores = npt.NDArray[np.float64]
@@ -21,19 +21,75 @@ def pruning_by(scores: Sequence[Scores], space: SearchSpace) -> Genome:
     them, and a group-limited router keeps the best of each of its groups. Raises ModelError for scores
     that are no numbers, as a model makes them whose outputs overflow.
     """
-    for layer, of_layer in enumerate(scores):
-        if not np.isfinite(of_layer).all():
-            expert = int(np.flatnonzero(~np.isfinite(of_layer))[0])
-            raise ModelError(
-                f"MoE layer {layer}: expert {expert} scores {of_layer[expert]}, expected a finite number; "
-                "load the model in bfloat16 or float32, or use other prompts"
-            )
-    kept: list[list[int]] = [[] for _ in scores]
-    for group, layers in enumerate(space.layer_groups):
-        experts = _best(np.sum([scores[layer] for layer in layers], axis=0), space, group)
-        for layer in layers:
-            kept[layer] = experts
-    return Genome.from_kept(kept, space.shape.num_experts, space.top_k)
+    return pruning_progressively(lambda pruned, layer: scores[layer], space)
+
+
+def pruning_progressively(scores: Callable[[Genome, int], Scores], space: SearchSpace) -> Genome:
+    """As `pruning_by`, with scores that may depend on what the layers before keep.
+
+    scores: given a genome whose layers before this one are pruned, and the number of a MoE layer, answers (E,).
+    """
+
+    def choose(pruned: Genome, group: int) -> list[int]:
+        numbers = space.layer_groups[group]
+        return _best(np.sum([checked(scores(pruned, layer), layer) for layer in numbers], axis=0), space, group)
+
+    return chosen_progressively(choose, space)
+
+
+def chosen_progressively(choose: Callable[[Genome, int], Iterable[int]], space: SearchSpace) -> Genome:
+    """Layer group after layer group, the experts that are chosen behind the pruned layers before it.
+
+    choose: given a genome whose layers before this group are pruned, and the group's number, answers what is kept.
+    """
+    layers = list(space.shape.identity().layers)
+    for group, numbers in enumerate(space.layer_groups):
+        experts = sorted(choose(Genome(tuple(layers)), group))
+        for layer in numbers:
+            layers[layer] = LayerGenome.from_kept(experts, space.shape.num_experts[layer], space.top_k[layer])
+    return Genome(tuple(layers))
+
+
+def pruning_globally(scores: Sequence[Scores], space: SearchSpace) -> Genome:
+    """As many experts in all as `space` keeps, those with the largest share of their layer's scores.
+
+    scores: (E,) a MoE layer. A layer's shares are its scores divided by the sum of their sizes, so that layers
+    compare. Every layer keeps as many as a token uses, at least. Raises ConfigError for a group-limited router.
+    """
+    check_global(space)
+    shape = space.shape
+    shares = [checked(one, layer) / max(np.abs(one).sum(), 1e-300) for layer, one in enumerate(scores)]
+    orders = [np.argsort(-one, kind="stable") for one in shares]
+    fewest = [max(top_k, shape.min_kept_per_group) for top_k in space.top_k]
+    kept = [list(order[:least]) for order, least in zip(orders, fewest, strict=True)]
+    left = sum(space.num_kept) - sum(fewest)
+    rest = [
+        (-shares[layer][expert], layer, expert)
+        for layer, (order, least) in enumerate(zip(orders, fewest, strict=True))
+        for expert in order[least:]
+    ]
+    for _, layer, expert in sorted(rest)[:left]:
+        kept[layer].append(expert)
+    return Genome.from_kept(kept, shape.num_experts, space.top_k)
+
+
+def check_global(space: SearchSpace) -> None:
+    """Raise ConfigError where layers cannot keep different numbers of any experts."""
+    if space.shape.num_expert_groups > 1:
+        raise ConfigError(
+            f"--allocation: got 'global', but {space.shape.family} chooses groups of experts, which must stay equal; "
+            "use 'uniform'"
+        )
+
+
+def checked(scores: Scores, layer: int) -> Scores:
+    if np.isfinite(scores).all():
+        return scores
+    expert = int(np.flatnonzero(~np.isfinite(scores))[0])
+    raise ModelError(
+        f"MoE layer {layer}: expert {expert} scores {scores[expert]}, expected a finite number; "
+        "load the model in bfloat16 or float32, or use other prompts"
+    )
 
 
 def _best(scores: Scores, space: SearchSpace, group: int) -> list[int]:

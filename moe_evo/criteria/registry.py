@@ -1,68 +1,179 @@
-"""The one-shot criteria, by name."""
+"""The one-shot methods, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from moe_evo.config import ModelConfig
 from moe_evo.criteria import activations
 from moe_evo.criteria.aimer import aimer
-from moe_evo.criteria.observation import LayerObservation, Observation
-from moe_evo.criteria.weights import LayerWeights
-
-Scores = npt.NDArray[np.float64]
+from moe_evo.criteria.leave_one_out import leave_one_out
+from moe_evo.criteria.merges import MERGES
+from moe_evo.criteria.naee import Naee
+from moe_evo.criteria.observer import Observer
+from moe_evo.criteria.pruning import Scores, pruning_by, pruning_globally, pruning_progressively
+from moe_evo.criteria.questions import OfPrompts, Outputs, Question, Routed, Routers, Trials, Weights
+from moe_evo.criteria.router_norm import router_norm, router_norm_absolute
+from moe_evo.criteria.subsets import check_spares_one
+from moe_evo.criteria.task_specific import TaskSpecific
+from moe_evo.errors import ConfigError
+from moe_evo.genome import Genome
+from moe_evo.space import SearchSpace
 
 REAP_PAPER = "Lasby et al. 2025, arXiv 2510.13999; CerebrasResearch/reap"
+CHOWDHURY = "Chowdhury et al. 2024, arXiv 2405.16646; nowazrabbani/MoE_Pruning"
+
+
+class Method(Protocol):
+    """A genome without a search.
+
+    title: of its row in a table. description: one line for people. source: the paper or code that it is from.
+    """
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def genome(self, observer: Observer, space: SearchSpace) -> Genome: ...
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score for every expert, higher is kept; `pruning_by` makes a genome of them.
+    """A score for every expert, higher is kept.
 
-    description: one line for people. source: the paper or code that it is from.
+    question: what it needs to know of a layer. formula: makes scores (E,) of the answer about one layer.
     """
 
     name: str
     description: str
     source: str
+    question: Question
+    formula: Callable[[Any], Scores]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} pruning"
+
+    @property
+    def needs_base_model(self) -> bool:
+        """Whether it compares with the checkpoint before fine-tuning, which `comparing_with` sets."""
+        return isinstance(self.question, Routers) and self.question.base is None
+
+    def comparing_with(self, base: ModelConfig, base_hash: str, tuned: ModelConfig) -> Criterion:
+        """For a model that was tuned from the checkpoint `base`."""
+        return replace(self, question=Routers(tuned=tuned, base=base, base_hash=base_hash))
+
+    def check(self, space: SearchSpace) -> None:
+        """Raise ModelError where it cannot leave out a single expert, and would have to."""
+        if isinstance(self.question, Trials):
+            check_spares_one(space.shape)
+
+    def scores(self, observer: Observer) -> tuple[Scores, ...]:
+        """(E,) a MoE layer, of the untouched model."""
+        return tuple(map(self.formula, observer.about(self.question).layers))
+
+    def genome(self, observer: Observer, space: SearchSpace) -> Genome:
+        return pruning_by(self.scores(observer), space)
+
+    def global_genome(self, observer: Observer, space: SearchSpace) -> Genome:
+        """As many experts in all as `space` keeps, but each layer its own number; see `pruning_globally`."""
+        return pruning_globally(self.scores(observer), space)
+
+    def progressive_genome(self, observer: Observer, space: SearchSpace) -> Genome:
+        """Layer after layer, each scored on what it gets from the layers before it once they are pruned."""
+
+        def scores(pruned: Genome, layer: int) -> Scores:
+            assert isinstance(question, OfPrompts)
+            found: Scores = self.formula(observer.about(replace(question, genome=pruned, layer=layer)).layers[0])
+            return found
+
+        question = self.question
+        # weights do not depend on what goes before
+        return pruning_progressively(scores, space) if question.needs_data else self.genome(observer, space)
 
 
-@dataclass(frozen=True)
-class ActivationCriterion(Criterion):
-    """What experts do on the tasks' prompts: needs an `Observation`."""
-
-    formula: Callable[[LayerObservation], Scores]
-
-    def scores(self, observation: Observation) -> tuple[Scores, ...]:
-        """(E,) a MoE layer."""
-        return tuple(map(self.formula, observation.layers))
-
-
-@dataclass(frozen=True)
-class WeightCriterion(Criterion):
-    """What experts are made of: needs `expert_weights` and no data."""
-
-    formula: Callable[[LayerWeights], Scores]
-
-    def scores(self, weights: Sequence[LayerWeights]) -> tuple[Scores, ...]:
-        """(E,) a MoE layer."""
-        return tuple(map(self.formula, weights))
-
-
-CRITERIA: dict[str, ActivationCriterion | WeightCriterion] = {
-    "frequency": ActivationCriterion("frequency", "tokens routed to the expert", REAP_PAPER, activations.frequency),
-    "soft_frequency": ActivationCriterion(
-        "soft_frequency", "sum of its gate weights", REAP_PAPER, activations.soft_frequency
-    ),
-    "ean": ActivationCriterion("ean", "sum of the norms of its outputs", REAP_PAPER, activations.ean),
-    "mean_ean": ActivationCriterion("mean_ean", "mean norm of its outputs", REAP_PAPER, activations.mean_ean),
-    "weighted_ean": ActivationCriterion(
-        "weighted_ean", "sum of its gate weights times output norms", REAP_PAPER, activations.weighted_ean
-    ),
-    "reap": ActivationCriterion("reap", "mean of its gate weights times output norms", REAP_PAPER, activations.reap),
-    "msan": ActivationCriterion("msan", "mean squared norm of its outputs", "arXiv 2606.15716", activations.msan),
-    "aimer": WeightCriterion("aimer", "how unlike in size its weights are; needs no data", "AIMER's repository", aimer),
+CRITERIA: dict[str, Criterion] = {
+    one.name: one
+    for one in (
+        Criterion("frequency", "tokens routed to the expert", REAP_PAPER, Routed(), activations.frequency),
+        Criterion("soft_frequency", "sum of its gate weights", REAP_PAPER, Routed(), activations.soft_frequency),
+        Criterion("ean", "sum of the norms of its outputs", REAP_PAPER, Routed(), activations.ean),
+        Criterion("mean_ean", "mean norm of its outputs", REAP_PAPER, Routed(), activations.mean_ean),
+        Criterion(
+            "weighted_ean", "sum of its gate weights times output norms", REAP_PAPER, Routed(), activations.weighted_ean
+        ),
+        Criterion("reap", "mean of its gate weights times output norms", REAP_PAPER, Routed(), activations.reap),
+        Criterion("msan", "mean squared norm of its outputs", "arXiv 2606.15716", Routed(), activations.msan),
+        Criterion(
+            "easy_ep",
+            "sum of its gate weights times output norms times how far its tokens' hidden states turn",
+            "Dong et al. 2025, arXiv 2504.06792; RUCAIBox/EASYEP",
+            Routed(),
+            activations.easy_ep,
+        ),
+        Criterion(
+            "mone",
+            "how much its outputs vary times its gate weights",
+            "Zhang et al. 2025, arXiv 2507.00390; zxgx/mode-pd",
+            Outputs(),
+            activations.mone,
+        ),
+        Criterion(
+            "leave_one_out",
+            "how far the layer's output moves without it",
+            "NVIDIA Model-Optimizer",
+            Trials(),
+            leave_one_out,
+        ),
+        Criterion("aimer", "how unlike in size its weights are; needs no data", "AIMER's repository", Weights(), aimer),
+        Criterion(
+            "router_norm",
+            "how much longer fine-tuning made its router row (--base_model); needs no data",
+            CHOWDHURY,
+            Routers(),
+            router_norm,
+        ),
+        Criterion(
+            "router_norm_absolute",
+            "how much longer or shorter fine-tuning made its router row (--base_model); needs no data",
+            CHOWDHURY,
+            Routers(),
+            router_norm_absolute,
+        ),
+    )
 }
+
+_OTHERS: tuple[Method, ...] = (Naee("naee"), TaskSpecific())
+
+METHODS: dict[str, Method] = {**CRITERIA, **{one.name: one for one in _OTHERS}, **MERGES}
+"""All that make a genome without a search."""
+
+
+def check_methods(
+    option: str, names: Iterable[str], space: SearchSpace | None = None, *, has_base_model: bool = False
+) -> None:
+    """Raise ConfigError for a name that no method has, or that needs a checkpoint that is not given.
+
+    space: where it is known, also (or ModelError) for a method that cannot prune as it asks.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"{option}: got {name!r}, expected one of {', '.join(METHODS)} (see moe-evo criteria)")
+        method = METHODS[name]
+        if isinstance(method, TaskSpecific | Criterion) and space is not None:
+            method.check(space)
+        if isinstance(method, Criterion) and method.needs_base_model and not has_base_model:
+            raise ConfigError(
+                f"{option}: {name} compares with the checkpoint before fine-tuning, which only "
+                "`moe-evo prune --base_model PATH` takes"
+            )

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_evo.criteria.sums import LayerWeights, Observation
 from moe_evo.models.observation import see_expert_weights
 from moe_evo.models.slices import whole_shape
 from moe_evo.models.view import MoEModel
 
 
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """Of the N weights of each expert of one MoE layer: gate, up and down together, without biases.
-
-    absolute: (E,) ||W||_1. squared: (E,) ||W||_2^2. num_weights: N.
-    """
-
-    absolute: npt.NDArray[np.float64]
-    squared: npt.NDArray[np.float64]
-    num_weights: int
-
-
-def expert_weights(moe: MoEModel) -> tuple[LayerWeights, ...]:
+def expert_weights(moe: MoEModel) -> Observation[LayerWeights]:
     """One a MoE layer; all ranks of a gang call this together and all get the same."""
     sums = [np.zeros((2, number)) for number in moe.shape.num_experts]
 
@@ -48,5 +35,5 @@ def expert_weights(moe: MoEModel) -> tuple[LayerWeights, ...]:
         shapes = [whole_shape(weight) for weight in layer.expert_tensors().values()]
         num_weights = sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 3)
         absolute, squared = np.sum(parts, axis=0)
-        found.append(LayerWeights(absolute, squared, num_weights))
-    return tuple(found)
+        found.append(LayerWeights(absolute, squared, np.array(num_weights)))
+    return Observation(tuple(found))

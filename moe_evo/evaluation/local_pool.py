@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from moe_evo.criteria.frequency import Counts, routing_counts
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.population import Outcome
@@ -40,8 +42,8 @@ class LocalPool:
         request = self._waiting.popleft()
         return [(request, self._evaluator.evaluate([request.genome], request.split, rivals=[request.rival])[0])]
 
-    def routing_counts(self) -> Counts:
-        return routing_counts(self._evaluator, "search")
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
+        return ((question, question.answer(self._evaluator)) for question in questions)
 
     def close(self) -> None:
         self._waiting.clear()

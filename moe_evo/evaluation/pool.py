@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.genome import Genome
 from moe_evo.population import ExampleScores, Outcome
 from moe_evo.space import ModelShape
-
-if TYPE_CHECKING:  # what serves a pool from afar needs no torch
-    from moe_evo.criteria.frequency import Counts
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Pool(Protocol):
     """Evaluators behind a queue. Outcomes come in the order in which they are ready.
 
     listener: is told what happens to the evaluators, from within calls of `next_outcomes` and
-    `routing_counts` only.
+    `ask` only.
     """
 
     listener: Listener
@@ -113,8 +112,8 @@ class Pool(Protocol):
     def next_outcomes(self) -> list[tuple[Request, Outcome]]:
         """Wait for outcomes, at least one; call only while requests are under way."""
 
-    def routing_counts(self) -> Counts:
-        """Tokens routed to each expert over the prompts of the search split, (E,) a MoE layer."""
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
+        """Answers about the model's experts, as they are ready; only while no request is under way."""
 
     def close(self) -> None:
         """Let go of everything; nothing may be under way that is still wanted."""

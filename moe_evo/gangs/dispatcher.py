@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 
-if TYPE_CHECKING:
-    from moe_evo.criteria.frequency import Counts
-
-Answer: TypeAlias = "Outcome | Counts"
+Answer: TypeAlias = Outcome | Observation[Any]
 
 Key = tuple[str, str, str, str]
 
@@ -30,24 +29,39 @@ _CACHE_SIZE = 100_000
 
 @dataclass(frozen=True)
 class Job:
-    """A genome to evaluate on a split of the tasks `work`; without genome, counts of routed tokens.
+    """A genome to evaluate on a split of the tasks `work`, or a question about the experts.
 
     rival: see `Request`; who has another rival may get another answer.
     """
 
     work: str
-    split: str
+    split: str = ""
     genome: Genome | None = None
     rival: ExampleScores | None = None
+    question: Question | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.question is not None:
+            return f"observing the experts ({type(self.question).__name__.lower()})"
+        return f"genome {self.genome.digest[:8]}" if self.genome is not None else "the full model"
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What jobs have in common that take about as long."""
+        return (self.work, self.split if self.question is None else f"{self.question.key}?")
 
     @cached_property
     def key(self) -> Key:
+        if self.question is not None:
+            return (*self.kind, "", "")
         rival = sha256(b"".join(one.tobytes() for one in self.rival.values())).hexdigest() if self.rival else ""
         return (self.work, self.split, self.genome.digest if self.genome is not None else "", rival)
 
 
 Batch = tuple[Job, ...]
-"""Jobs for one request: all of one work and split, and either all with a genome or one without."""
+"""Jobs for one request: genomes on one split of one work, or a single question."""
 
 
 @dataclass
@@ -100,14 +114,14 @@ class Dispatcher:
 
     @property
     def batch_size(self) -> int:
-        """Jobs that take about as long as is worth one request."""
+        """Evaluations that take about as long as is worth one request."""
         if self._seconds is None:
             return 1
         return max(1, min(self._max_batch, math.ceil(_REQUEST_S / max(self._seconds, 1e-6))))
 
     def longest_s(self, batch: Batch) -> float | None:
         """The longest that a job on the same examples has taken; None before the first."""
-        return self._longest_s.get((batch[0].work, batch[0].split))
+        return self._longest_s.get(batch[0].kind)
 
     def slots(self, num_gangs: int) -> int:
         """Jobs that keep so many gangs busy until the next are submitted: a batch each and some in reserve."""
@@ -166,8 +180,9 @@ class Dispatcher:
     def finish(self, batch: Batch, answers: Sequence[Answer], duration_s: float) -> None:
         """A gang has done a batch."""
         each_s = duration_s / len(batch)
-        self._seconds = each_s if self._seconds is None else 0.8 * self._seconds + 0.2 * each_s
-        kind = (batch[0].work, batch[0].split)
+        if batch[0].question is None:  # which takes as long as many evaluations, and comes before them
+            self._seconds = each_s if self._seconds is None else 0.8 * self._seconds + 0.2 * each_s
+        kind = batch[0].kind
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), each_s)
         for job, answer in zip(batch, answers, strict=True):
             self._answer(job, answer)
@@ -222,5 +237,5 @@ class Dispatcher:
 
 def _go_together(first: _Entry, second: _Entry) -> bool:
     """Whether two jobs may be one request: what broke a gang, and what is no evaluation, goes alone."""
-    alone = first.attempts or second.attempts or first.job.genome is None or second.job.genome is None
-    return not alone and (first.job.work, first.job.split) == (second.job.work, second.job.split)
+    alone = first.attempts or second.attempts or first.job.question or second.job.question
+    return not alone and first.job.kind == second.job.kind

@@ -109,10 +109,10 @@ class Gang:
         if work.key not in self._begun:
             await self._all("begin", work, self.halvings, timeout_s=self._load_timeout_s)
             self._begun.add(work.key)
-        split, genomes = batch[0].split, [job.genome for job in batch]
-        if genomes == [None]:
-            return [(await self._all("routing_counts", work.key, split, timeout_s=deadline_s))[0]]
-        arguments = (work.key, genomes, split, [job.rival for job in batch])
+        question = batch[0].question
+        if question is not None:
+            return [(await self._all("ask", work.key, question, timeout_s=deadline_s))[0]]
+        arguments = (work.key, [job.genome for job in batch], batch[0].split, [job.rival for job in batch])
         answers: Sequence[Answer] = (await self._all("evaluate", *arguments, timeout_s=deadline_s))[0]
         return answers
 

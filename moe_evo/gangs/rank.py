@@ -11,16 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ModelError
 from moe_evo.genome import Genome
 from moe_evo.population import ExampleScores, Outcome
 from moe_evo.tasks.data import TaskData
 
 if TYPE_CHECKING:  # torch is imported when a rank loads its model
-    from moe_evo.criteria.frequency import Counts
     from moe_evo.evaluation.evaluator import Evaluator
 
 
@@ -101,10 +102,9 @@ class Rank:
         """One outcome a genome; see `Evaluator.evaluate`."""
         return self._evaluators[key].evaluate(genomes, split, rivals=rivals)
 
-    def routing_counts(self, key: str, split: str) -> Counts:
-        from moe_evo.criteria.frequency import routing_counts
-
-        return routing_counts(self._evaluators[key], split)
+    def ask(self, key: str, question: Question) -> Observation[Any]:
+        """See `Question.answer`."""
+        return question.answer(self._evaluators[key])
 
 
 class _reported:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from moe_evo.config import SPEED_ONLY, EvaluationConfig, ScoringConfig
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
@@ -25,9 +27,6 @@ from moe_evo.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.room import ClusterRoom, gangs_that_fit
 from moe_evo.space import ModelShape
 from moe_evo.tasks.data import TaskData
-
-if TYPE_CHECKING:
-    from moe_evo.criteria.frequency import Counts
 
 _NEWS_S = 1.0
 _SILENCE_S = 60.0
@@ -118,15 +117,16 @@ class RayPool:
             outcomes.append((self._requests.pop(number), answer))
         return outcomes
 
-    def routing_counts(self) -> Counts:
-        """See `Pool`; raises ClusterError where counting breaks every gang."""
-        assert not self._requests, "count before or after evaluations, not among them"
-        self._add(Job(self._work.key, "search"))
-        ((_, answer),) = self._next_answers()
-        if isinstance(answer, EvaluationFailure):
-            raise ClusterError(f"the use of experts could not be counted: {answer.reason}")
-        assert not isinstance(answer, Evaluation)
-        return answer
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
+        """See `Pool`; raises ClusterError where a question breaks every gang."""
+        assert not self._requests, "ask before or after evaluations, not among them"
+        asked = {self._add(Job(self._work.key, question=question)): question for question in questions}
+        while asked:
+            for number, answer in self._next_answers():
+                if isinstance(answer, EvaluationFailure):
+                    raise ClusterError(f"the experts could not be observed: {answer.reason}")
+                assert not isinstance(answer, Evaluation)
+                yield asked.pop(number), answer
 
     def close(self) -> None:
         """Leave the service."""

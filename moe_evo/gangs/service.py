@@ -316,8 +316,7 @@ class GangService:
             self._halvings += 1
             self._tell(number, "batch_halved", f"out of memory: batches are 1/{2**self._halvings} as large from now on")
         for job in self._dispatcher.give_back(batch, str(broken), blame=not shortens):
-            digest = job.genome.digest[:8] if job.genome is not None else "counting"
-            self._tell(number, "quarantined", f"genome {digest}: {broken}")
+            self._tell(number, "quarantined", f"{job.name}: {broken}")
         self._assign()
         self._wake()
 

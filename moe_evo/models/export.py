@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_evo.config import RouterMode
+from moe_evo.config import ExpertsMode, RouterMode
 from moe_evo.errors import ExportError
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
 from moe_evo.models.merging import is_selection
-from moe_evo.models.model_card import model_card
+from moe_evo.models.model_card import Treatment, model_card
 from moe_evo.models.pruned import load_pruned, save_pruned
 from moe_evo.models.slices import is_whole
 from moe_evo.models.target_folder import EXPORT_RECORD, check_target, written_beside
@@ -67,16 +67,20 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     provenance: Mapping[str, Any],
+    treatment: Treatment | None = None,
 ) -> ExportReport:
     """Write model, tokenizer, generation config and model card of `genome` into `folder`.
 
     provenance: plain data for the model card and moe_evo.json (base model, scores, versions, ...).
+    treatment: what the card says of experts whose own weights were changed before.
     Raises GenomeError for a genome of another model, and ExportError where the folder is taken, no
     architecture can hold the genome, memory runs out, or the reloaded checkpoint computes something else.
     """
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
     check_router(genome, moe.router_mode, renormalises=moe.family.renormalises(moe.language_model.config))
+    check_skips_nothing(skips_dynamically=moe.skips_dynamically)
+    check_own_experts("meo" if moe.computes_meo else "own")
     if not all(map(is_whole, moe.language_model.parameters())):
         raise ExportError(f"{folder}: parts of the model are not in this process; export with model.sharding single")
     check_target(folder, Path(moe.language_model.config.name_or_path), overwrite=overwrite)
@@ -89,7 +93,7 @@ def export_checkpoint(
             after = _write(moe, genome, temporary, loader)
             difference = _verify(moe, expected, temporary, loader)
             report = ExportReport(folder, before[0], after[0], before[1], after[1], difference, loader)
-            _write_card(moe, genome, temporary, report, provenance)
+            _write_card(moe, genome, temporary, report, provenance, treatment)
     except torch.OutOfMemoryError as error:
         raise ExportError(
             f"{folder}: nothing was written, as {moe.device} ran out of memory "
@@ -108,6 +112,24 @@ def check_router(genome: Genome, router_mode: RouterMode, *, renormalises: bool)
                 f"genome layer {index}: router mode 'eep' maps probabilities after the softmax, which no stock "
                 "architecture can hold; export one that only prunes, or search with model.router: exported"
             )
+
+
+def check_own_experts(experts: ExpertsMode) -> None:
+    """Raise ExportError for a model whose tokens merge their experts."""
+    if experts == "meo":
+        raise ExportError(
+            "model.experts: got 'meo', which merges experts anew for every token, as no stock architecture does; "
+            "export with 'own', or search with it"
+        )
+
+
+def check_skips_nothing(*, skips_dynamically: bool) -> None:
+    """Raise ExportError where tokens do without their second expert now and then."""
+    if skips_dynamically:
+        raise ExportError(
+            "model.dynamic_skipping: no stock architecture skips experts token by token; export without it, and skip "
+            "where the model is served"
+        )
 
 
 def _same_in_both_modes(layer: LayerGenome, *, renormalises: bool) -> bool:
@@ -204,7 +226,12 @@ def _reload(moe: MoEModel, folder: Path) -> Any:
 
 
 def _write_card(
-    moe: MoEModel, genome: Genome, folder: Path, report: ExportReport, provenance: Mapping[str, Any]
+    moe: MoEModel,
+    genome: Genome,
+    folder: Path,
+    report: ExportReport,
+    provenance: Mapping[str, Any],
+    treatment: Treatment | None,
 ) -> None:
     source = moe.language_model.config.name_or_path or "model"
     # the folder's name, not its path: a card is read on other machines
@@ -214,11 +241,12 @@ def _write_card(
         "weights": f"{report.bytes_before:,} -> {report.bytes_after:,} bytes ({str(moe.dtype).split('.')[-1]})",
         "largest difference of logits to the evaluated model": f"{report.max_logit_difference:.1e}",
     }
-    card = model_card(genome, moe.shape, base_model, report.loader, facts, provenance)
+    card = model_card(genome, moe.shape, base_model, report.loader, facts, provenance, treatment)
     (folder / "README.md").write_text(card, encoding="utf-8")
     record = {
         "base_model": base_model,
         "genome": genome.digest,
+        "treatment": None if treatment is None else treatment.description,
         "is_pruning": genome.is_pruning,
         "kept": genome.kept,
         "top_k": genome.top_k,

@@ -46,6 +46,7 @@ class Family:
     block_returns_tuple: bool = False
 
     top_k_field = "num_experts_per_tok"
+    norm = "post_attention_layernorm"  # of what enters the block, in a decoder layer of every family
 
     def renormalises(self, config: Any) -> bool:
         """Whether the weights of the chosen experts have the sum 1 (before any scaling)."""
@@ -56,6 +57,10 @@ class Family:
     def scaling(self, config: Any) -> float:
         """Factor on the routing weights after everything else."""
         return float(getattr(config, "routed_scaling_factor", None) or 1.0)
+
+    def residual_scaling(self, config: Any) -> float:
+        """Factor on the block's output where it is added to the residual stream."""
+        return float(getattr(config, "residual_multiplier", 1.0))
 
     def groups(self, config: Any) -> tuple[int, int]:
         """Number of expert groups and how many of them a token may use; (1, 1) without groups."""

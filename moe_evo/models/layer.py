@@ -22,7 +22,7 @@ from moe_evo.genome import LayerGenome, Matrix
 from moe_evo.models.families import Family
 from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
-from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route
+from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
 from moe_evo.models.slices import local_shape, whole_shape
 
 IMPLEMENTATION = "moe_evo"
@@ -95,6 +95,13 @@ class MoELayer:
         """The router's tensors (K, ...) for W_RM (K, E), as an exported checkpoint holds them."""
         with torch.inference_mode(mode=False):  # a later caller may not be in inference mode
             return {name: mix_rows(router_mapping, rows) for name, rows in self.router_tensors().items()}
+
+    def route_among(self, logits: Tensor, kept: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Weights and indices (T, top_k) that the router makes of logits (T, E) if it had only `kept` (T, E) to choose.
+
+        As the exported model routes whose other experts are gone. With groups of experts each must have enough left.
+        """
+        return masked_route(self.router, self._family.router_tensors, logits, kept, top_k)
 
     def merged_tensors(self, expert_merging: Matrix) -> MergedTensors:
         """The experts' tensors (K, ...) for W_EM (K, E)."""

@@ -19,8 +19,11 @@ from transformers.utils.hub import cached_file
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
+from moe_evo.models.alignment import align_neurons
+from moe_evo.models.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.meo import MEO, check_experts
 from moe_evo.models.placement import (
     check_device,
     check_placement,
@@ -31,6 +34,7 @@ from moe_evo.models.placement import (
     weights_dtype,
 )
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.skipping import check_skipping
 from moe_evo.models.view import MoEModel
 from moe_evo.models.zero3 import load_zero3
 from moe_evo.space import ModelShape
@@ -49,12 +53,14 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
     source = _source(config.path)
     family = _family(config, source)
     transformers_config = _transformers_config(config, source)
-    family.shape(transformers_config)
+    check_skipping(config.dynamic_skipping, family.shape(transformers_config))
+    check_experts(config.experts, family, transformers_config)
     if config.router == "eep":
         family.check_eep_router(transformers_config)
     device = resolve_device(config.device)
     check_placement(config, family, transformers_config, ranks)
     check_device(config, device, ranks)
+    alignment = _alignment(config)
     options = placement_options(config, family, transformers_config, device, ranks)
     with quiet():
         if config.sharding == "zero3":
@@ -65,7 +71,9 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
         else:
             language_model = _language_model(config, source, options)
         tokenizer = _tokenizer(config, source, transformers_config)
-    if not grouped_mm_is_aligned(language_model):
+    if config.experts == "meo":
+        language_model.set_experts_implementation(MEO)
+    elif not grouped_mm_is_aligned(language_model):
         language_model.set_experts_implementation("eager")
     if config.sharding == "tensor_parallel":
         drop_repeated_biases(language_model, family, ranks)
@@ -77,9 +85,12 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
         device=input_device(language_model, device),
         ranks=ranks,
         splits_examples=config.sharding == "zero3" and ranks.size > 1,
+        dynamic_skipping=config.dynamic_skipping,
     )
     if config.self_check:
         moe.reference_self_check()
+    if alignment is not None:
+        align_neurons(moe, alignment.permutations)
     return moe
 
 
@@ -111,8 +122,19 @@ def model_hash(config: ModelConfig) -> str:
     """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
 
     That covers config.json and the tokenizer's files whole, and a sample of every safetensors file (see
-    `_sample`): other training changes it, an edit of a few rows of a large file may go unseen.
+    `_sample`): other training changes it, an edit of a few rows of a large file may go unseen. An alignment is
+    part of it, as the same merge means something else under another.
     """
+    stored, alignment = _stored_hash(config), _alignment(config)
+    return stored if alignment is None else f"{stored}+aligned:{alignment.digest}"
+
+
+def _alignment(config: ModelConfig) -> Alignment | None:
+    return None if config.alignment is None else load_alignment(config.alignment, _stored_hash(config))
+
+
+def _stored_hash(config: ModelConfig) -> str:
+    """Of the model without any alignment."""
     source = _source(config.path)
     config_file = _config_file(config, source)
     if not isinstance(source, Path):

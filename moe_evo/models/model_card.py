@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,6 +23,18 @@ model = moe_evo.load_pruned("path/to/this/folder")  # layers differ in size: no 
 }
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What was done to the weights of all experts, for the card.
+
+    title: what follows 'MODEL with'. description: a sentence without its full stop. tag: for the Hub.
+    """
+
+    title: str
+    description: str
+    tag: str
+
+
 def model_card(
     genome: Genome,
     shape: ModelShape,
@@ -29,22 +42,31 @@ def model_card(
     loader: str,
     facts: Mapping[str, str],
     provenance: Mapping[str, Any],
+    treatment: Treatment | None = None,
 ) -> str:
-    """The card as Markdown. loader: 'transformers' or 'moe_evo'. facts, provenance: listed as they are."""
+    """The card as Markdown. loader: 'transformers' or 'moe_evo'. facts, provenance: listed as they are.
+
+    treatment: where the experts themselves were changed, and `genome` keeps all of them.
+    """
     is_smaller = genome.num_kept != shape.num_experts
     is_merged = not genome.is_pruning
     verbs = ["prunes"] * is_smaller + ["merges"] * is_merged
-    tags = ["mixture-of-experts", *["expert-pruning"] * is_smaller, *["expert-merging"] * is_merged, "moe_evo"]
+    title = f"{'fewer' if is_smaller else 'merged' if is_merged else 'all'} experts"
+    found = f"Found by moe_evo: this model {' and '.join(verbs) or 'keeps all'} experts of {base_model}."
+    done = ["expert-pruning"] * is_smaller + ["expert-merging"] * is_merged
+    if treatment is not None:
+        title, done = treatment.title, [treatment.tag]
+        found = f"Made by moe_evo from {base_model}: {treatment.description}."
     lines = [
         "---",
         # a link on the Hub, which must not lead to another model of the same name
         *([f"base_model: {base_model}"] if _HUB_NAME.fullmatch(base_model) else []),
-        f"tags: [{', '.join(tags)}]",
+        f"tags: [{', '.join(['mixture-of-experts', *done, 'moe_evo'])}]",
         "---",
         "",
-        f"# {base_model} with {'fewer' if is_smaller else 'merged' if is_merged else 'all'} experts",
+        f"# {base_model} with {title}",
         "",
-        f"Found by moe_evo: this model {' and '.join(verbs) or 'keeps all'} experts of {base_model}.",
+        found,
         "",
         "```python",
         *_LOADING[loader].splitlines(),

@@ -7,13 +7,13 @@ weights are in reach wherever they lie otherwise. The implementation in force co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_evo.models.layer import MoELayer, experts_function
@@ -27,26 +27,58 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def observed_experts(moe: MoEModel, see: Callable[[int, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def observed_experts(
+    moe: MoEModel, see: Callable[[int, Tensor, Tensor, Tensor], None], only: int | None = None
+) -> Iterator[None]:
     """Call `see(layer, index, gates, outputs)` whenever an MoE layer has run, until the block is left.
+
+    only: the number of the one MoE layer that is observed; None is all.
 
     index, gates: (T, k), the chosen experts and their weights as the model itself uses them. outputs:
     (T, k, H), what each of them answers before it is weighed. Every chosen expert is computed once, and
-    the layer's own output is the weighted sum of these answers, so that observing costs one forward.
+    the layer's own output is the weighted sum of these answers, so that observing costs one forward (not
+    under MEO, which computes its own output).
     """
     # a rank of a tensor parallel model answers with its part of the sum
     is_partial = moe.ranks.size > 1 and not moe.splits_examples
 
     def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        if only not in (None, layer.number):
+            return experts(hidden, index, gates)
         outputs = single_outputs(experts, hidden, index, gates)
-        weighed = (outputs * gates[..., None]).sum(dim=1).to(hidden.dtype)
+        weighed = experts(hidden, index, gates) if moe.computes_meo else _weighed(outputs, gates, hidden.dtype)
         if is_partial:
             dist.all_reduce(outputs)
         see(layer.number, index, gates, outputs)
         return weighed
 
-    with _replaced(moe, forward):
+    with experts_computed_by(moe, forward):
         yield
+
+
+def _weighed(outputs: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, H) the sum of outputs (T, k, H) times gates (T, k)."""
+    return (outputs * gates[..., None]).sum(dim=1).to(dtype)
+
+
+@contextmanager
+def residual_streams(moe: MoEModel, only: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """By number of MoE layer, what goes past it: (T, H), to which the layer's answer is added next.
+
+    only: as for `observed_experts`. Whoever has seen a stream may take it out, as it is large.
+    """
+    streams: dict[int, Tensor] = {}
+
+    def keep(number: int, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        streams[number] = inputs[0].reshape(-1, inputs[0].shape[-1])
+
+    decoder_layers = moe.language_model.get_decoder().layers
+    with ExitStack() as stack:
+        for number, position in enumerate(moe.shape.decoder_layers):
+            if only in (None, number):
+                norm = decoder_layers[position].get_submodule(moe.family.norm)
+                stack.callback(norm.register_forward_pre_hook(partial(keep, number)).remove)
+        yield streams
 
 
 def see_expert_weights(moe: MoEModel, see: Callable[[int, Mapping[str, Tensor]], None]) -> None:
@@ -60,7 +92,7 @@ def see_expert_weights(moe: MoEModel, see: Callable[[int, Mapping[str, Tensor]],
         see(layer.number, {name: one for name, one in layer.expert_tensors().items() if one.ndim == 3})
         return experts(hidden, index, gates)
 
-    with torch.inference_mode(), _replaced(moe, forward):
+    with torch.inference_mode(), experts_computed_by(moe, forward):
         moe.language_model(input_ids=moe.random_tokens(), use_cache=False)
 
 
@@ -73,7 +105,9 @@ def single_outputs(experts: Experts, hidden: Tensor, index: Tensor, gates: Tenso
 
 
 @contextmanager
-def _replaced(moe: MoEModel, forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+def experts_computed_by(
+    moe: MoEModel, forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
     """Let `forward` compute the experts of every MoE layer, given what would have; also around or in `applied`."""
     language_model = moe.language_model
     previous = language_model.get_experts_implementation()

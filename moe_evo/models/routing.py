@@ -6,7 +6,7 @@ that has K rows, which is what a stock checkpoint with K experts computes, group
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 RouterOutput = tuple[Tensor, Tensor, Tensor]
 """Logits (T, E), weights (T, top_k) and indices (T, top_k), as transformers >= 5.21 returns them."""
 
+_CORRECTION = "e_score_correction_bias"
 _MIN_SHARE = 0.01  # of the sum of magnitudes; below it, positive and negative weights cancel
 
 
@@ -35,6 +36,26 @@ def exported_route(router: nn.Module, hidden: Tensor, rows: Mapping[str, Tensor]
     substitute = Substitute(router, num_experts=num_kept, top_k=top_k, **rows)
     output: RouterOutput = type(router).forward(substitute, hidden)
     return output
+
+
+def masked_route(
+    router: nn.Module, names: Iterable[str], logits: Tensor, kept: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and indices (T, top_k) that a router makes of logits (T, E) where only `kept` (T, E) may be chosen.
+
+    names: of the router's tensors with a row an expert. The family's own forward runs on rows of the
+    identity, through which logits pass as they are. Those that are not kept are as low as a number can be
+    (-inf times the identity's zeros is none), so a softmax gives them 0 and nothing chooses them.
+    """
+    num_experts = logits.shape[1]
+    rows = {name: logits.new_zeros(num_experts) for name in names}  # a bias is in the logits already
+    rows["weight"] = torch.eye(num_experts, dtype=logits.dtype, device=logits.device)
+    if _CORRECTION in rows:  # which takes part in the choice only, after the sigmoid
+        rows[_CORRECTION] = getattr(router, _CORRECTION).masked_fill(~kept, -torch.inf)
+    masked = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
+    substitute = Substitute(router, hidden_dim=num_experts, top_k=top_k, **rows)
+    _, weights, index = type(router).forward(substitute, masked)
+    return weights, index
 
 
 def eep_route(

@@ -19,9 +19,10 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.families import family_of
 from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
+from moe_evo.models.meo import MEO
 from moe_evo.models.merged_cache import MergedCache, half_of_free_gib
-from moe_evo.models.observer import RoutingCounts, observed
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.skipping import Thresholds, skip_dynamically
 from moe_evo.models.slices import whole_shape
 from moe_evo.models.token_trees import attention_masks, reads_trees
 from moe_evo.space import check_fits
@@ -38,6 +39,7 @@ class MoEModel:
     are kept for the next genomes; None is half of what is free on the model's device now. device: where
     inputs go; default: where the weights are. ranks: who holds the model; all of them must make the same
     calls in the same order. splits_examples: each rank runs its own inputs (ZeRO-3), else all the same.
+    dynamic_skipping: see `skip_dynamically`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class MoEModel:
         device: torch.device | None = None,
         ranks: Ranks = ALONE,
         splits_examples: bool = False,
+        dynamic_skipping: Thresholds | None = None,
     ) -> None:
         config = language_model.config
         self.language_model = language_model.eval().requires_grad_(False)
@@ -63,6 +66,10 @@ class MoEModel:
         if router_mode == "eep":
             self.family.check_eep_router(config)
         self.layers = self._find_layers()
+        self.computes_meo = config._experts_implementation == MEO
+        self.skips_dynamically = dynamic_skipping is not None
+        if dynamic_skipping is not None:
+            skip_dynamically(self.layers, dynamic_skipping, renormalises=self.family.renormalises(config))
         self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
         self._implementation: str | None = None  # of the experts, while a genome is applied
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
@@ -142,16 +149,6 @@ class MoEModel:
             layer.merged_bytes(gene.expert_merging) for layer, gene in zip(self.layers, genome.layers, strict=True)
         )
         return needed <= self.merged_cache.budget_bytes
-
-    @contextmanager
-    def observe_routing(self) -> Iterator[RoutingCounts]:
-        """Count the tokens that go to each expert; set `.times` for each batch.
-
-        Under `applied` prunings are counted by the experts' own numbers, merged layers by slot.
-        """
-        counts = RoutingCounts(self.shape.num_experts)
-        with observed([layer.router for layer in self.layers], counts):
-            yield counts
 
     def reference_self_check(self) -> None:
         """Raise ModelError unless both hooks together reproduce the untouched model on random tokens.

@@ -186,8 +186,7 @@ def _plain_config(path: Path) -> dict[str, Any]:
 
 
 def _winners(run: RunFolder) -> dict[str, Genome]:
-    files = {"best": run.best, "best_pruning": run.best_pruning}
-    return {key: load_genome(path) for key, path in files.items() if path.is_file()}
+    return {key: load_genome(path) for key, path in run.winners.items() if path.is_file()}
 
 
 def _best(outcomes: Mapping[int, Outcome]) -> int | None:

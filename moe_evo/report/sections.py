@@ -16,7 +16,7 @@ from moe_evo.report.lines import SPLITS, Line, kept_label, lines_of, parameters_
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import Record
 from moe_evo.report.table import experts_label
-from moe_evo.result import Score
+from moe_evo.result import Score, runs_stock_experts
 from moe_evo.tasks.examples import UNITS
 
 _MOST_EVENTS = 100
@@ -66,6 +66,10 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
     whole = None if full is None else full.interval("test")
     if whole is not None:
         shown.append(("full model", f"{whole[0]:.3f}", f"95 % interval {whole[1]:.3f} to {whole[2]:.3f}"))
+    lost = (record.result.get("winners_curse") or {}).get("search_test")
+    if lost is not None:
+        remark = "of its lead over the full model, 95 % interval {low:.3f} to {high:.3f}".format(**lost)
+        shown.append(("lost from search to test", f"{lost['value']:.3f}", remark))
     share = "" if best.kept_share is None else f"{100 * best.kept_share:.0f} % of all experts"
     shown.append(("experts kept a layer", kept_label(best), share))
     if best.parameters:
@@ -242,10 +246,10 @@ def commands(record: Record) -> list[tuple[str, str]]:
         return [("go on with this run", f"moe-evo search --resume {folder}")]
     target = shlex.quote(str(record.folder / "checkpoint"))
     shown = [("table, kept experts and files in the terminal", f"moe-evo show {folder}")]
-    is_exportable = record.result["router"] == "exported" or _only_prunes(record, "best")
-    if is_exportable:
+    is_stock = runs_stock_experts(record.result)
+    if is_stock and (record.result["router"] == "exported" or _only_prunes(record, "best")):
         shown.append(("the smaller checkpoint, in stock format", f"moe-evo export {folder} --to {target}"))
-    if any(row["key"] == "best_pruning" for row in record.result["rows"]):
+    if is_stock and any(row["key"] == "best_pruning" for row in record.result["rows"]):
         pruned = shlex.quote(str(record.folder / "checkpoint-pruned"))
         what = "the same of the best that only prunes"
         shown.append((what, f"moe-evo export {folder} --which best_pruning --to {pruned}"))

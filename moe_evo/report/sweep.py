@@ -65,7 +65,7 @@ def _groups(result: Mapping[str, Any]) -> dict[tuple[Any, ...], list[dict[str, A
     for line in sorted(result["lines"], key=lambda line: (line["tasks"], -line["parameters"])):
         if line["test"] is None:
             continue
-        seeded = "" if line["key"] in ("full", "frequency") else line["algorithm"]
+        seeded = line["algorithm"] if line["key"] in ("best", "best_pruning", "random_search", "soup") else ""
         key = (tuple(line["tasks"]), line["key"], seeded, tuple(line["num_kept"]))
         groups.setdefault(key, []).append(line)
     return groups
@@ -98,8 +98,8 @@ def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def _title(line: Mapping[str, Any]) -> str:
-    """The contender without the number of its evaluations, as seeds may differ in it."""
-    return str(line["title"]).split(", best of")[0]
+    """The contender without the number of its evaluations or of a soup's individuals, as seeds may differ in it."""
+    return "soup" if line["key"] == "soup" else str(line["title"]).split(", best of")[0]
 
 
 def _tasks_label(tasks: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moe_evo.genome_file import load_genome
 from moe_evo.report.table import experts_label, final_table, kept_picture
+from moe_evo.result import runs_stock_experts
 from moe_evo.run_folder import RunFolder
 
 
@@ -37,7 +38,7 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed{stopped}), seed {search['seed']}, "
         f"{search['evaluation_s']:.0f} s of evaluation\n"
-        f"{_reasons(search)}{_gangs(result)}"
+        f"{_reasons(search)}{_gangs(result)}{_luck(result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -60,6 +61,16 @@ def _gangs(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"broken   {reason}" for reason in gangs["reasons"])]) + "\n"
 
 
+def _luck(result: dict[str, Any]) -> str:
+    """How much of what the winner was chosen for it does not keep."""
+    curse = result.get("winners_curse")
+    if not curse:
+        return ""
+    lost = curse["search_test"]
+    told = f"{lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}]"
+    return f"luck     against the full model the winner is {told} worse on test than on the search split\n"
+
+
 def print_whole(console: Console, table: Table) -> None:
     """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
@@ -71,7 +82,7 @@ def print_whole(console: Console, table: Table) -> None:
 def _next_step(folder: RunFolder, result: dict[str, Any], *, is_pruning: bool) -> str:
     target = folder.path / "checkpoint"
     exportable = is_pruning or result["router"] == "exported"  # what is merged in mode 'eep' has no stock router
-    if target.exists() or not (exportable or folder.best_pruning.is_file()):
+    if target.exists() or not runs_stock_experts(result) or not (exportable or folder.best_pruning.is_file()):
         return f"moe-evo evaluate {folder.path} --split test"
     which = "" if exportable else " --which best_pruning"
     return f"moe-evo export {folder.path} --to {target}{which}"
@@ -105,19 +116,54 @@ def print_export(report: dict[str, Any]) -> None:
 
 
 def print_one_shot(report: dict[str, Any]) -> None:
-    """What a one-shot criterion kept, and how good it is."""
+    """What a one-shot method kept or merged, and how good it is."""
     console = Console()
-    for layer, kept in enumerate(report["kept"]):
-        console.print(f"layer {layer:3}   keeps {', '.join(map(str, kept))}", highlight=False, soft_wrap=True)
-    for name, score in report["scores"].items():
+    for layer, slots in enumerate(report["made_of"]):
+        verb = "keeps" if all(len(members) == 1 for members in slots) else "merges"
+        experts = ", ".join("+".join(map(str, members)) for members in slots)
+        console.print(f"layer {layer:3}   {verb} {experts}", highlight=False, soft_wrap=True)
+    _print_scores_of_models(console, report["scores"])
+
+
+def _print_scores_of_models(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    width = max(map(len, scores)) + len(" model  ")
+    for name, score in scores.items():
         told = f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-        console.print(f"{name + ' model':14}{told} on the test split (95 % interval)", highlight=False, markup=False)
+        line = f"{name + ' model':{width}}{told} on the test split (95 % interval)"
+        console.print(line, highlight=False, markup=False)
+
+
+def print_compression(report: dict[str, Any]) -> None:
+    """What became of the experts, how far they moved, how good the model is, and what they would take packed."""
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("MoE layer", "relative error", "weighted by inputs", "experts that saw no token"):
+        table.add_column(column, justify="right")
+    for number, layer in enumerate(report["layers"]):
+        weighted = layer["weighted_error"]
+        cells = ("", "") if weighted is None else (f"{weighted:.4f}", str(layer["num_idle"]))
+        table.add_row(str(number), f"{layer['relative_error']:.4f}", *cells)
+    print_whole(console, table)
+    _print_scores_of_models(console, report["scores"])
+    experts, mib = report["experts"], 2**20
+    share = experts["num_nonzero"] / experts["num_weights"]
+    lines = [
+        f"experts     {report['description']}",
+        f"not zero    {experts['num_nonzero']:,} of {experts['num_weights']:,} weights of experts ({share:.1%})",
+        f"as written  {experts['dense_bytes'] / mib:.2f} MiB of experts, as before: they are stored densely",
+    ]
+    for way, packed in experts["packed_bytes"].items():
+        larger = ", more than densely" if packed > experts["dense_bytes"] else ""
+        ratio = packed / experts["dense_bytes"]
+        lines.append(f"would take  {packed / mib:.2f} MiB as {way} ({ratio:.1%} of dense{larger})")
+    lines.append(f"that needs  {report['needs']}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_criteria(criteria: Sequence[Mapping[str, str]]) -> None:
     """One line a criterion."""
     table = Table(box=None, pad_edge=False)
-    for column in ("criterion", "keeps the experts with the highest", "source"):
+    for column in ("method", "keeps the experts with the highest, or what else it does", "source"):
         table.add_column(column, overflow="fold")
     for one in criteria:
         table.add_row(one["name"], one["description"], one["source"])

@@ -6,7 +6,8 @@ nobody dies. Where this departs from the released search, the comment says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from moe_evo.operators import (
 from moe_evo.population import Candidate, Individual, Population
 from moe_evo.search.base import Archive
 from moe_evo.search.enumeration import num_prunings, unseen_pruning
-from moe_evo.search_config import EEP_RELEASE, EEPConfig, SearchConfig
+from moe_evo.search_config import EEP_RELEASE, RANDOM, EEPConfig, SearchConfig
 from moe_evo.space import SearchSpace
 
 _TRIES = 16
@@ -44,20 +45,36 @@ def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
     return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is left to evolution
 
 
+def origins(shares: Mapping[str, float], num_initial: int) -> list[str]:
+    """Where each initial candidate is from: methods in their order, then what is random."""
+    names = sorted(shares, key=lambda name: name == RANDOM)  # stable: only 'random' moves
+    ends = np.round(np.cumsum([shares[name] for name in names]) / sum(shares.values()) * num_initial).astype(int)
+    return [name for name, number in zip(names, np.diff(ends, prepend=0), strict=True) for _ in range(number)]
+
+
 class EEPSearch:
     """Both phases of EEP over a space; `config.algorithm` 'eep_release' takes the published values.
 
     Where every expert is kept there is nothing to prune: the search starts from the identity and
     merges from the first candidate on. wider: good prunings that keep more experts; every other
-    initial candidate keeps only experts of one of them.
+    initial candidate keeps only experts of one of them. seeds: the genomes of `config.init_methods`, which
+    with their mutants are their share of the initial candidates, before those that are random.
     """
 
-    def __init__(self, space: SearchSpace, config: SearchConfig, wider: Sequence[Genome] = ()) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        config: SearchConfig,
+        wider: Sequence[Genome] = (),
+        seeds: Mapping[str, Genome] = MappingProxyType({}),
+    ) -> None:
         self.space = space
         self.eep = eep_config(config)
         self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
         self._seed = config.seed
         self._wider = tuple(wider)
+        self._seeds = dict(seeds)
+        self._origins = origins(config.init_shares, self.num_initial)
         self._num_prunings = num_prunings(space)
         self._archive = Archive()
 
@@ -101,6 +118,8 @@ class EEPSearch:
         eep, merges = self.eep, self.phase == "merging"
         parents = (self.population if merges else self.population.prunings).complete
         initial = number < self.num_initial and not self._all_pruned
+        if initial and self.space.can_prune and self._origins[number] in self._seeds:
+            return self._seeded(number, self._origins[number], rng)
         # Parents lack where candidates are asked ahead of outcomes, or where all failed.
         if initial and self._wider and number % 2 == 0 and self.space.can_prune:
             parent = self._wider[number // 2 % len(self._wider)]
@@ -116,6 +135,14 @@ class EEPSearch:
             return Candidate(number, self._mutated(genome, rng, first_group), operator, (first.number, second.number))
         pool = parent_pool(parents, eep.mutation_margin, eep.mutation_parents, eep.margin_unit)
         return self._mutant(number, pool, rng)
+
+    def _seeded(self, number: int, method: str, rng: np.random.Generator) -> Candidate:
+        """A method's own genome, or a mutant of it once that was asked."""
+        genome = self._seeds[method]
+        if genome not in self._archive:
+            return Candidate(number, genome, method)
+        mutant = self._swapped(genome, rng, 0) if genome.is_pruning else self._shifted(genome, rng, 0)
+        return Candidate(number, mutant, f"{method}_mutation", (self._archive.number_of(genome),))
 
     def _child_of_anybody(self, number: int, rng: np.random.Generator) -> Candidate:
         parents = self.population if self.phase == "merging" else self.population.prunings
@@ -145,15 +172,21 @@ class EEPSearch:
         return int(rng.integers(len(self.space.layer_groups))) if keeps else 0
 
     def _mutated(self, genome: Genome, rng: np.random.Generator, first_group: int) -> Genome:
-        eep, space = self.eep, self.space
         if self.phase == "pruning":
-            rates = {"layer_rate": eep.layer_rate, "swap_rate": eep.swap_rate}
-            return swap_mutation(genome, space, rng, **rates, first_group=first_group)
-        rates = {"layer_rate": eep.layer_rate, "entry_rate": eep.entry_rate, "sigma": eep.sigma}
-        child = gaussian_mutation(genome, space, rng, **rates, first_group=first_group)
+            return self._swapped(genome, rng, first_group)
+        eep, space = self.eep, self.space
+        child = self._shifted(genome, rng, first_group)
         if rng.random() >= eep.normalise_rate:
             return child
         return space.genome([*space.genes(child)[:first_group], *space.genes(normalise_rows(child))[first_group:]])
+
+    def _swapped(self, genome: Genome, rng: np.random.Generator, first_group: int) -> Genome:
+        rates = {"layer_rate": self.eep.layer_rate, "swap_rate": self.eep.swap_rate}
+        return swap_mutation(genome, self.space, rng, **rates, first_group=first_group)
+
+    def _shifted(self, genome: Genome, rng: np.random.Generator, first_group: int) -> Genome:
+        rates = {"layer_rate": self.eep.layer_rate, "entry_rate": self.eep.entry_rate, "sigma": self.eep.sigma}
+        return gaussian_mutation(genome, self.space, rng, **rates, first_group=first_group)
 
     def _crossed(self, first: Genome, second: Genome, rng: np.random.Generator, first_group: int) -> tuple[Genome, str]:
         eep, space = self.eep, self.space

@@ -74,7 +74,7 @@ def replay(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 def winner_files(folder: RunFolder) -> list[Path]:
     """The genomes of a finished run."""
-    return [path for path in (folder.best, folder.best_pruning) if path.is_file()]
+    return [path for path in folder.winners.values() if path.is_file()]
 
 
 def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_evo.criteria import observation_file
-from moe_evo.criteria.observation import STATISTICS, LayerObservation, Observation
 from moe_evo.criteria.observation_file import StoredObservations, load_observations, save_observations
+from moe_evo.criteria.sums import KINDS, LayerObservation, LayerSums, Observation
 from moe_evo.errors import ObservationError
 
 
-def made_observation(seed: int) -> Observation:
+def made_observation(kind: type[LayerSums], seed: int) -> Observation:
     rng = np.random.default_rng(seed)
-    return Observation(tuple(LayerObservation(*rng.random((len(STATISTICS), number))) for number in (4, 6)))
+    return Observation(tuple(kind(*rng.random((len(kind.names()), number))) for number in (4, 6)))
 
 
 @pytest.fixture
 def stored():
-    return StoredObservations({"maths": made_observation(0), "code/été": made_observation(1)}, "abc", "search")
+    answers = {f"{name}|été": made_observation(kind, seed) for seed, (name, kind) in enumerate(KINDS.items())}
+    return StoredObservations("abc", answers)
 
 
 @pytest.fixture
@@ -28,15 +32,26 @@ def path(tmp_path, stored):
     return tmp_path / "seen.safetensors"
 
 
-def test_a_file_holds_every_number_of_every_task(path, stored):
+def test_a_file_holds_every_number_of_every_answer(path, stored):
     found = load_observations(path, "abc")
-    assert (found.model_hash, found.split) == ("abc", "search")
-    assert list(found.of_tasks) == ["maths", "code/été"]
-    for task, observation in stored.of_tasks.items():
-        for one, other in zip(found.of_tasks[task].layers, observation.layers, strict=True):
-            for name in STATISTICS:
+    assert found.model_hash == "abc"
+    assert list(found.answers) == list(stored.answers)
+    for key, observation in stored.answers.items():
+        for one, other in zip(found.answers[key].layers, observation.layers, strict=True):
+            assert type(one) is type(other)
+            for name in one.names():
                 np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert [file.name for file in path.parent.iterdir()] == ["seen.safetensors"]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, stored):
+    with pytest.raises(ObservationError, match=r"none/seen: cannot be written \(No such file or directory\)"):
+        save_observations(tmp_path / "none" / "seen", stored)
+
+
+def test_kinds_are_called_by_their_own_names():
+    assert KINDS["LayerObservation"] is LayerObservation
+    assert all(kind.__name__ == name for name, kind in KINDS.items())
 
 
 def refusal(path, *arguments) -> str:
@@ -47,9 +62,9 @@ def refusal(path, *arguments) -> str:
     return message
 
 
-def test_another_version_is_refused(monkeypatch, path, stored):
-    monkeypatch.setattr(observation_file, "VERSION", 2)
-    assert refusal(path).endswith(": observations of version 1, this moe_evo reads 2; observe again")
+def test_another_version_is_refused(monkeypatch, path):
+    monkeypatch.setattr(observation_file, "FILE", replace(observation_file.FILE, version=3))
+    assert refusal(path).endswith(": observations of version 2, this moe_evo reads 3; observe again")
 
 
 def test_another_model_is_refused(path):
@@ -65,12 +80,14 @@ def test_what_is_no_file_of_observations_is_refused(path, tmp_path):
     assert "not a safetensors file" in refusal(other)
 
 
-def test_a_file_that_lacks_a_statistic_is_refused(path):
+def test_a_damaged_file_is_refused(path):
     tensors = load_file(path)
-    del tensors["tasks.1.layers.0.norms"]
-    metadata = {
-        "format": "moe_evo.observations", "version": "1", "model_hash": "abc", "split": "search",
-        "tasks": '["maths", "code"]', "num_layers": "[2, 2]",
-    }  # fmt: skip
+    answers = [{"key": "a", "kind": "LayerObservation", "num_layers": 2}]
+    metadata = {"format": "moe_evo.observations", "version": "2", "model_hash": "abc", "answers": json.dumps(answers)}
+    del tensors["0.1.norms"]
     save_file(tensors, path, metadata)
-    assert "damaged (KeyError: 'tasks.1.layers.0.norms')" in refusal(path)
+    assert "damaged (KeyError: '0.1.norms')" in refusal(path)
+    save_file(tensors, path, metadata | {"answers": json.dumps([answers[0] | {"kind": "Nothing"}])})
+    assert "damaged (KeyError: 'Nothing')" in refusal(path)
+    save_file(tensors, path, metadata | {"answers": "[1"})
+    assert "damaged (JSONDecodeError: " in refusal(path)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
+from asking import observed
 from process_groups import run_gang
 
 from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
-from moe_evo.criteria.frequency import routing_counts
 from moe_evo.errors import GenomeError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
@@ -78,7 +78,7 @@ def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
     whole = evaluator("healthy", 64)
     few = {"choice": [3], "texts": [4, 1, 2], "like": [0], "write": [2]}
     others = {kind: [0, 1, 2, 4, 6] for kind in KINDS}
-    counts = routing_counts(whole)
+    counts = [layer.tokens for layer in observed(whole).layers]
     outcomes = whole.evaluate([None, PRUNED, MERGED, PRUNED], "search")
     try:
         whole.evaluate([PRUNED, Genome.from_kept([[0, 1]] * 3, 4, 2)], "search")
@@ -93,7 +93,7 @@ def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
         huge=[evaluator("healthy", 64, (kind,)).evaluate([HUGE], "search")[0] for kind in KINDS],
         after=whole.evaluate([PRUNED], "search")[0],
         refusal=refusal,
-        counts=list(counts),
+        counts=counts,
         spoiled=[evaluator("spoiled", 64, (kind,)).evaluate([PRUNED], "search")[0] for kind in KINDS],
         unspoiled=evaluator("spoiled", 64).evaluate([PRUNED], "search", others)[0],
         shares_layers=whole.shares_layers,
@@ -225,6 +225,6 @@ def test_a_genome_of_another_model_is_refused_by_all_before_they_start(together,
     assert {one.refusal for one in together} == {alone.refusal}
 
 
-def test_routing_counts_are_those_of_one_process(together: list[Answers], alone: Answers) -> None:
+def test_observed_tokens_are_those_of_one_process(together: list[Answers], alone: Answers) -> None:
     for answers in together:
         assert all(map(np.array_equal, answers.counts, alone.counts))

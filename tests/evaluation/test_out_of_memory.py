@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
+from asking import observed
 
 from moe_evo.config import EvaluationConfig
-from moe_evo.criteria.frequency import routing_counts
 from moe_evo.errors import OutOfMemory
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
@@ -156,10 +156,11 @@ def test_merged_layers_are_given_up_for_room(evaluator, monkeypatch) -> None:
     assert len(evaluator.model.merged_cache) == 0
 
 
-def test_counting_shrinks_batches_too(evaluator, monkeypatch) -> None:
-    expected = routing_counts(evaluator)
+def test_observing_shrinks_batches_too(evaluator, monkeypatch) -> None:
+    expected = observed(evaluator)
     fits(evaluator, monkeypatch, most_tokens=20)
-    assert all(map(np.array_equal, routing_counts(evaluator), expected))
+    for found, layer in zip(observed(evaluator).layers, expected.layers, strict=True):
+        assert np.array_equal(found.tokens, layer.tokens)
     assert evaluator.batch_tokens < 512
 
 

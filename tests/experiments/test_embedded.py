@@ -85,5 +85,5 @@ def test_the_quality_table_is_written_between_its_marks(tmp_path: Path) -> None:
     quality = script("quality")
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
-    quality.write_between_marks(path, "new")
+    quality.write_between_marks(path, "quality", "new")
     assert path.read_text() == "before\n<!-- quality: begin -->\nnew\n<!-- quality: end -->\nafter\n"

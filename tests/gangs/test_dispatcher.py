@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_evo.criteria.questions import Routed
 from moe_evo.gangs.dispatcher import Dispatcher, Job
 from moe_evo.genome import Genome
 from moe_evo.population import Evaluation, EvaluationFailure
@@ -172,15 +173,25 @@ def test_nobody_is_blamed_for_a_gang_that_died_before_it_began() -> None:
     assert dispatcher.take(1) == batch  # together again, in the old order
 
 
-def test_counting_goes_alone() -> None:
+def test_a_question_goes_alone() -> None:
     dispatcher = warm()
-    dispatcher.submit("a", [(0, job(0)), (1, Job("work", "search")), (2, job(1))])
+    dispatcher.submit("a", [(0, job(0)), (1, Job("work", question=Routed("task"))), (2, job(1))])
     assert [len(dispatcher.take(1)) for _ in range(3)] == [1, 1, 1]
     counts = [np.ones(3)]
     other = warm()
-    other.submit("a", [(0, Job("work", "search"))])
+    other.submit("a", [(0, Job("work", question=Routed("task")))])
     other.finish(other.take(1), [counts], 1.0)
     assert other.answers("a") == [(0, counts)]
+
+
+def test_how_long_a_question_took_says_nothing_of_evaluations() -> None:
+    dispatcher = warm(each_s=0.02)
+    question = Job("work", question=Routed("task"))
+    dispatcher.submit("a", [(0, question)])
+    before = dispatcher.batch_size
+    dispatcher.finish(dispatcher.take(1), [np.ones(3)], 600.0)
+    assert dispatcher.batch_size == before > 1
+    assert question.name == "observing the experts (routed)" and job(0).name.startswith("genome ")
 
 
 def test_what_a_run_leaves_behind_is_dropped_unless_another_wants_it() -> None:

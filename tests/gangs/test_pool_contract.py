@@ -20,7 +20,7 @@ from request_runs import MODEL, TASK, complete, genomes, requests
 from moe_evo import commands, evaluators
 from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
-from moe_evo.criteria.frequency import routing_counts
+from moe_evo.criteria.questions import Routed, Weights
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.journal import Journal
@@ -113,10 +113,14 @@ def test_equal_genomes_under_two_numbers_are_both_answered(pool: Pool) -> None:
     assert len({numbers(one) for one in outcomes.values()}) == 1
 
 
-def test_routing_counts_are_those_of_the_evaluator(pool: Pool, evaluator: Evaluator) -> None:
-    expected = routing_counts(evaluator, "search")
-    for found, counts in zip(pool.routing_counts(), expected, strict=True):
-        np.testing.assert_array_equal(found, counts)
+def test_answers_about_experts_are_those_of_the_evaluator(pool: Pool, evaluator: Evaluator) -> None:
+    questions = [Routed(task.name) for task in evaluator.tasks] + [Weights()]
+    answers = {question.key: answer for question, answer in pool.ask(questions)}
+    assert answers.keys() == {question.key for question in questions}
+    for question in questions:
+        for found, expected in zip(answers[question.key].layers, question.answer(evaluator).layers, strict=True):
+            for name in expected.names():
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
 def test_a_search_leaves_the_same_journal_whatever_its_pool(folders: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.merged_cache import half_of_free_gib
+from moe_evo.models.observation import observed_experts
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
 
@@ -31,6 +32,19 @@ MATCH = 2e-6
 def match_of_merge(expected: torch.Tensor) -> float:
     """Mixing in float32 here and in float64 in the oracle rounds router rows differently."""
     return 4 * MATCH * max(1.0, float(expected.abs().max()))
+
+
+class Counts:
+    """Tokens routed to each expert of each MoE layer; times: how often each of a batch counts (default: once)."""
+
+    def __init__(self, moe: MoEModel) -> None:
+        self.layers = [np.zeros(number) for number in moe.shape.num_experts]
+        self.times: torch.Tensor | None = None
+
+    def see(self, layer: int, index: torch.Tensor, gates: torch.Tensor, outputs: torch.Tensor) -> None:
+        times = torch.ones(len(index)) if self.times is None else self.times.reshape(-1)
+        weights = times.double()[:, None].expand_as(index).reshape(-1)
+        self.layers[layer] += torch.bincount(index.reshape(-1), weights, minlength=len(self.layers[layer])).numpy()
 
 
 def snapshot(moe: MoEModel) -> dict[str, torch.Tensor]:
@@ -150,8 +164,9 @@ def test_routing_counts_match_the_genome_and_skip_padding(moe: MoEModel) -> None
     genome = random_pruning(moe.shape, 4)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
-    with moe.observe_routing() as counts, moe.applied(genome):
-        counts.times = mask
+    counts = Counts(moe)
+    counts.times = mask
+    with observed_experts(moe, counts.see), moe.applied(genome):
         logits(moe.language_model, tokens(), attention_mask=mask)
         logits(moe.language_model, tokens(), attention_mask=mask)
     assert len(counts.layers) == moe.shape.num_layers
@@ -165,11 +180,10 @@ def test_routing_counts_match_the_genome_and_skip_padding(moe: MoEModel) -> None
 
 def test_routing_counts_of_generation_count_each_new_token_once(mixtral: MoEModel) -> None:
     prompt = tokens(batch=2, length=5)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    with torch.inference_mode(), mixtral.observe_routing() as counts:
-        counts.times = mask
+    counts = Counts(mixtral)
+    with torch.inference_mode(), observed_experts(mixtral, counts.see):
         mixtral.language_model.generate(
-            prompt, attention_mask=mask[:, :5], min_new_tokens=4, max_new_tokens=4, do_sample=False
+            prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=4, max_new_tokens=4, do_sample=False
         )
     assert counts.layers[0].sum() == 2 * 2 * (5 + 3)  # the last new token is never fed back
 
@@ -220,17 +234,17 @@ def test_correction_bias_takes_part_in_the_choice(load) -> None:
     bias = moe.layers[0].router_tensors()["e_score_correction_bias"]
     assert float(bias.abs().max()) > 0.05
     genome = random_pruning(moe.shape, 4)
-    with moe.applied(genome), moe.observe_routing() as counts:
+    with_bias, without = Counts(moe), Counts(moe)
+    with moe.applied(genome), observed_experts(moe, with_bias.see):
         logits(moe.language_model, tokens())
-        with_bias = counts.layers
     kept_bias = bias.clone()
     try:
         bias.zero_()
-        with moe.applied(genome), moe.observe_routing() as counts:
+        with moe.applied(genome), observed_experts(moe, without.see):
             logits(moe.language_model, tokens())
     finally:
         bias.copy_(kept_bias)
-    assert not np.array_equal(with_bias[0], counts.layers[0])
+    assert not np.array_equal(with_bias.layers[0], without.layers[0])
 
 
 def test_siblings_share_merged_layers_and_the_budget_is_kept(load) -> None:
@@ -330,7 +344,8 @@ def test_bfloat16_model_matches_stock_bfloat16_model() -> None:
 
 def test_layers_may_differ_in_num_kept_and_top_k(mixtral: MoEModel) -> None:
     genome = random_merge(mixtral.shape, [2, 4, 8], top_k=[1, 2, 3])
-    with mixtral.applied(genome), mixtral.observe_routing() as counts:
+    counts = Counts(mixtral)
+    with mixtral.applied(genome), observed_experts(mixtral, counts.see):
         assert torch.isfinite(logits(mixtral.language_model, tokens())).all()
     assert [int(layer.sum()) for layer in counts.layers] == [24, 48, 72]
     assert all(np.flatnonzero(layer).max() < kept for layer, kept in zip(counts.layers, [2, 4, 8], strict=True))

@@ -1,0 +1,64 @@
+"""What `moe-evo prune` does about the neurons of experts that it merges, and what it leaves beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_evo.config import ModelConfig
+from moe_evo.errors import ConfigError
+from moe_evo.tracking.base import Tracker
+
+if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.genome import Genome
+    from moe_evo.models.alignment_file import Alignment
+
+GENOME_FOLDER = "moe_evo"
+"""In the folder of a checkpoint, where no loader looks for weights."""
+
+
+def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
+    """Whether to reorder neurons; wanted: None is as the method's paper does.
+
+    Raises ConfigError where there is nothing to align, or where it is done already.
+    """
+    from moe_evo.criteria.merges import MERGES
+
+    if wanted and method not in MERGES:
+        raise ConfigError(f"--aligned: got true, but {method} merges nothing; expected one of {', '.join(MERGES)}")
+    if wanted and model.alignment is not None:
+        raise ConfigError("--aligned: got true beside --model.alignment, expected only one of them")
+    if wanted is None:
+        return method in MERGES and MERGES[method].aligns and model.alignment is None
+    return wanted
+
+
+def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracker) -> Alignment:
+    """Reorder the neurons of the loaded model so that what `genome` merges matches.
+
+    model_hash: of the model as it was loaded.
+    """
+    from moe_evo.models.alignment import align_neurons, alignment_of
+    from moe_evo.models.alignment_file import Alignment
+
+    moe = evaluator.model
+    of = f"of {moe.shape.num_layers}"
+    tracker.message("aligning the neurons of experts that are merged")
+    found = alignment_of(moe, genome, lambda layer: tracker.message(f"aligned MoE layer {layer + 1} {of}"))
+    align_neurons(moe, found)
+    if evaluator.states is not None:
+        evaluator.states.clear()  # they are of experts that were not aligned
+    return Alignment(model_hash, found)
+
+
+def save_beside(checkpoint: Path, genome: Genome, alignment: Alignment | None, provenance: dict[str, Any]) -> None:
+    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint."""
+    from moe_evo.genome_file import save_genome
+    from moe_evo.models.alignment_file import save_alignment
+
+    folder = checkpoint / GENOME_FOLDER
+    folder.mkdir(exist_ok=True)
+    save_genome(folder / "genome.safetensors", genome, provenance)
+    if alignment is not None:
+        save_alignment(folder / "alignment.safetensors", alignment)

@@ -1,0 +1,71 @@
+"""`Observer`: whom one-shot methods ask about a model. Nothing is asked twice, in this process or the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from moe_evo.criteria.observation_file import StoredObservations, load_observations, save_observations
+from moe_evo.criteria.questions import Question
+from moe_evo.criteria.sums import Observation, together
+
+Ask = Callable[[Sequence[Question]], Iterator[tuple[Question, Observation[Any]]]]
+"""Asks whoever holds the model; answers come as they are ready, each with its question."""
+
+
+class Observer:
+    """Answers of one model about some tasks.
+
+    ask: as a pool's. tasks: the names of the tasks, and what tells their data apart. file: where answers are
+    read from and written to as they come, also those about other tasks. message: is told how far it is. blend:
+    how many times each task counts (default: once).
+    Raises ObservationError where the file holds something else.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        tasks: Mapping[str, str],
+        model_hash: str,
+        file: Path | None = None,
+        message: Callable[[str], None] = lambda text: None,
+        blend: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self._ask = ask
+        self._tasks = tasks
+        self._model_hash = model_hash
+        self._file = file
+        self._message = message
+        self._blend = blend
+        is_there = file is not None and file.is_file()
+        self._answers = dict(load_observations(str(file), model_hash).answers) if is_there else {}
+
+    def about_tasks(self, question: Question) -> dict[str, Observation[Any]]:
+        """The answers by task; by '' where the question is not about data."""
+        asked = {name: replace(question, task=name) for name in (self._tasks if question.needs_data else [""])}  # type: ignore[type-var]
+        keys = {name: self._key(one) for name, one in asked.items()}
+        missing = [asked[name] for name, key in keys.items() if key not in self._answers]
+        started = time.monotonic()
+        if missing:
+            self._message(f"observing the experts ({type(question).__name__.lower()})")
+        for number, (one, answer) in enumerate(self._ask(missing) if missing else (), start=1):
+            self._answers[self._key(one)] = answer
+            if self._file is not None:
+                save_observations(self._file, StoredObservations(self._model_hash, self._answers))
+            rate = number / max(time.monotonic() - started, 1e-9)
+            if number < len(missing):
+                left_s = (len(missing) - number) / rate
+                self._message(f"observed {one.task} ({number} of {len(missing)}, {left_s:.0f} s left)")
+        return {name: self._answers[key] for name, key in keys.items()}
+
+    def about(self, question: Question) -> Observation[Any]:
+        """The answer about all tasks together."""
+        answers = self.about_tasks(question)
+        return together(one * self._blend.get(name, 1.0) for name, one in answers.items())
+
+    def _key(self, question: Question) -> str:
+        return replace(question, task=self._tasks.get(question.task, "")).key  # type: ignore[type-var]

@@ -1,0 +1,207 @@
+"""What one-shot methods ask of a loaded model; a question travels to whoever holds the model.
+
+Values without torch: `answer` imports what computes it. All ranks of a gang answer together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from moe_evo.config import ModelConfig
+from moe_evo.criteria.sums import (
+    LayerAnswers,
+    LayerLogits,
+    LayerObservation,
+    LayerOutputs,
+    LayerRatios,
+    LayerRouters,
+    LayerTrials,
+    LayerWeights,
+    Observation,
+)
+from moe_evo.genome import Genome
+
+if TYPE_CHECKING:  # a question is asked where there is no torch
+    from torch import Tensor
+
+    from moe_evo.models.view import MoEModel
+    from moe_evo.tasks.base import ForwardBatch
+    from moe_evo.tasks.task import Task
+
+T = TypeVar("T")
+
+
+class Observed(Protocol):
+    """What is needed of an `Evaluator`, which stands above the criteria and is not imported here."""
+
+    @property
+    def model(self) -> MoEModel: ...
+
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+
+    @property
+    def batch_tokens(self) -> int: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor: ...
+
+    def within_memory(self, compute: Callable[[], T]) -> T: ...
+
+
+class Question(Protocol):
+    """A frozen dataclass. needs_data: whether it is asked of each task, which `task` names, or only once.
+
+    key: equal for equal questions. answer: raises OutOfMemory.
+    """
+
+    needs_data: ClassVar[bool]
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    def answer(self, evaluator: Observed) -> Observation[Any]: ...
+
+
+@dataclass(frozen=True)
+class OfPrompts:
+    """A question about the prompts of one task. A prompt counts once however many answers it has, and padding never.
+
+    genome: what the model computes meanwhile, or None for the untouched model. layer: the only MoE layer to
+    look at, or None for all. part: (i, n) for the i-th of n parts of the examples, or None for all.
+    """
+
+    needs_data: ClassVar[bool] = True
+
+    task: str = ""
+    split: str = "search"
+    genome: Genome | None = None
+    layer: int | None = None
+    part: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        return _key(self, *(getattr(self, one.name) for one in fields(self)))
+
+
+@dataclass(frozen=True)
+class Routed(OfPrompts):
+    """What the experts do with the tokens that the router sends them."""
+
+    def answer(self, evaluator: Observed) -> Observation[LayerObservation]:
+        from moe_evo.criteria.observation import observe_routed
+
+        return observe_routed(evaluator, self)
+
+
+@dataclass(frozen=True)
+class Outputs(OfPrompts):
+    """What the experts answer to the tokens that the router sends them: (E, H) a layer, so a question of its own."""
+
+    def answer(self, evaluator: Observed) -> Observation[LayerOutputs]:
+        from moe_evo.criteria.observation import observe_outputs
+
+        return observe_outputs(evaluator, self)
+
+
+@dataclass(frozen=True)
+class GateRatios(OfPrompts):
+    """How much smaller the second gate of a token is than its first."""
+
+    def answer(self, evaluator: Observed) -> Observation[LayerRatios]:
+        from moe_evo.criteria.observation import observe_gate_ratios
+
+        return observe_gate_ratios(evaluator, self)
+
+
+@dataclass(frozen=True)
+class RouterLogits(OfPrompts):
+    """How alike the router finds the experts, of layers that `genome` leaves as they are."""
+
+    def answer(self, evaluator: Observed) -> Observation[LayerLogits]:
+        from moe_evo.criteria.likeness import observe_logits
+
+        return observe_logits(evaluator, self)
+
+
+@dataclass(frozen=True)
+class AllAnswers(OfPrompts):
+    """What the experts answer to every token, of layers that `genome` leaves as they are; computes all experts."""
+
+    def answer(self, evaluator: Observed) -> Observation[LayerAnswers]:
+        from moe_evo.criteria.likeness import observe_answers
+
+        return observe_answers(evaluator, self)
+
+
+@dataclass(frozen=True)
+class Trials(OfPrompts):
+    """How far a layer's answer moves when only some of its experts are left; computes all experts for every token.
+
+    Routed anew by the model's own router, as if the others had never been there, and without dynamic skipping.
+    num_kept, top_k: one number a MoE layer. num_kept: how many are left, in any choice; None is all but one, and
+    trial j leaves out expert j. top_k: how many a token then uses; None is the model's. limit, seed: see `subsets`.
+    """
+
+    num_kept: tuple[int, ...] | None = None
+    top_k: tuple[int, ...] | None = None
+    limit: int = 1000
+    seed: int = 0
+
+    def answer(self, evaluator: Observed) -> Observation[LayerTrials]:
+        from moe_evo.criteria.trials import observe_trials
+
+        return observe_trials(evaluator, self)
+
+
+@dataclass(frozen=True)
+class Routers:
+    """The lengths of the routers' rows, in the model and in the checkpoint that it was tuned from.
+
+    Both are read from files. base_hash: tells the latter apart.
+    """
+
+    needs_data: ClassVar[bool] = False
+
+    task: str = ""
+    tuned: ModelConfig | None = None
+    base: ModelConfig | None = None
+    base_hash: str = ""
+
+    @property
+    def key(self) -> str:
+        return _key(self, self.base_hash)
+
+    def answer(self, evaluator: Observed) -> Observation[LayerRouters]:
+        from moe_evo.models.router_rows import router_lengths
+
+        assert self.tuned is not None and self.base is not None, "asked without the checkpoints to compare"
+        layers = zip(router_lengths(self.tuned), router_lengths(self.base), strict=True)
+        return Observation(tuple(LayerRouters(*lengths) for lengths in layers))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the experts are made of."""
+
+    needs_data: ClassVar[bool] = False
+
+    task: str = ""
+
+    @property
+    def key(self) -> str:
+        return _key(self)
+
+    def answer(self, evaluator: Observed) -> Observation[LayerWeights]:
+        from moe_evo.criteria.weights import expert_weights
+
+        return expert_weights(evaluator.model)
+
+
+def _key(question: object, *parts: object) -> str:
+    digests = (part.digest if isinstance(part, Genome) else "" if part is None else str(part) for part in parts)
+    return "|".join([type(question).__name__, *digests])

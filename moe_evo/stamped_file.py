@@ -1,0 +1,82 @@
+"""Safetensors of our own: written whole or not at all, with what they hold and in which version in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from moe_evo.errors import MoeEvoError
+
+Tensors = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """One kind of file.
+
+    format, version: its stamp. holds: what is in it, in words. error: what is raised for another file. advice:
+    what to do then; again: what to do about another version.
+    """
+
+    format: str
+    version: int
+    holds: str
+    error: type[MoeEvoError]
+    advice: str
+    again: str
+
+    def to_bytes(self, tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+        return save_tensors(dict(tensors), {"format": self.format, "version": str(self.version), **metadata})
+
+    def from_bytes(self, content: bytes, where: str) -> tuple[Tensors, dict[str, str]]:
+        """What `to_bytes` got; raises `error` for bytes of any other kind."""
+        try:
+            tensors = load_tensors(content)
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            raise self.error(f"{where}: not a safetensors file ({reason}); {self.advice}") from error
+        header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data
+        metadata: dict[str, str] = json.loads(content[8 : 8 + header_size]).get("__metadata__") or {}
+        if metadata.pop("format", None) != self.format:
+            raise self.error(f"{where}: safetensors without {self.holds} of moe_evo; {self.advice}")
+        found = metadata.pop("version", None)
+        if found != str(self.version):
+            raise self.error(
+                f"{where}: {self.holds} of version {found}, this moe_evo reads {self.version}; {self.again}"
+            )
+        return tensors, metadata
+
+    def load(self, path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, str]]:
+        """What `to_bytes` got; raises `error` for a file of any other kind, or that cannot be read."""
+        return self.from_bytes(self.read(path), str(path))
+
+    def write(self, path: str | os.PathLike[str], content: bytes) -> None:
+        """Write a file on disk for good, or leave what was there and raise `error`."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except OSError as error:
+            reason = error.strerror or error
+            raise self.error(f"{path}: cannot be written ({reason}); make room or give another path") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read(self, path: str | os.PathLike[str]) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise self.error(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -1,0 +1,61 @@
+"""What the commands share that turn one checkpoint into another without a search: scores and provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_evo.config import ScoringConfig
+from moe_evo.config_check import require
+from moe_evo.errors import GenomeError
+from moe_evo.population import EvaluationFailure
+from moe_evo.result import Score
+from moe_evo.tasks.data import TaskData, is_share
+
+if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.genome import Genome
+
+Scores = dict[str, dict[str, Any]]
+"""By what was scored, a `Score` as plain data."""
+
+
+def require_one_process(config: ScoringConfig, command: str) -> None:
+    """Raise ConfigError for a cluster, and for a router that no stock checkpoint holds."""
+    require(
+        config.cluster.address is None, "cluster.address", config.cluster.address, f"none: {command} needs no cluster"
+    )
+    router, skipping = config.model.router, config.model.dynamic_skipping
+    require(router == "exported", "model.router", router, "'exported': a stock checkpoint is made")
+    experts = config.model.experts
+    require(experts == "own", "model.experts", experts, "'own': a stock checkpoint is made, which merges no experts")
+    require(
+        skipping is None, "model.dynamic_skipping", skipping, "none: a stock checkpoint is made, which skips nothing"
+    )
+
+
+def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], data: Sequence[TaskData]) -> Scores:
+    """The scores on the test split by the genomes' names; None is the model as it is. Raises GenomeError."""
+    scores = {}
+    for name, outcome in zip(genomes, evaluator.evaluate(list(genomes.values()), "test"), strict=True):
+        if isinstance(outcome, EvaluationFailure):
+            raise GenomeError(f"the {name} model has no score on the test split ({outcome.reason})")
+        scores[name] = asdict(Score.of(outcome, is_share=is_share(data)))
+    return scores
+
+
+def provenance(
+    config: ScoringConfig, model_hash: str, data: Sequence[TaskData], how: Mapping[str, Any], scores: Scores
+) -> dict[str, Any]:
+    """For the model card: the base model, the data, `how` it was changed, and the scores."""
+    is_embedded = config.model.path == "embedded"
+    told = [f"{name} model {one['fitness']:.4f} [{one['low']:.4f}, {one['high']:.4f}]" for name, one in scores.items()]
+    return {
+        "base_model": "moe_evo embedded Mixtral" if is_embedded else Path(config.model.path).name,
+        "hash of the base model": model_hash,
+        "tasks": {one.name: f"{one.kind}, {one.metric}, data {one.hash[:16]}" for one in data},
+        **how,
+        "scores (95 % interval)": {"test": ", ".join(told)},
+    }

@@ -1,0 +1,118 @@
+"""`moe-evo prune` with methods that merge: from the command line to a checkpoint, and back to the same scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import logits, tokens
+from transformers import AutoModelForCausalLM
+
+import moe_evo
+from moe_evo import one_shot
+from moe_evo.cli import main
+from moe_evo.config import ModelConfig
+from moe_evo.criteria.merges import MERGES
+from moe_evo.genome_file import load_genome, load_metadata
+from moe_evo.models.loading import load_model
+
+TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
+WORDS = ("--model.self_check", "false", "--tasks", TASK)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main([*words, *WORDS, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def prune(capsys: pytest.CaptureFixture[str], target: Path, method: str, *words: str) -> dict:
+    return run(capsys, "prune", "--to", str(target), "--method", method, "--num_kept", "4", *words)
+
+
+@pytest.mark.parametrize("method", sorted(MERGES))
+def test_every_merge_ends_with_a_smaller_checkpoint_that_stock_transformers_loads(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = prune(capsys, tmp_path / "small", method)
+    assert report["aligned"] == MERGES[method].aligns and report["loader"] == "transformers"
+    assert report["parameters_after"] < 0.6 * report["parameters_before"]
+    full_size = sum(
+        file.stat().st_size for file in (Path(one_shot.__file__).parent / "data/model").glob("*.safetensors")
+    )
+    assert (tmp_path / "small" / "model.safetensors").stat().st_size < 0.6 * full_size
+    assert any(len(members) > 1 for slots in report["made_of"] for members in slots)
+
+    beside = tmp_path / "small" / "moe_evo"
+    alignment = beside / "alignment.safetensors"
+    assert alignment.is_file() == report["aligned"]
+    moe = load_model(
+        ModelConfig(device="cpu", self_check=False, alignment=str(alignment) if report["aligned"] else None)
+    )
+    genome = load_genome(beside / "genome.safetensors")
+    assert load_metadata(beside / "genome.safetensors")["provenance"] == {"method": method, "router": "exported"}
+    with moe.applied(genome):
+        expected = logits(moe.language_model, tokens(batch=4, length=20))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert small.config.num_local_experts == 4
+    torch.testing.assert_close(logits(small, tokens(batch=4, length=20)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_aligned_merge_is_evaluated_again_with_its_alignment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = prune(capsys, tmp_path / "small", "average", "--aligned", "true")
+    beside = tmp_path / "small" / "moe_evo"
+    genome = ("--genome", str(beside / "genome.safetensors"), "--split", "test")
+    alignment = ("--model.alignment", str(beside / "alignment.safetensors"))
+    again = run(capsys, "evaluate", *genome, *alignment)
+    plain = run(capsys, "evaluate", *genome)
+    metrics = report["scores"]["pruned"]["metrics"]
+    assert again["metrics"] == metrics and plain["metrics"] != metrics
+    once_more = prune(capsys, tmp_path / "more", "average", *alignment)
+    assert not once_more["aligned"] and once_more["scores"] == report["scores"]
+    assert not (tmp_path / "more" / "moe_evo" / "alignment.safetensors").exists()
+
+
+def test_merges_may_differ_in_size_by_layer_or_go_layer_by_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = prune(capsys, tmp_path / "global", "m_smoe", "--allocation", "global")
+    sizes = [len(slots) for slots in report["made_of"]]
+    assert sum(sizes) == 16 and len(set(sizes)) > 1 and report["loader"] == "moe_evo"
+    small = moe_evo.load_pruned(tmp_path / "global", device="cpu")
+    assert [layer.mlp.gate.weight.shape[0] for layer in small.model.layers] == sizes
+    report = prune(capsys, tmp_path / "behind", "ream", "--progressive")
+    assert [len(slots) for slots in report["made_of"]] == [4] * 4
+
+
+def test_people_are_told_which_experts_were_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("prune", *WORDS, "--method", "m_smoe", "--num_kept", "4", "--to", str(tmp_path / "small"))
+    assert main([*words]) == 0
+    printed = capsys.readouterr()
+    assert "layer   3   merges " in printed.out and "+" in printed.out
+    assert "aligned MoE layer 4 of 4" in printed.err
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "alignment: digest " in card and "merges experts" in card
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "reap", "--aligned", "true"], "--aligned: got true, but reap merges nothing"),
+        (["--aligned", "true", "--model.alignment", "FILE"], "--aligned: got true beside --model.alignment"),
+        (["--model.alignment", "FILE"], "FILE: cannot be read"),
+        (["--progressive", "--allocation", "global"], "--progressive: got it beside --allocation global"),
+    ],
+)
+def test_wrong_input_is_one_line_before_a_model_is_loaded(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_shot, "load_evaluator", lambda *_: pytest.fail("a model was loaded"))
+    file = str(tmp_path / "none.safetensors")
+    words = [word.replace("FILE", file) for word in words]
+    method = [] if "--method" in words else ["--method", "m_smoe"]
+    assert main(["prune", *WORDS, *method, "--num_kept", "4", "--to", str(tmp_path / "small"), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message.replace("FILE", file) in line and not (tmp_path / "small").exists()
