@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,21 @@ def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracke
     return Alignment(model_hash, found)
 
 
-def save_beside(checkpoint: Path, genome: Genome, alignment: Alignment | None, provenance: dict[str, Any]) -> None:
-    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint."""
+def save_beside(
+    checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: dict[str, Any]
+) -> None:
+    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint.
+
+    alignment: as it was found, or the file of `model.alignment`.
+    """
     from moe_evo.genome_file import save_genome
     from moe_evo.models.alignment_file import save_alignment
 
     folder = checkpoint / GENOME_FOLDER
     folder.mkdir(exist_ok=True)
     save_genome(folder / "genome.safetensors", genome, provenance)
-    if alignment is not None:
-        save_alignment(folder / "alignment.safetensors", alignment)
+    target = folder / "alignment.safetensors"
+    if isinstance(alignment, str):
+        shutil.copyfile(alignment, target)
+    elif alignment is not None:
+        save_alignment(target, alignment)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import ModelConfig, RunConfig, ScoringConfig
 from moe_evo.config_file import read_config
-from moe_evo.errors import GenomeError, RunError
+from moe_evo.errors import ConfigError, GenomeError, RunError
 from moe_evo.evaluators import check_model, open_pool
 from moe_evo.genome import Genome
 from moe_evo.genome_file import load_genome, save_individual
@@ -56,10 +56,18 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
 
 def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
     """Raise ConfigError or ModelError where a run asks for one-shot methods that cannot serve it."""
+    from moe_evo.criteria.merges import MERGES
     from moe_evo.criteria.registry import check_methods
 
     check_methods("selection.baselines", config.selection.baselines, space)
     check_methods("search.init", config.search.init_methods, space)
+    shares_genes = any(len(numbers) > 1 for numbers in space.layer_groups)
+    for name in config.search.init_methods:
+        if shares_genes and name in MERGES:
+            raise ConfigError(
+                f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes layers "
+                "share theirs; use a method that prunes, or leave num_layer_groups out"
+            )
 
 
 def search(

@@ -117,7 +117,9 @@ def prune(
     }
     told = provenance(config, known_as, data, how, scores)
     report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=told)
-    save_beside(report.folder, genome, alignment, {"method": method, "router": config.model.router})
+    save_beside(
+        report.folder, genome, alignment or config.model.alignment, {"method": method, "router": config.model.router}
+    )
     named = {
         "folder": str(report.folder),
         "method": method,

@@ -72,7 +72,8 @@ def test_an_aligned_merge_is_evaluated_again_with_its_alignment(
     assert again["metrics"] == metrics and plain["metrics"] != metrics
     once_more = prune(capsys, tmp_path / "more", "average", *alignment)
     assert not once_more["aligned"] and once_more["scores"] == report["scores"]
-    assert not (tmp_path / "more" / "moe_evo" / "alignment.safetensors").exists()
+    copied = tmp_path / "more" / "moe_evo" / "alignment.safetensors"
+    assert copied.read_bytes() == (beside / "alignment.safetensors").read_bytes()
 
 
 def test_merges_may_differ_in_size_by_layer_or_go_layer_by_layer(

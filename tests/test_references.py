@@ -16,7 +16,6 @@ from moe_evo.cli import main
 from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
 from moe_evo.criteria.observation_file import load_observations
 from moe_evo.criteria.registry import METHODS
-from moe_evo.errors import ConfigError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.journal import MAIN, REFERENCE, Journal
@@ -157,6 +156,7 @@ def test_no_initial_candidate_is_lost_between_shares() -> None:
         (["--search.init", "{reap: -1}"], "search.init: got {'reap': -1.0}, expected names, or names with shares"),
         (["--search.init", "[]"], "search.init: got [], expected names"),
         (["--search.init", "[reap]", "--search.algorithm", "random"], "only 'random' in a random search"),
+        (["--search.init", "[m_smoe]", "--search.num_layer_groups", "2"], "m_smoe gives each layer experts of its own"),
     ],
 )
 def test_names_that_mean_nothing_end_a_run_before_a_model_is_loaded(
@@ -168,23 +168,13 @@ def test_names_that_mean_nothing_end_a_run_before_a_model_is_loaded(
     assert told in error and error.count("\n") == 1
 
 
-def test_a_method_whose_genome_the_search_may_not_propose_is_refused_as_seed(
-    asked: list[str], evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    by_layer = SearchSpace.build(evaluator.model.shape, num_kept=4)
-    genome = METHODS["reap"].genome(observer_of(evaluator), by_layer)
-    assert len(set(genome.layers)) > 1
-
-    class LayerByLayer:
-        title = name = "layer_by_layer"
-
-        def genome(self, *_: object) -> object:
-            return genome
-
-    monkeypatch.setitem(METHODS, "layer_by_layer", LayerByLayer())
-    search = replace(CONFIG.search, num_layer_groups=1, init=["layer_by_layer"])
-    with pytest.raises(ConfigError, match=r"^search\.init: layer_by_layer gives each layer experts of its own"):
-        run(tmp_path / "run", replace(CONFIG, search=search))
+@pytest.mark.parametrize("method", ["m_smoe", "naee", "task_specific"])
+def test_a_search_may_begin_from_any_method(method: str, asked: list[str], tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", replace(CONFIG, search=replace(CONFIG.search, init=[method])))
+    first = candidates(folder, MAIN)[:8]
+    assert [one.operator for one in first] == [method] + [f"{method}_mutation"] * 7
+    assert len({one.genome.digest for one in first}) == 8
+    assert first[0].genome.is_pruning == (method != "m_smoe")
 
 
 def test_a_journal_tells_which_method_made_what(asked: list[str], tmp_path: Path) -> None:

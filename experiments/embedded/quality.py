@@ -41,7 +41,6 @@ METHODS = {
     "best_pruning": "EEP prune",
     "best": "EEP prune + merge",
 }
-_BEGIN, _END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,12 @@ def table(results: dict[Cell, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    """Replace what stands between the two marks in a Markdown file."""
-    before, rest = path.read_text("utf-8").split(_BEGIN)
-    after = rest.split(_END)[1]
-    path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}", "utf-8")
+def write_between_marks(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the two marks of that name in a Markdown file."""
+    begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
+    before, rest = path.read_text("utf-8").split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     (Path(options.folder) / "quality.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     if options.readme:
-        write_between_marks(options.readme, text)
+        write_between_marks(options.readme, "quality", text)
     return 0
 
 
