@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiny_tasks as tiny
+from tiny_models import tiny_model
+
+from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import Routed
 from moe_evo.criteria.sums import LayerObservation, Observation
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
+from moe_evo.models.loading import load_model
+from moe_evo.models.ranks import Ranks
+from moe_evo.tasks.data import read_task
+from moe_evo.tasks.registry import build_task
+
+GANG_FAMILIES = ("mixtral", "gpt_oss")
 
 
 def observer_of(evaluator: Evaluator, **options) -> Observer:
@@ -16,3 +30,21 @@ def observer_of(evaluator: Evaluator, **options) -> Observer:
 def observed(evaluator: Evaluator) -> Observation[LayerObservation]:
     """What the experts do on all tasks together."""
     return observer_of(evaluator).about(Routed())
+
+
+def write_gang_files(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Two models, and the tasks 'equal' and 'unequal', of which two ranks get batches of very different length."""
+    for family in GANG_FAMILIES:
+        tiny_model(family, vocab_size=350).save_pretrained(folder / family)
+        tiny.tiny_tokenizer(bos=True).save_pretrained(folder / family)
+    tiny.write_splits(folder / "equal", rows)
+    prompts = [f"{n} {'good bad maybe yes no ' * 2}" if n % 2 == 0 else "one" for n in range(9)]
+    tiny.write_splits(folder / "unequal", [{**rows[0], "prompt": prompt} for prompt in prompts])
+
+
+def gang_evaluators(ranks: Ranks, folder: str, sharding: Any) -> Iterator[Evaluator]:
+    """One for each model of `write_gang_files`."""
+    for family in GANG_FAMILIES:
+        moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
+        configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
+        yield Evaluator(moe, [build_task(read_task(one), moe.tokenizer, 64) for one in configs], EvaluationConfig())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refusal, taken_folder
 from safetensors.torch import load_file
 from tiny_models import logits, tiny_model, tokens
 from tiny_tasks import tiny_tokenizer
@@ -187,19 +188,15 @@ def test_a_config_may_follow_the_checkpoint_and_options_may_come_first(
 def test_wrong_input_is_one_line_before_a_model_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = tmp_path / "TAKEN"
-    taken.mkdir()
-    (taken / "file").write_text("something else")
-    monkeypatch.setattr(command, "load_evaluator", lambda *_: pytest.fail("a model was loaded"))
+    taken = taken_folder(tmp_path)
     words = [word.replace("TAKEN", str(taken)) for word in words]
     usual = {"CHECKPOINT": "embedded", "--method": "moe_pruner", "--to": str(tmp_path / "small")}
     usual |= dict(zip(words[::2], words[1::2], strict=True))
     checkpoint = usual.pop("CHECKPOINT")
     given = [*([checkpoint] if checkpoint else []), *OPTIONS, *(word for pair in usual.items() for word in pair)]
-    assert main(["compress", *given]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal(["compress", *given], tmp_path / "small", command, capsys, monkeypatch)
     assert message.replace("TAKEN", str(taken)) in line
-    assert not (tmp_path / "small").exists() and (taken / "file").read_text() == "something else"
+    assert (taken / "file").read_text() == "something else"
 
 
 def test_an_older_export_is_replaced_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusal, taken_folder
 from transformers import AutoModelForCausalLM
 
 from moe_evo import one_shot
@@ -159,14 +160,10 @@ def test_criteria_are_listed_with_their_sources(capsys: pytest.CaptureFixture[st
 def test_wrong_input_is_one_line_before_a_model_is_loaded(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = tmp_path / "TAKEN"
-    taken.mkdir()
-    (taken / "file").write_text("something else")
-    monkeypatch.setattr(one_shot, "load_evaluator", lambda *_: pytest.fail("a model was loaded"))
+    taken = taken_folder(tmp_path)
     words = [word.replace("TAKEN", str(taken)) for word in words]
     usual = {"--method": "reap", "--num_kept": "4", "--to": str(tmp_path / "small")}
     usual |= dict(zip(words[::2], words[1::2], strict=True))
-    assert main([*WORDS, *(word for pair in usual.items() for word in pair)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message.replace("TAKEN", str(taken)) in line
-    assert not (tmp_path / "small").exists() and (taken / "file").read_text() == "something else"
+    argv = [*WORDS, *(word for pair in usual.items() for word in pair)]
+    assert message.replace("TAKEN", str(taken)) in refusal(argv, tmp_path / "small", one_shot, capsys, monkeypatch)
+    assert (taken / "file").read_text() == "something else"

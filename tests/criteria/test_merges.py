@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
-from asking import observer_of
+from asking import gang_evaluators, observer_of, write_gang_files
 from process_groups import run_gang
 from tiny_models import CONFIGS, EXPERT_FIELDS, tiny_model
 
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config import EvaluationConfig, ModelConfig
 from moe_evo.criteria.grouping import Group
 from moe_evo.criteria.merges import MERGES, merged_layer
 from moe_evo.criteria.questions import AllAnswers, RouterLogits
@@ -26,8 +26,6 @@ from moe_evo.models.loading import load_model
 from moe_evo.models.ranks import ALONE
 from moe_evo.models.view import MoEModel
 from moe_evo.space import ModelShape, SearchSpace
-from moe_evo.tasks.data import read_task
-from moe_evo.tasks.registry import build_task
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(12)]
@@ -204,23 +202,15 @@ def assert_alike(found, expected, rtol=1e-9):
 
 def gang_finds(ranks, folder, sharding):
     found = []
-    for family in ("mixtral", "gpt_oss"):
-        moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
-        configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
-        tasks = [build_task(read_task(config), moe.tokenizer, 64) for config in configs]
-        observer = observer_of(Evaluator(moe, tasks, EvaluationConfig()))
+    for evaluator in gang_evaluators(ranks, folder, sharding):
+        observer = observer_of(evaluator)
         found += [observer.about(question) for question in (RouterLogits(), AllAnswers(), AllAnswers(layer=1))]
     return found
 
 
 @pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
 def test_ranks_together_find_what_one_process_finds(tmp_path, sharding):
-    for family in ("mixtral", "gpt_oss"):
-        tiny_model(family, vocab_size=350).save_pretrained(tmp_path / family)
-        tiny.tiny_tokenizer(bos=True).save_pretrained(tmp_path / family)
-    tiny.write_splits(tmp_path / "equal", ROWS[:9])
-    prompts = [f"{n} {' '.join(WORDS)}" if n % 2 == 0 else "one" for n in range(9)]
-    tiny.write_splits(tmp_path / "unequal", [{**ROWS[0], "prompt": prompt} for prompt in prompts])
+    write_gang_files(tmp_path, ROWS[:9])
     alone = gang_finds(ALONE, str(tmp_path), "single")
     for of_rank in run_gang(gang_finds, 2, str(tmp_path), sharding):
         assert_alike(of_rank, alone, rtol=1e-5)

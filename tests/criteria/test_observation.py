@@ -10,23 +10,20 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
-from asking import observed, observer_of
+from asking import gang_evaluators, observed, observer_of, write_gang_files
 from process_groups import run_gang
 from tiny_models import logits, random_merge, random_pruning, tiny_model, tokens
 
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config import EvaluationConfig
 from moe_evo.criteria.observation import _GateRatios, _Routed, counting
 from moe_evo.criteria.questions import GateRatios, OfPrompts, Outputs, Routed, Trials, Weights
 from moe_evo.criteria.sums import LayerObservation, Observation, together
 from moe_evo.criteria.weights import expert_weights
 from moe_evo.errors import ObservationError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.models.loading import load_model
 from moe_evo.models.observation import observed_experts, residual_streams
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.view import MoEModel
-from moe_evo.tasks.data import read_task
-from moe_evo.tasks.registry import build_task
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(24)]
@@ -282,25 +279,18 @@ Found = list[list[dict[str, Observation]]]
 
 def gang_finds(ranks: Ranks, folder: str, sharding: str) -> Found:
     found: Found = []
-    for family in ("mixtral", "gpt_oss"):
-        moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
-        configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
-        tasks = [build_task(read_task(config), moe.tokenizer, 64) for config in configs]
-        shares = [tasks[1].prompt_batches("search", range(first, 9, 2), trees=moe.reads_trees) for first in (0, 1)]
+    for evaluator in gang_evaluators(ranks, folder, sharding):
+        unequal, trees = evaluator.tasks[1], evaluator.model.reads_trees
+        shares = [unequal.prompt_batches("search", range(first, 9, 2), trees=trees) for first in (0, 1)]
         assert len(shares[0]) > len(shares[1])  # so that one rank repeats a batch, only to keep in step
-        observer = observer_of(Evaluator(moe, tasks, EvaluationConfig()))
+        observer = observer_of(evaluator)
         found.append([observer.about_tasks(question) for question in ASKED])
     return found
 
 
 @pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
 def test_ranks_together_find_what_one_process_finds(tmp_path, sharding):
-    for family in ("mixtral", "gpt_oss"):
-        tiny_model(family, vocab_size=350).save_pretrained(tmp_path / family)
-        tiny.tiny_tokenizer(bos=True).save_pretrained(tmp_path / family)
-    tiny.write_splits(tmp_path / "equal", ROWS[:9])
-    prompts = [f"{n} {' '.join(WORDS)}" if n % 2 == 0 else "one" for n in range(9)]
-    tiny.write_splits(tmp_path / "unequal", [{**ROWS[0], "prompt": prompt} for prompt in prompts])
+    write_gang_files(tmp_path, ROWS[:9])
     alone = gang_finds(ALONE, str(tmp_path), "single")
     for of_rank in run_gang(gang_finds, 2, str(tmp_path), sharding):
         for answers, expected in zip(of_rank, alone, strict=True):
