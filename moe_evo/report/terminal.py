@@ -68,7 +68,7 @@ def _luck(result: dict[str, Any]) -> str:
         return ""
     lost = curse["search_test"]
     told = f"{lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}]"
-    return f"luck     against the full model the winner is {told} worse on test than on the search split\n"
+    return f"luck     from search to test split the winner loses {told} against the full model\n"
 
 
 def print_whole(console: Console, table: Table) -> None:
