@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from moe_evo import one_shot
 from moe_evo.cli import main
-from moe_evo.criteria import observation
 from moe_evo.criteria.merges import MERGES
 from moe_evo.criteria.observation_file import load_observations
 from moe_evo.criteria.registry import CRITERIA, METHODS
+from moe_evo.evaluation.local_pool import LocalPool
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 WORDS = ("prune", "--model.self_check", "false", "--tasks", TASK)
@@ -54,7 +54,7 @@ def test_what_was_observed_once_serves_other_criteria(
 ) -> None:
     seen = str(tmp_path / "seen.safetensors")
     first = prune(tmp_path / "a", "--method", "reap", "--num_kept", "4", "--observations", seen, capsys=capsys)
-    monkeypatch.setattr(observation, "observe_routed", lambda *_: pytest.fail("observed again"))
+    monkeypatch.setattr(LocalPool, "ask", lambda *_: pytest.fail("observed again"))
     again = prune(tmp_path / "b", "--method", "reap", "--num_kept", "4", "--observations", seen, capsys=capsys)
     other = prune(tmp_path / "c", "--method", "ean", "--num_kept", "2", "--observations", seen, capsys=capsys)
     assert again["kept"] == first["kept"] and [len(kept) for kept in other["kept"]] == [2] * 4

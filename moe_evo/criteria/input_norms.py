@@ -18,7 +18,7 @@ from moe_evo.models.expert_matrices import expert_matrices, observed_inputs
 from moe_evo.models.view import MoEModel
 
 if TYPE_CHECKING:
-    from moe_evo.criteria.questions import Observed
+    from moe_evo.criteria.observed import Observed
 
 
 def observe_input_norms(evaluator: Observed, split: str = "search") -> tuple[InputNorms, ...]:

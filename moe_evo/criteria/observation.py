@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moe_evo.criteria.questions import GateRatios, Observed, OfPrompts, Outputs, Routed
+from moe_evo.criteria.observed import Observed
+from moe_evo.criteria.questions import GateRatios, OfPrompts, Outputs, Routed
 from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, LayerSums, Observation
 from moe_evo.models.observation import observed_experts, residual_streams
 from moe_evo.models.view import MoEModel

@@ -1,59 +1,18 @@
-"""What one-shot methods ask of a loaded model; a question travels to whoever holds the model.
-
-Values without torch: `answer` imports what computes it. All ranks of a gang answer together.
-"""
+"""What one-shot methods ask of a loaded model; plain values that travel to whoever holds the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 from moe_evo.config import ModelConfig
-from moe_evo.criteria.sums import (
-    LayerAnswers,
-    LayerLogits,
-    LayerObservation,
-    LayerOutputs,
-    LayerRatios,
-    LayerRouters,
-    LayerTrials,
-    LayerWeights,
-    Observation,
-)
 from moe_evo.genome import Genome
-
-if TYPE_CHECKING:  # a question is asked where there is no torch
-    from torch import Tensor
-
-    from moe_evo.models.view import MoEModel
-    from moe_evo.tasks.base import ForwardBatch
-    from moe_evo.tasks.task import Task
-
-T = TypeVar("T")
-
-
-class Observed(Protocol):
-    """What is needed of an `Evaluator`, which stands above the criteria and is not imported here."""
-
-    @property
-    def model(self) -> MoEModel: ...
-
-    @property
-    def tasks(self) -> Sequence[Task]: ...
-
-    @property
-    def batch_tokens(self) -> int: ...
-
-    def forward(self, batch: ForwardBatch) -> Tensor: ...
-
-    def within_memory(self, compute: Callable[[], T]) -> T: ...
 
 
 class Question(Protocol):
     """A frozen dataclass. needs_data: whether it is asked of each task, which `task` names, or only once.
 
-    key: equal for equal questions. answer: raises OutOfMemory.
+    key: equal for equal questions.
     """
 
     needs_data: ClassVar[bool]
@@ -63,8 +22,6 @@ class Question(Protocol):
 
     @property
     def key(self) -> str: ...
-
-    def answer(self, evaluator: Observed) -> Observation[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -92,50 +49,25 @@ class OfPrompts:
 class Routed(OfPrompts):
     """What the experts do with the tokens that the router sends them."""
 
-    def answer(self, evaluator: Observed) -> Observation[LayerObservation]:
-        from moe_evo.criteria.observation import observe_routed
-
-        return observe_routed(evaluator, self)
-
 
 @dataclass(frozen=True)
 class Outputs(OfPrompts):
     """What the experts answer to the tokens that the router sends them: (E, H) a layer, so a question of its own."""
-
-    def answer(self, evaluator: Observed) -> Observation[LayerOutputs]:
-        from moe_evo.criteria.observation import observe_outputs
-
-        return observe_outputs(evaluator, self)
 
 
 @dataclass(frozen=True)
 class GateRatios(OfPrompts):
     """How much smaller the second gate of a token is than its first."""
 
-    def answer(self, evaluator: Observed) -> Observation[LayerRatios]:
-        from moe_evo.criteria.observation import observe_gate_ratios
-
-        return observe_gate_ratios(evaluator, self)
-
 
 @dataclass(frozen=True)
 class RouterLogits(OfPrompts):
     """How alike the router finds the experts, of layers that `genome` leaves as they are."""
 
-    def answer(self, evaluator: Observed) -> Observation[LayerLogits]:
-        from moe_evo.criteria.likeness import observe_logits
-
-        return observe_logits(evaluator, self)
-
 
 @dataclass(frozen=True)
 class AllAnswers(OfPrompts):
     """What the experts answer to every token, of layers that `genome` leaves as they are; computes all experts."""
-
-    def answer(self, evaluator: Observed) -> Observation[LayerAnswers]:
-        from moe_evo.criteria.likeness import observe_answers
-
-        return observe_answers(evaluator, self)
 
 
 @dataclass(frozen=True)
@@ -151,11 +83,6 @@ class Trials(OfPrompts):
     top_k: tuple[int, ...] | None = None
     limit: int = 1000
     seed: int = 0
-
-    def answer(self, evaluator: Observed) -> Observation[LayerTrials]:
-        from moe_evo.criteria.trials import observe_trials
-
-        return observe_trials(evaluator, self)
 
 
 @dataclass(frozen=True)
@@ -176,13 +103,6 @@ class Routers:
     def key(self) -> str:
         return _key(self, self.base_hash)
 
-    def answer(self, evaluator: Observed) -> Observation[LayerRouters]:
-        from moe_evo.models.router_rows import router_lengths
-
-        assert self.tuned is not None and self.base is not None, "asked without the checkpoints to compare"
-        layers = zip(router_lengths(self.tuned), router_lengths(self.base), strict=True)
-        return Observation(tuple(LayerRouters(*lengths) for lengths in layers))
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -195,11 +115,6 @@ class Weights:
     @property
     def key(self) -> str:
         return _key(self)
-
-    def answer(self, evaluator: Observed) -> Observation[LayerWeights]:
-        from moe_evo.criteria.weights import expert_weights
-
-        return expert_weights(evaluator.model)
 
 
 def _key(question: object, *parts: object) -> str:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_evo.criteria.observation import counting, observe
-from moe_evo.criteria.questions import Observed, Trials
+from moe_evo.criteria.observed import Observed
+from moe_evo.criteria.questions import Trials
 from moe_evo.criteria.subsets import all_but_one, check_spares_one, subsets
 from moe_evo.criteria.sums import LayerTrials, Observation
 from moe_evo.models.all_answers import Answers, observed_answers, observed_logits

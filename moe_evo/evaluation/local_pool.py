@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moe_evo.criteria.answers import answer
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.evaluation.evaluator import Evaluator
@@ -43,7 +44,7 @@ class LocalPool:
         return [(request, self._evaluator.evaluate([request.genome], request.split, rivals=[request.rival])[0])]
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
-        return ((question, question.answer(self._evaluator)) for question in questions)
+        return ((question, answer(question, self._evaluator)) for question in questions)
 
     def close(self) -> None:
         self._waiting.clear()

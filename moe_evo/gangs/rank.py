@@ -103,8 +103,10 @@ class Rank:
         return self._evaluators[key].evaluate(genomes, split, rivals=rivals)
 
     def ask(self, key: str, question: Question) -> Observation[Any]:
-        """See `Question.answer`."""
-        return question.answer(self._evaluators[key])
+        """See `answer`."""
+        from moe_evo.criteria.answers import answer
+
+        return answer(question, self._evaluators[key])
 
 
 class _reported:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny_model
 
 from moe_evo.config import ModelConfig
+from moe_evo.criteria.answers import answer
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import CRITERIA, check_methods
 from moe_evo.errors import ConfigError, ModelError
@@ -39,7 +40,7 @@ def test_scores_are_the_change_of_length_of_router_rows(tmp_path, family):
     assert (change > 0).any() and (change < 0).any()
 
     def ask(questions):
-        return ((question, question.answer(None)) for question in questions)
+        return ((question, answer(question, None)) for question in questions)
 
     observer = Observer(ask, {"task": "task"}, "model")
     for name, expected in (("router_norm", change), ("router_norm_absolute", np.abs(change))):

@@ -20,6 +20,7 @@ from request_runs import MODEL, TASK, complete, genomes, requests
 from moe_evo import commands, evaluators
 from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
+from moe_evo.criteria.answers import answer
 from moe_evo.criteria.questions import Routed, Weights
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Pool, Request
@@ -118,7 +119,7 @@ def test_answers_about_experts_are_those_of_the_evaluator(pool: Pool, evaluator:
     answers = {question.key: answer for question, answer in pool.ask(questions)}
     assert answers.keys() == {question.key for question in questions}
     for question in questions:
-        for found, expected in zip(answers[question.key].layers, question.answer(evaluator).layers, strict=True):
+        for found, expected in zip(answers[question.key].layers, answer(question, evaluator).layers, strict=True):
             for name in expected.names():
                 np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 

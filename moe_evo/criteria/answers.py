@@ -1,0 +1,52 @@
+"""The answer to every question about a model's experts, for whoever holds the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_evo.criteria.likeness import observe_answers, observe_logits
+from moe_evo.criteria.observation import observe_gate_ratios, observe_outputs, observe_routed
+from moe_evo.criteria.observed import Observed
+from moe_evo.criteria.questions import (
+    AllAnswers,
+    GateRatios,
+    Outputs,
+    Question,
+    Routed,
+    RouterLogits,
+    Routers,
+    Trials,
+    Weights,
+)
+from moe_evo.criteria.sums import LayerRouters, LayerWeights, Observation
+from moe_evo.criteria.trials import observe_trials
+from moe_evo.criteria.weights import expert_weights
+from moe_evo.models.router_rows import router_lengths
+
+
+def answer(question: Question, evaluator: Observed) -> Observation[Any]:
+    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    return _ANSWERS[type(question)](evaluator, question)
+
+
+def _weights(evaluator: Observed, question: Weights) -> Observation[LayerWeights]:
+    return expert_weights(evaluator.model)
+
+
+def _routers(evaluator: Observed, question: Routers) -> Observation[LayerRouters]:
+    assert question.tuned is not None and question.base is not None, "asked without the checkpoints to compare"
+    layers = zip(router_lengths(question.tuned), router_lengths(question.base), strict=True)
+    return Observation(tuple(LayerRouters(*lengths) for lengths in layers))
+
+
+_ANSWERS: dict[type[Question], Callable[[Observed, Any], Observation[Any]]] = {
+    Routed: observe_routed,
+    Outputs: observe_outputs,
+    GateRatios: observe_gate_ratios,
+    RouterLogits: observe_logits,
+    AllAnswers: observe_answers,
+    Trials: observe_trials,
+    Routers: _routers,
+    Weights: _weights,
+}
