@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_evo.config import EvaluationConfig, TaskConfig
+from moe_evo.criteria.answers import answer
 from moe_evo.criteria.observation import prompts
 from moe_evo.criteria.questions import GateRatios, Outputs, Question, Routed, Trials
 from moe_evo.evaluation.evaluator import Evaluator
@@ -67,7 +68,7 @@ def compare(name: str, task: str, repeats: int, folder: Path) -> None:
         for way, question in questions.items():
             if way == "routed" or repeat < 3:
                 plain.append(seconds(partial(run_plainly, evaluator, task)))
-                ratios[way].append(seconds(partial(question.answer, evaluator)) / plain[-1])
+                ratios[way].append(seconds(partial(answer, question, evaluator)) / plain[-1])
     table = Table("question", "times a forward pass", title=f"{name}, {EXAMPLES[name]} prompts of {task}")
     figures = {way: float(np.median(of_way)) for way, of_way in ratios.items()}
     for way, ratio in figures.items():
