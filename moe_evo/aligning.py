@@ -55,8 +55,8 @@ def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracke
 
 def save_beside(
     checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: dict[str, Any]
-) -> None:
-    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint.
+) -> dict[str, str]:
+    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint; answers the files.
 
     alignment: as it was found, or the file of `model.alignment`.
     """
@@ -65,9 +65,12 @@ def save_beside(
 
     folder = checkpoint / GENOME_FOLDER
     folder.mkdir(exist_ok=True)
-    save_genome(folder / "genome.safetensors", genome, provenance)
-    target = folder / "alignment.safetensors"
-    if isinstance(alignment, str):
-        shutil.copyfile(alignment, target)
-    elif alignment is not None:
-        save_alignment(target, alignment)
+    files = {"genome": folder / "genome.safetensors"}
+    save_genome(files["genome"], genome, provenance)
+    if alignment is not None:
+        files["alignment"] = folder / "alignment.safetensors"
+        if isinstance(alignment, str):
+            shutil.copyfile(alignment, files["alignment"])
+        else:
+            save_alignment(files["alignment"], alignment)
+    return {name: str(path) for name, path in files.items()}

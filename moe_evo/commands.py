@@ -172,6 +172,7 @@ def _run(
 ) -> None:
     from moe_evo.criteria.observer import Observer
     from moe_evo.driver import run_search
+    from moe_evo.models.loading import alignment_digest
     from moe_evo.report.figure import kept_figure, search_figure
 
     if config.search.algorithm != "random" and space.can_prune:
@@ -189,7 +190,8 @@ def _run(
         if row.key in folder.winners:
             outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
-            provenance = {key: result[key] for key in ("model", "router", "tasks")} | {"row": row.to_json()}
+            provenance = {key: result[key] for key in ("model", "router", "tasks")}
+            provenance |= {"alignment": alignment_digest(config.model), "row": row.to_json()}
             save_individual(folder.winners[row.key], individual, space, provenance)
     search_figure(
         folder.figure,
@@ -229,14 +231,14 @@ def evaluate(
     data = check_tasks(config.tasks)
     if run is not None:
         _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
-    from moe_evo.models.loading import read_shape, resolve_device
+    from moe_evo.models.loading import alignment_digest, read_shape, resolve_device
     from moe_evo.result import Score
 
     if config.cluster.address is None:
         resolve_device(config.model.device)
     shape = read_shape(config.model)
     wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
-    genome = named_genome(genome_name, wanted, config.model.router)
+    genome = named_genome(genome_name, wanted, config.model.router, alignment_digest(config.model))
     genome = genome if top_k is None else _with_top_k(genome, top_k)
     check_fits(genome, shape)
     if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:

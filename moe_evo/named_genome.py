@@ -12,8 +12,11 @@ from moe_evo.run_folder import RunFolder
 from moe_evo.space import ModelShape
 
 
-def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
-    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'."""
+def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: str | None) -> Genome:
+    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'.
+
+    router, alignment: of the model that it is for; the latter by its digest.
+    """
     if text == "full":
         return shape.identity()
     if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
@@ -34,13 +37,23 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode) -> Genome:
             f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
             "such as [[0,3],[1,2]], or 'full'"
         )
-    _check_router(path, router)
-    return load_genome(path)
+    genome = load_genome(path)
+    _check_provenance(path, genome, router, alignment)
+    return genome
 
 
-def _check_router(path: Path, router: RouterMode) -> None:
-    """A genome means another function under the other router mode."""
-    searched = load_metadata(path).get("provenance", {}).get("router", router)
+def _check_provenance(path: Path, genome: Genome, router: RouterMode, alignment: str | None) -> None:
+    """A genome means another function under the other router mode, and a merge of experts ordered otherwise."""
+    provenance = load_metadata(path).get("provenance", {})
+    made_with = provenance.get("alignment", alignment)
+    if made_with != alignment and not genome.is_pruning:
+        wanted = "without model.alignment" if made_with is None else f"with the model.alignment {made_with}"
+        beside = path.with_name("alignment.safetensors")
+        advice = (
+            f"add --model.alignment {beside}" if made_with and beside.exists() else "give the one that it was made with"
+        )
+        raise GenomeError(f"{path}: merges experts {wanted}, got {alignment or 'none'}; {advice}")
+    searched = provenance.get("router", router)
     if searched != router:
         raise GenomeError(
             f"{path}: was searched with model.router {searched}, got {router}; add --model.router {searched}"

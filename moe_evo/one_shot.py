@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moe_evo.aligning import align, aligns, save_beside
 from moe_evo.commands import observed_names
 from moe_evo.config import ScoringConfig
+from moe_evo.config_check import require
 from moe_evo.errors import ConfigError
 from moe_evo.evaluators import load_evaluator
 from moe_evo.run_folder import with_absolute_paths
@@ -71,18 +72,26 @@ def prune(
         needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
         raise ConfigError(f"--base_model: {method} compares with no other checkpoint; only {needing} do")
     _check_way(method, _way(allocation, progressive=progressive))
+    if (progressive or blend) and method in CRITERIA and not CRITERIA[method].question.needs_data:
+        option = "--progressive" if progressive else "--blend"
+        raise ConfigError(f"{option}: {method} looks at weights alone, so that it would change nothing; leave it out")
     is_aligned = aligns(config.model, method, aligned)
     require_one_process(config, "prune")
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     _check_blend(blend or {}, [one.name for one in data])
     from moe_evo.models.export import export_checkpoint
-    from moe_evo.models.loading import model_hash, read_shape, resolve_device
+    from moe_evo.models.loading import alignment_digest, model_hash, read_shape, resolve_device
     from moe_evo.models.router_rows import check_comparable
     from moe_evo.models.target_folder import check_target
 
     resolve_device(config.model.device)
-    space = SearchSpace.build(read_shape(config.model), num_kept=num_kept)
+    shape = read_shape(config.model)
+    fewest, most = max(shape.top_k), min(shape.num_experts) - 1
+    require(
+        fewest <= num_kept <= most, "--num_kept", num_kept, f"{fewest} (active a token) to {most}, one less than all"
+    )
+    space = SearchSpace.build(shape, num_kept=num_kept)
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
     known_as = model_hash(config.model)
     chosen = METHODS[method]
@@ -117,11 +126,12 @@ def prune(
     }
     told = provenance(config, known_as, data, how, scores)
     report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=told)
-    save_beside(
-        report.folder, genome, alignment or config.model.alignment, {"method": method, "router": config.model.router}
-    )
+    digest = alignment_digest(config.model) if alignment is None else alignment.digest
+    made_by = {"method": method, "router": config.model.router, "alignment": digest}
+    files = save_beside(report.folder, genome, alignment or config.model.alignment, made_by)
     named = {
         "folder": str(report.folder),
+        **files,
         "method": method,
         "aligned": is_aligned,
         "kept": [list(layer) for layer in genome.kept],
@@ -134,8 +144,10 @@ def prune(
 def _check_blend(blend: Mapping[str, float], tasks: Sequence[str]) -> None:
     """Raise ConfigError unless every task counts some of the time."""
     for name, times in blend.items():
-        if name not in tasks or not (0 <= times < float("inf")):
-            raise ConfigError(f"--blend: got {name}: {times:g}, expected times of 0 or more for {', '.join(tasks)}")
+        if name not in tasks:
+            raise ConfigError(f"--blend: got task {name!r}, expected one of {', '.join(tasks)}")
+        if not 0 <= times < float("inf"):
+            raise ConfigError(f"--blend: got {name}: {times:g}, expected 0 or more")
     if not any(blend.get(name, 1.0) for name in tasks):
         raise ConfigError(f"--blend: got 0 for {', '.join(tasks)}, expected more for one task at least")
 

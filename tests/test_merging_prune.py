@@ -17,7 +17,8 @@ from moe_evo.cli import main
 from moe_evo.config import ModelConfig
 from moe_evo.criteria.merges import MERGES
 from moe_evo.genome_file import load_genome, load_metadata
-from moe_evo.models.loading import load_model
+from moe_evo.models.alignment_file import load_alignment
+from moe_evo.models.loading import load_model, model_hash
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 WORDS = ("--model.self_check", "false", "--tasks", TASK)
@@ -52,7 +53,10 @@ def test_every_merge_ends_with_a_smaller_checkpoint_that_stock_transformers_load
         ModelConfig(device="cpu", self_check=False, alignment=str(alignment) if report["aligned"] else None)
     )
     genome = load_genome(beside / "genome.safetensors")
-    assert load_metadata(beside / "genome.safetensors")["provenance"] == {"method": method, "router": "exported"}
+    digest = load_alignment(alignment, model_hash(ModelConfig())).digest if report["aligned"] else None
+    made_by = {"method": method, "router": "exported", "alignment": digest}
+    assert load_metadata(beside / "genome.safetensors")["provenance"] == made_by
+    assert report["genome"] == str(beside / "genome.safetensors")
     with moe.applied(genome):
         expected = logits(moe.language_model, tokens(batch=4, length=20))
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
@@ -68,9 +72,12 @@ def test_an_aligned_merge_is_evaluated_again_with_its_alignment(
     genome = ("--genome", str(beside / "genome.safetensors"), "--split", "test")
     alignment = ("--model.alignment", str(beside / "alignment.safetensors"))
     again = run(capsys, "evaluate", *genome, *alignment)
-    plain = run(capsys, "evaluate", *genome)
+    assert main(["evaluate", *WORDS, *genome]) == 2
+    told = capsys.readouterr().err
+    assert "merges experts with the model.alignment" in told and f"add --model.alignment {alignment[1]}" in told
+    assert "loading" not in told
     metrics = report["scores"]["pruned"]["metrics"]
-    assert again["metrics"] == metrics and plain["metrics"] != metrics
+    assert again["metrics"] == metrics
     once_more = prune(capsys, tmp_path / "more", "average", *alignment)
     assert not once_more["aligned"] and once_more["scores"] == report["scores"]
     copied = tmp_path / "more" / "moe_evo" / "alignment.safetensors"

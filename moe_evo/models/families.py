@@ -171,6 +171,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+PRUNED_TYPE = "moe_evo_pruned"
+"""The model_type of our own checkpoints whose layers differ in experts; no stock class loads them."""
+
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
 
 
@@ -180,6 +183,11 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     if not isinstance(model_type, str):
         raise ModelError(f"{where}: config.json has no model_type; give the folder of a checkpoint")
     supported = ", ".join(sorted(FAMILIES))
+    if model_type == PRUNED_TYPE:
+        raise ModelError(
+            f"{where}: its layers keep different numbers of experts, which only moe_evo.load_pruned reads; give the "
+            "model that it was made of, and --genome with the genome that was exported"
+        )
     if model_type not in FAMILIES:
         if not any(field in raw_config for field in _EXPERT_FIELDS):
             raise ModelError(f"{where}: {model_type} has no Mixture-of-Experts layers; supported families: {supported}")

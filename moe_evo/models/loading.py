@@ -129,6 +129,12 @@ def model_hash(config: ModelConfig) -> str:
     return stored if alignment is None else f"{stored}+aligned:{alignment.digest}"
 
 
+def alignment_digest(config: ModelConfig) -> str | None:
+    """Tells alignments apart; None for a model that is not aligned. Raises ModelError for a file of another model."""
+    alignment = _alignment(config)
+    return None if alignment is None else alignment.digest
+
+
 def _alignment(config: ModelConfig) -> Alignment | None:
     return None if config.alignment is None else load_alignment(config.alignment, _stored_hash(config))
 

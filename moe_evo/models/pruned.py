@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from moe_evo.errors import ModelError
 from moe_evo.genome import Genome
-from moe_evo.models.families import Family, family_of
+from moe_evo.models.families import PRUNED_TYPE, Family, family_of
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
 from moe_evo.models.loading import resolve_device
-
-MODEL_TYPE = "moe_evo_pruned"
 
 
 def save_pruned(language_model: Any, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:
     """Write weights and configs; `state` is the state dict with each layer's own number of experts."""
     content = {
-        "model_type": MODEL_TYPE,
+        "model_type": PRUNED_TYPE,
         "base_config": language_model.config.to_dict(),
         "num_kept": genome.num_kept,
         "top_k": genome.top_k,
@@ -75,7 +73,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
-    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
+    if not isinstance(content, dict) or content.get("model_type") != PRUNED_TYPE:
         raise ModelError(
             f"{folder}: is no checkpoint with layers of different size; load it with transformers' "
             "AutoModelForCausalLM.from_pretrained"

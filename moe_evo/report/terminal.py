@@ -123,6 +123,11 @@ def print_one_shot(report: dict[str, Any]) -> None:
         experts = ", ".join("+".join(map(str, members)) for members in slots)
         console.print(f"layer {layer:3}   {verb} {experts}", highlight=False, soft_wrap=True)
     _print_scores_of_models(console, report["scores"])
+    lines = [f"{name:<12}{report[name]}" for name in ("genome", "alignment") if name in report]
+    if "dynamic_skipping_beta" in report:
+        thresholds = ", ".join(f"{one:.3f}" for one in report["dynamic_skipping_beta"])
+        lines.append(f"skipping    --model.dynamic_skipping '[{thresholds}]' (evaluates only; no checkpoint holds it)")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_scores_of_models(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:

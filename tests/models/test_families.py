@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, tiny_model
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ModelError
-from moe_evo.models.families import FAMILIES, family_of
+from moe_evo.models.families import FAMILIES, PRUNED_TYPE, family_of
 from moe_evo.models.loading import load_model, read_shape
 from moe_evo.space import ModelShape
 
@@ -60,7 +60,7 @@ REFUSED = [
     ({"model_type": "phimoe", "num_local_experts": 16}, "family phimoe is not supported; supported: deepseek_v2"),
     ({"model_type": "ernie4_5_moe", "moe_num_experts": 16}, "family ernie4_5_moe is not supported"),
     ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "family dbrx is not supported"),
-    ({"model_type": "moe_evo_pruned"}, "moe_evo_pruned has no"),
+    ({"model_type": PRUNED_TYPE}, "its layers keep different numbers of experts, which only moe_evo.load_pruned reads"),
     ({"num_local_experts": 8}, "config.json has no model_type"),
     ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "is quantised"),
 ]
