@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.cluster.hierarchy import average, fcluster
 from scipy.spatial.distance import pdist, squareform
+from sklearn.cluster import SpectralClustering
 
 from moe_evo.criteria.grouping import (
     agglomerated,
@@ -61,14 +62,13 @@ def test_groups_divide_the_experts_and_are_led_by_the_member_with_most_votes(gro
 
 @pytest.mark.parametrize("seed", range(10))
 def test_spectral_groups_equal_scikit_learns(seed):
-    cluster = pytest.importorskip("sklearn.cluster")
     rng = np.random.default_rng(seed)
     truth = rng.permutation(np.repeat(np.arange(4), 4))
     logits = rng.normal(size=(4, 200))[truth] + 0.4 * rng.normal(size=(16, 200))
     alike = (np.corrcoef(logits) + 1) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = cluster.SpectralClustering(4, affinity="precomputed", random_state=0).fit_predict(alike)
+        found = SpectralClustering(4, affinity="precomputed", random_state=0).fit_predict(alike)
     votes = rng.random(16)
     groups = spectral_groups(4, votes, alike)
     expected = oracle.led([list(np.flatnonzero(found == label)) for label in range(4)], votes)
