@@ -64,6 +64,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {"intermediate_size": 16, "num_local_experts": 8, "logits_scaling": 2.0},
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{model_type: {} for model_type in sorted(CONFIGS)},
+    "mixtral, sliding": {"sliding_window": 6},
+    "qwen2_moe, sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 9},
+    "gpt_oss, one window": {"sliding_window": 6},
+    "qwen3_moe, dense end": {"mlp_only_layers": [2]},
+}
+"""Every family, and what configs of a family differ in beside experts."""
+
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -80,6 +89,11 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     model.tie_weights()
     return model
+
+
+def variant(name: str) -> Any:
+    """One of `VARIANTS`."""
+    return tiny_model(name.split(",")[0], **VARIANTS[name])
 
 
 def stock_model(model: Any, genome: Genome, shape: ModelShape) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
 from moe_evo.evaluation.engine import Engine, engine_for
-from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.evaluation.generate import generate_together
 from moe_evo.evaluation.packing import Clock, most_tokens, packing_for, size_class
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
 from moe_evo.evaluation.states import StateCache
@@ -202,6 +202,7 @@ class Evaluator:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits (M, V) of whatever function the model computes at the moment."""
+        assert not batch.trunk, "only an engine reads trunks"
         self._memory.note(batch)
         logits: Tensor = self.model.language_model(
             input_ids=batch.input_ids,
@@ -225,7 +226,7 @@ class Evaluator:
             else:
                 for genome, own in zip(whole, reports, strict=True):
                     self._run_alone(genome, prepared, own)
-            self._generate(whole, prepared, reports)
+            self._generate(whole, prepared, reports, is_whole=indices is None)
         return reports
 
     def _run_together(
@@ -256,7 +257,11 @@ class Evaluator:
                             report.add(batch, one.task.score(batch, logits, reference))
 
     def _generate(
-        self, genomes: Sequence[Genome], prepared: Sequence[_Prepared], reports: Sequence[Sequence[_Report]]
+        self,
+        genomes: Sequence[Genome],
+        prepared: Sequence[_Prepared],
+        reports: Sequence[Sequence[_Report]],
+        is_whole: bool,
     ) -> None:
         """All batches that are generated from, for several genomes at once where they go together."""
         for index, one in enumerate(prepared):
@@ -264,21 +269,13 @@ class Evaluator:
                 if isinstance(batch, GenerateBatch):
                     for kind, together in self._packs(batch, genomes):
                         with self._packing.timed(kind, len(together)):
-                            rows = self._generated(batch, [genomes[number] for number in together])
+                            self._memory.note(batch, len(together))
+                            chosen = [genomes[number] for number in together]
+                            rows = generate_together(self.model, self._engine, batch, chosen, is_whole, self._packing)
                         for number, (new, is_finite) in zip(together, rows, strict=True):
                             if position < one.num_counted:
                                 scored = one.task.score(batch, new)
                                 reports[number][index].add(batch, scored, bool(is_finite.all()))
-
-    def _generated(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> list[tuple[Tensor, Tensor]]:
-        """For each genome the new tokens, and which rows' logits were finite."""
-        copies = len(genomes)
-        self._memory.note(batch, copies)
-        with self.model.applied_together(genomes) as language_model:
-            new, is_finite = generate_greedily(
-                language_model, self.model.tokenizer, batch.repeated(copies), in_lockstep=self.model.ranks.size > 1
-            )
-        return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
 
     def _packs(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> Iterator[tuple[Hashable, list[int]]]:
         """The numbers of genomes that generate together, with the same experts active a token.
@@ -316,7 +313,8 @@ class Evaluator:
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
         ranks = self.model.share
-        make = partial(task.batches, split, batch_tokens=self.batch_tokens, trees=self.model.reads_trees)
+        trunks = self._engine is not None and self._engine.reads_trunks
+        make = partial(task.batches, split, batch_tokens=self.batch_tokens, trees=self.model.reads_trees, trunks=trunks)
         share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
         batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(

@@ -1,13 +1,23 @@
-"""Greedy generation for a batch of prompts with stock `generate`, watched for broken logits."""
+"""Greedy generation for a batch of prompts with stock `generate`, watched for broken logits.
+
+Where an engine can, it reads the prompts: what genomes have in common once, and what all prompts begin
+with once a task.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from moe_evo.evaluation.engine import Engine
+from moe_evo.evaluation.packing import Packing
+from moe_evo.genome import Genome
+from moe_evo.models.past import KeyValues, beside_each_other, cache_of, padded_on_the_left
+from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
 
 
@@ -36,13 +46,41 @@ class _Watch:
         return ~self.is_finite | torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
+def generate_together(
+    model: MoEModel,
+    engine: Engine | None,
+    batch: GenerateBatch,
+    genomes: Sequence[Genome],
+    keep: bool,
+    packing: Packing,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each genome what `generate_greedily` finds; all have the same top_k. keep, packing: see `Engine.run`."""
+    copies = len(genomes)
+    read: list[KeyValues] = []
+    if engine is not None and batch.prompt is not None:
+        found = engine.read(batch.prompt, genomes, copies=copies, keep=keep, packing=packing)
+        read = beside_each_other(found, rows=len(batch.examples))
+    with model.applied_together(genomes) as language_model:
+        new, is_finite = generate_greedily(
+            language_model, model.tokenizer, batch.repeated(copies), read, in_lockstep=model.ranks.size > 1
+        )
+    return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
+
+
 def generate_greedily(
-    language_model: Any, tokenizer: Any, batch: GenerateBatch, *, in_lockstep: bool = False
+    language_model: Any,
+    tokenizer: Any,
+    batch: GenerateBatch,
+    read: Sequence[KeyValues] = (),
+    *,
+    in_lockstep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
-    in_lockstep: other ranks of the process group generate too, and all run as many forward passes as the
-    one that needs most. That is also why logits that are not finite raise nothing.
+    read: what each decoder layer has read of all but the last token of the rows, (B, heads, T - 1, size) padded
+    on the right; without it `generate` reads them. in_lockstep: other ranks of the process group generate too,
+    and all run as many forward passes as the one that needs most. That is also why logits that are not
+    finite raise nothing.
     """
     watch = _Watch(tokenizer, batch)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -50,17 +88,25 @@ def generate_greedily(
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=batch.max_new_tokens,
+        disable_compile=True,  # every genome would be compiled anew
         pad_token_id=_padding(tokenizer),
     )
     sequences: Tensor = language_model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
+        past_key_values=_cache(language_model, batch, read) if read else None,
         generation_config=config,
         stopping_criteria=[watch],
         logits_processor=[watch.look],
         synced_gpus=in_lockstep,
     )
     return sequences[:, batch.input_ids.shape[1] :], watch.is_finite
+
+
+def _cache(language_model: Any, batch: GenerateBatch, read: Sequence[KeyValues]) -> Any:
+    pads = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
+    config = language_model.config.get_text_config(decoder=True)
+    return cache_of(config, padded_on_the_left(read, pads), room=1 + batch.max_new_tokens)
 
 
 def _padding(tokenizer: Any) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_evo.models.layer import LayerPlan
+from moe_evo.models.past import Past
 from moe_evo.models.view import MoEModel
 
 
@@ -67,10 +68,10 @@ class Halves:
             self._model.language_model(input_ids=input_ids, **arguments, use_cache=False, logits_to_keep=1)
         return Start(seen[0], calls)
 
-    def attend(self, stage: int, hidden: Tensor, start: Start) -> Tensor:
+    def attend(self, stage: int, hidden: Tensor, start: Start, past: Past | None = None) -> Tensor:
         """From the end of MoE block `stage` - 1 (or the embeddings) to the residual stream before block `stage`.
 
-        Where `stage` is the number of stages: to the end of the last decoder layer.
+        Where `stage` is the number of stages: to the end of the last decoder layer. past: of these layers.
         """
         first = self._positions[stage - 1] + 1 if stage else 0
         last = self._positions[stage] if stage < self.num_stages else len(self._decoder_layers)
@@ -78,6 +79,7 @@ class Halves:
         for position in range(first, min(last + 1, len(self._decoder_layers))):
             layer = self._decoder_layers[position]
             args, kwargs = _repeated(start.calls[position], batch, copies)
+            kwargs = kwargs if past is None else {**kwargs, "past_key_values": past}
             half = {layer.get_submodule(self._block): self._zero_block} if position == last else {}
             with _replaced(half):
                 hidden = layer(hidden, *args, **kwargs)

@@ -19,20 +19,27 @@ def reads_trees(config: Any) -> bool:
     return config._attn_implementation in _MASKED_ATTENTION
 
 
-def attention_masks(config: Any, position_ids: Tensor, ends: Tensor, counts: Tensor, dtype: torch.dtype) -> Any:
+def attention_masks(
+    config: Any, position_ids: Tensor, ends: Tensor, counts: Tensor, dtype: torch.dtype, *, trunk: int = 0
+) -> Any:
     """The model's `attention_mask` argument for P trees of T nodes; position_ids, ends, counts: (P, T).
 
-    Additive (P, 1, T, T) masks, a dict of them where the layers of a model differ, or (P, T) flags for a
-    model that knows no trees. A sliding window counts along the path from the root.
+    Additive (P, 1, T, trunk + T) masks, a dict of them where the layers of a model differ, or (P, T) flags
+    for a model that knows no trees. trunk: how many tokens stand before every root. A sliding window counts
+    along the path from the root.
     """
     if not reads_trees(config):
+        assert not trunk, "a model that knows no trees reads no trunks"
         return (counts > 0).long()
     node = torch.arange(ends.shape[1], device=ends.device)
     seen = (node[None, :] <= node[:, None]) & (node[:, None] < ends[:, None, :])  # (P, observer, observed)
+    seen = torch.nn.functional.pad(seen, (trunk, 0), value=True)
     window = getattr(config, "sliding_window", None)
     if not window:
         return _additive(seen, dtype)
-    near = seen & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+    before = torch.arange(trunk, device=ends.device).expand(len(ends), trunk)
+    observed = torch.cat([before, position_ids], dim=1)
+    near = seen & (position_ids[:, :, None] - observed[:, None, :] < window)
     if getattr(config, "layer_types", None) is None:
         return _additive(near, dtype)
     return {"full_attention": _additive(seen, dtype), "sliding_attention": _additive(near, dtype)}

@@ -139,9 +139,11 @@ class MoEModel:
         """Whether rows that begin alike can share those tokens."""
         return reads_trees(self.language_model.config)
 
-    def attention_masks(self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor) -> Any:
-        """The language model's `attention_mask` for token trees; each (P, T), see `ForwardBatch`."""
-        return attention_masks(self.language_model.config, position_ids, ends, counts, self.dtype)
+    def attention_masks(
+        self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, trunk: int = 0
+    ) -> Any:
+        """The language model's `attention_mask` for token trees; each (P, T), see `token_trees`."""
+        return attention_masks(self.language_model.config, position_ids, ends, counts, self.dtype, trunk=trunk)
 
     def merged_fits(self, genome: Genome) -> bool:
         """Whether all layers that `genome` merges fit in the cache; others are merged anew in every forward."""

@@ -31,7 +31,8 @@ class ForwardBatch:
     needed. positions: (B, n) int64, where a row is scored, as a number 0..M-1 of those nodes.
     scored: (B, n) bool, where positions mean something. targets: (B, n, A) int64, the token that answer a
     expects after a position, or IGNORED. examples: (B,) the example of each row. answers: (B, A) which of
-    the example's answers each is, or IGNORED.
+    the example's answers each is, or IGNORED. trunk: C tokens that every row begins with and that stand in
+    no tree; positions count them.
     """
 
     input_ids: Tensor
@@ -44,10 +45,11 @@ class ForwardBatch:
     targets: Tensor
     examples: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
+    trunk: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Tokens that go through the model, padding included and the trunk not."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> ForwardBatch:
@@ -60,7 +62,8 @@ class ForwardBatch:
 class GenerateBatch:
     """Prompts for greedy generation, padded on the left.
 
-    input_ids, attention_mask: (B, T) int64. stop: text before which the answer ends, or ''.
+    input_ids, attention_mask: (B, T) int64. stop: text before which the answer ends, or ''. prompt: all but
+    the last token of each row, to be read once for genomes that begin alike; None where that is not possible.
     """
 
     input_ids: Tensor
@@ -68,6 +71,7 @@ class GenerateBatch:
     max_new_tokens: int
     stop: str
     examples: npt.NDArray[np.int64]
+    prompt: ForwardBatch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,10 +80,15 @@ class GenerateBatch:
 
     def to(self, device: torch.device) -> GenerateBatch:
         """The batch with its tensors on `device`."""
-        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            prompt=None if self.prompt is None else self.prompt.to(device),
+        )
 
     def repeated(self, copies: int) -> GenerateBatch:
-        """All rows so many times over, copy by copy."""
+        """All rows so many times over, copy by copy; their prompt is left as it is."""
         rows = {name: getattr(self, name).repeat(copies, 1) for name in ("input_ids", "attention_mask")}
         return replace(self, **rows, examples=np.tile(self.examples, copies))
 

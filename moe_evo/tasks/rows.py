@@ -1,13 +1,16 @@
 """Token rows and how they become batches.
 
-To score, rows are laid into token trees: what rows have in common at their beginning (a few-shot prefix,
-the prompt of an example's choices) stands there once. To generate, rows are padded on the left.
+To score, rows are laid into token trees: what rows have in common at their beginning (the prompt of an
+example's choices) stands there once. To generate, rows are padded on the left. What the rows of a task
+begin with (few-shot examples, an instruction) is their trunk, which is read once for all batches behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +21,7 @@ from moe_evo.tasks.examples import Example
 
 MAX_LOGITS = 2**27  # numbers in one batch's logits: 512 MiB in float32
 MAX_PADDING = 256  # tokens of padding that cost about as much as one more forward pass
-_PREFIX_WIDTHS = 4  # a tree is at least so many times as wide as what all rows have in common
+_COMMON_WIDTHS = 4  # without a trunk, a tree is at least so many times as wide as what all rows have in common
 TREE_TOKENS = 64  # a wider tree shares more beginnings, but each of its tokens attends to all of it
 
 
@@ -51,17 +54,19 @@ class Row:
 class BatchLimits:
     """How large a batch may be: tokens with padding, and the vocabulary that its logits span.
 
-    trees: rows may share their beginnings; otherwise each row is a tree of its own.
+    trees: rows may share their beginnings; otherwise each row is a tree of its own. trunk: what rows
+    of the task begin with, perhaps nothing; None where keys and values of what was read before cannot be used.
     """
 
     batch_tokens: int
     vocabulary: int
     trees: bool = True
+    trunk: tuple[int, ...] | None = None
 
-    def lowered_to(self, batch_tokens: int | None, trees: bool) -> BatchLimits:
+    def lowered_to(self, batch_tokens: int | None, trees: bool, trunk: tuple[int, ...] | None = None) -> BatchLimits:
         """These limits, with at most `batch_tokens` tokens (None changes nothing)."""
         lowest = self.batch_tokens if batch_tokens is None else min(self.batch_tokens, batch_tokens)
-        return BatchLimits(lowest, self.vocabulary, trees)
+        return BatchLimits(lowest, self.vocabulary, trees, trunk)
 
 
 class TokenisedSplits:
@@ -77,22 +82,81 @@ class TokenisedSplits:
         """The rows of each example."""
         return self._made[split]
 
+    @cached_property
+    def trunk(self) -> tuple[int, ...]:
+        """What rows of all splits begin with, the longer the better and the more of them the better."""
+        return _trunk([row for rows in self._made.values() for of_example in rows for row in of_example])
+
 
 def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBatch, ...]:
-    """All rows as token trees of similar size."""
-    return tuple(map(_forward_batch, _groves(_trees(rows, limits), limits)))
+    """All rows as token trees of similar size, behind the trunk where it pays."""
+    parts: dict[tuple[int, ...], list[_Tree]] = {(): _trees(rows, limits)}
+    if limits.trunk:
+        size = len(limits.trunk)
+        behind, others = _divided(rows, limits.trunk, 0)
+        own = [replace(row, tokens=row.tokens[size:], start=row.start - size) for row in behind]
+        apart = {limits.trunk: _trees(own, limits), (): _trees(others, limits)}
+        parts = apart if _num_tokens(parts) - _num_tokens(apart) > MAX_PADDING else parts
+    return tuple(_forward_batch(grove, first) for first, trees in parts.items() for grove in _groves(trees, limits))
 
 
 def generate_batches(
     rows: Sequence[Row], limits: BatchLimits, max_new_tokens: int, stop: str
 ) -> tuple[GenerateBatch, ...]:
     """All rows in batches, shortest first; room for the new tokens is counted."""
+    trunk = limits.trunk or ()
+    behind, others = _divided(rows, trunk, 1)
+    saved = (len(behind) - 1) * len(trunk)
+    parts = [(trunk, behind), ((), others)] if saved > MAX_PADDING else [((), rows)]
     batches = []
-    for bucket in _buckets(rows, limits, extra=max_new_tokens):
-        input_ids, attention_mask = _padded(bucket)
-        examples = np.array([row.example for row in bucket], dtype=np.int64)
-        batches.append(GenerateBatch(input_ids, attention_mask, max_new_tokens, stop, examples))
+    for first, part in parts:
+        for bucket in _buckets(part, limits, extra=max_new_tokens):
+            input_ids, attention_mask = _padded(bucket)
+            examples = np.array([row.example for row in bucket], dtype=np.int64)
+            is_read_before = limits.trunk is not None and len(bucket[0].tokens) > 1
+            prompt = _prompt_batch(bucket, first) if is_read_before else None
+            batches.append(GenerateBatch(input_ids, attention_mask, max_new_tokens, stop, examples, prompt))
     return tuple(batches)
+
+
+def _trunk(rows: Sequence[Row]) -> tuple[int, ...]:
+    """The beginning that saves the most tokens if it is read once for all rows that have it and are scored later.
+
+    In order, rows that begin alike are neighbours, so it is the largest rectangle below what neighbours share.
+    """
+    ordered = sorted(rows, key=lambda row: row.tokens)
+    shared = [min(_num_alike(one.tokens, next.tokens), one.start, next.start) for one, next in pairwise(ordered)]
+    best = (0, 0, 0)
+    rising: list[tuple[int, int]] = []  # where a height begins, and the height
+    for place, height in enumerate([*shared, 0]):
+        first = place
+        while rising and rising[-1][1] >= height:
+            first, above = rising.pop()
+            best = max(best, ((place - first) * above, above, first))
+        rising.append((first, height))
+    _, size, first = best
+    return ordered[first].tokens[:size] if size else ()
+
+
+def _num_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """In how many tokens two sequences begin alike."""
+    fewest, most = 0, min(len(one), len(other))
+    while fewest < most:
+        middle = (fewest + most + 1) // 2
+        if one[fewest:middle] == other[fewest:middle]:
+            fewest = middle
+        else:
+            most = middle - 1
+    return fewest
+
+
+def _divided(rows: Sequence[Row], trunk: tuple[int, ...], num_own: int) -> tuple[list[Row], list[Row]]:
+    """Rows that begin with the trunk and have so many tokens more before the first that is scored, and the others."""
+    size = len(trunk)
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        parts[not (row.tokens[:size] == trunk and row.start >= size + num_own)].append(row)
+    return parts
 
 
 def _buckets(rows: Sequence[Row], limits: BatchLimits, extra: int) -> Iterator[list[Row]]:
@@ -134,9 +198,7 @@ class _Tree:
 
     def num_shared(self, row: Row) -> int:
         """How many tokens the row has in common with the beginning of the last one."""
-        last = self.rows[-1].tokens if self.rows else ()
-        pairs = enumerate(zip(last, row.tokens, strict=False))
-        return next((place for place, (one, other) in pairs if one != other), min(len(last), len(row.tokens)))
+        return _num_alike(self.rows[-1].tokens, row.tokens) if self.rows else 0
 
     def add(self, row: Row) -> None:
         shared = self.num_shared(row)
@@ -159,11 +221,8 @@ def _trees(rows: Sequence[Row], limits: BatchLimits) -> list[_Tree]:
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     longest = max((len(row.tokens) for row in rows), default=0)
-    first = _Tree()
-    for row in ordered[:1]:
-        first.add(row)
-    common = first.num_shared(ordered[-1]) if ordered else 0  # in order, so all in between have it, too
-    width = min(max(TREE_TOKENS, longest, _PREFIX_WIDTHS * common), limits.batch_tokens)
+    common = _num_alike(ordered[0].tokens, ordered[-1].tokens) if ordered else 0  # in order, so all in between
+    width = min(max(TREE_TOKENS, longest, _COMMON_WIDTHS * common), limits.batch_tokens)
     trees: list[_Tree] = []
     for row in ordered:
         fits = trees and len(trees[-1].tokens) + len(row.tokens) - trees[-1].num_shared(row) <= width
@@ -171,6 +230,11 @@ def _trees(rows: Sequence[Row], limits: BatchLimits) -> list[_Tree]:
             trees.append(_Tree())
         trees[-1].add(row)
     return trees
+
+
+def _num_tokens(parts: Mapping[tuple[int, ...], Sequence[_Tree]]) -> int:
+    """Of trunks and the trees behind them."""
+    return sum(len(trunk) + sum(len(tree.tokens) for tree in trees) for trunk, trees in parts.items())
 
 
 def _groves(trees: Sequence[_Tree], limits: BatchLimits) -> Iterator[list[_Tree]]:
@@ -190,14 +254,23 @@ def _groves(trees: Sequence[_Tree], limits: BatchLimits) -> Iterator[list[_Tree]
         yield grove
 
 
-def _forward_batch(trees: Sequence[_Tree]) -> ForwardBatch:
+def _prompt_batch(rows: Sequence[Row], trunk: tuple[int, ...]) -> ForwardBatch:
+    """All but the last token of each row, each a tree of its own behind the trunk; nothing is scored."""
+    trees = []
+    for row in rows:
+        trees.append(_Tree())
+        trees[-1].add(Row(row.example, row.tokens[len(trunk) : -1], len(row.tokens) - 1 - len(trunk)))
+    return _forward_batch(trees, trunk)
+
+
+def _forward_batch(trees: Sequence[_Tree], trunk: tuple[int, ...] = ()) -> ForwardBatch:
     width = max(len(tree.tokens) for tree in trees)
     input_ids, position_ids, counts = (np.zeros((len(trees), width), dtype=np.int64) for _ in range(3))
     ends = np.tile(np.arange(1, width + 1), (len(trees), 1))  # padding sees itself alone
     for number, tree in enumerate(trees):
         input_ids[number, : len(tree.tokens)] = tree.tokens
         for places in tree.places:  # the last of a node's rows ends last
-            position_ids[number, places] = np.arange(len(places))
+            position_ids[number, places] = np.arange(len(trunk), len(trunk) + len(places))
             ends[number, places] = places[-1] + 1
             counts[number, places] += 1
     needed = np.concatenate([tree.scored + number * width for number, tree in enumerate(trees)])
@@ -231,4 +304,5 @@ def _forward_batch(trees: Sequence[_Tree]) -> ForwardBatch:
         targets=torch.from_numpy(targets),
         examples=np.array([row.example for row, _ in placed], dtype=np.int64),
         answers=answers,
+        trunk=trunk,
     )

@@ -63,16 +63,22 @@ class Task:
         return list(range(self.num_examples(split))) if indices is None else sorted({int(one) for one in indices})
 
     def batches(
-        self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
+        self,
+        split: str,
+        indices: Iterable[int] | None = None,
+        batch_tokens: int | None = None,
+        trees: bool = True,
+        trunks: bool = False,
     ) -> Sequence[Batch]:
         """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
 
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
-        that begin alike share those tokens.
+        that begin alike share those tokens. trunks: what all rows begin with may stand apart.
         """
         rows = self._rows.of(split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
-        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees))
+        trunk = self._rows.trunk if trunks else None
+        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees, trunk))
 
     def prompt_batches(
         self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True

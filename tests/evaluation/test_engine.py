@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
-from tiny_models import CONFIGS, random_merge, random_pruning, tiny_model
+from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, variant
 
 from moe_evo.config import EvaluationConfig, ScoringConfig, TaskConfig
 from moe_evo.evaluation.engine import Engine, engine_for
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.states import StateCache
+from moe_evo.evaluation.states import State, StateCache
 from moe_evo.evaluators import open_pool
 from moe_evo.genome import Genome
 from moe_evo.models import halves
@@ -29,18 +29,11 @@ from moe_evo.tasks.data import check_tasks
 from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
 
 CPU = torch.device("cpu")
-MODELS = {
-    **{model_type: {} for model_type in sorted(CONFIGS)},
-    "mixtral, sliding": {"sliding_window": 6},
-    "qwen2_moe, sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 9},
-    "gpt_oss, one window": {"sliding_window": 6},
-    "qwen3_moe, dense end": {"mlp_only_layers": [2]},
-}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def moe(request: pytest.FixtureRequest) -> MoEModel:
-    return MoEModel(tiny_model(request.param.split(",")[0], **MODELS[request.param]))
+    return MoEModel(variant(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +183,7 @@ def test_a_child_starts_where_it_differs_from_its_parent(mixtral: MoEModel, monk
 
 
 def test_states_keep_to_their_budget_and_the_least_recent_go_first() -> None:
-    state = torch.zeros(256)  # 1 KiB
+    state = State(torch.zeros(128), ((torch.zeros(64), torch.zeros(64)),))  # 1 KiB
     cache = StateCache(3 / 2**20, CPU)
     for number in range(3):
         cache.keep("batch", (number,), state)
@@ -198,7 +191,7 @@ def test_states_keep_to_their_budget_and_the_least_recent_go_first() -> None:
     cache.keep("batch", (3,), state)
     assert [cache.get("batch", (number,)) is not None for number in range(4)] == [True, False, True, True]
     assert cache.size_bytes == cache.budget_bytes and len(cache) == 3
-    cache.keep("batch", (4,), torch.zeros(1024))
+    cache.keep("batch", (4,), State(torch.zeros(1024)))
     assert cache.get("batch", (4,)) is None and len(cache) == 3
     assert cache.longest("batch", (3, 7)) == 1 and cache.longest("other", (3, 7)) == cache.longest("batch", (3,)) == 0
     cache.clear()
@@ -208,9 +201,10 @@ def test_states_keep_to_their_budget_and_the_least_recent_go_first() -> None:
 def test_a_kept_part_does_not_hold_the_whole() -> None:
     cache = StateCache(1, CPU)
     whole = torch.zeros(4, 256)
-    cache.keep("batch", (0,), whole[1:2])
+    cache.keep("batch", (0,), State(whole[1:2], ((whole[2:3], whole[3:4]),)))
     kept = cache.get("batch", (0,))
-    assert kept is not None and kept.untyped_storage().nbytes() == 1024
+    assert kept is not None
+    assert [one.untyped_storage().nbytes() for one in (kept.residual, *kept.read[0])] == [1024] * 3
 
 
 @pytest.mark.parametrize("gib", [0.0, 2e-5])
@@ -247,10 +241,11 @@ def test_an_engine_is_for_ranks_that_run_the_same_examples_and_want_it(mixtral: 
 
 
 def test_a_model_on_another_device_may_keep_states_in_host_memory(mixtral: MoEModel) -> None:
-    assert StateCache(1, CPU).keep("batch", (), torch.zeros(3)) is None
-    kept = StateCache(1, torch.device("meta"))
-    kept.keep("batch", (0,), torch.zeros(3))
-    assert kept.get("batch", (0,)).device.type == "meta"
+    states = StateCache(1, torch.device("meta"))
+    states.keep("batch", (0,), State(torch.zeros(3), ((torch.zeros(1), torch.zeros(1)),)))
+    kept = states.get("batch", (0,))
+    assert kept is not None
+    assert [one.device.type for one in (kept.residual, *kept.read[0])] == ["meta"] * 3
 
 
 def test_on_the_cpu_scores_do_not_depend_on_company_unless_packing_is_asked_for(tmp_path) -> None:

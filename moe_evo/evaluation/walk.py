@@ -1,0 +1,215 @@
+"""One batch on its way through the layers, for many genomes.
+
+The walk is depth first: a branch is followed to its end before the next one begins, so that states of few
+branches are in memory together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_evo.evaluation.packing import Packing, size_class
+from moe_evo.evaluation.stages import Stages
+from moe_evo.evaluation.states import Prefix, State
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.past import KeyValues, Past, beside_each_other, joined
+from moe_evo.tasks.base import ForwardBatch
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
+
+    In front of the last block it has the scored tokens alone, (1, M, H). trunks: the states of the batch's
+    trunk; the last one is of the same beginning. read: what all decoder layers so far have read of the batch.
+    Both are empty where they are of no use, and of all the way where `Walk` is to tell what was read.
+    """
+
+    prefix: Prefix
+    members: Sequence[int]
+    residual: Tensor
+    trunks: tuple[State, ...]
+    read: tuple[KeyValues, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """The members of a node that have the next gene in common, too."""
+
+    node: _Node
+    gene: LayerGenome
+    members: Sequence[int]
+
+    @property
+    def prefix(self) -> Prefix:
+        return (*self.node.prefix, self.gene.digest)
+
+
+class Walk:
+    """From the deepest states that are kept to the end.
+
+    emit: takes the number of a genome and its logits (M, V); with `reads`, what its decoder layers read
+    (P, heads, C + T, size) each, for which the last MoE block is of no use. The other options are those
+    of `Engine.run`.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        batch: ForwardBatch,
+        genomes: Sequence[Genome],
+        emit: Callable[[int, Any], None],
+        *,
+        copies: int,
+        packing: Packing,
+        keep: bool,
+        reads: bool = False,
+    ) -> None:
+        self._stages, self._halves, self._states = stages, stages.halves, stages.states
+        self._batch = batch
+        self._genomes = genomes
+        self._emit = emit
+        self._copies = copies
+        self._packing = packing
+        self._keep = keep
+        self._reads = reads
+        self._last = self._halves.num_stages - 1
+        self._start = stages.start(batch, keep=keep)
+
+    def run(self) -> None:
+        """Call `emit` for every genome."""
+        starts: dict[Prefix, list[int]] = {}
+        kept: dict[Prefix, list[State]] = {}  # before anything is computed, for which others would have to go
+        for number, genome in enumerate(self._genomes):
+            genes = tuple(gene.digest for gene in genome.layers)
+            prefix = genes[: (self._states.unbroken if self._reads else self._states.longest)(self._batch, genes)]
+            starts.setdefault(prefix, []).append(number)
+            if prefix not in kept:
+                lengths = range(len(prefix) + 1) if self._reads else [len(prefix)]
+                found = [self._states.get(self._batch, prefix[:length]) for length in lengths]
+                kept[prefix] = [state.to(self._stages.model.device) for state in found if state is not None]
+        nodes = [self._begin(prefix, members, kept[prefix]) for prefix, members in starts.items()]
+        for stage in sorted({len(node.prefix) for node in nodes}):
+            self._descend(stage, [node for node in nodes if len(node.prefix) == stage])
+
+    def _begin(self, prefix: Prefix, members: Sequence[int], kept: Sequence[State]) -> _Node:
+        trunks: tuple[State, ...] = ()
+        if self._batch.trunk:
+            genes = self._genomes[members[0]].layers
+            for length in range(len(prefix) + 1) if self._reads else [len(prefix)]:
+                before = trunks[-1] if trunks else None
+                trunks = (*trunks, self._stages.trunk(self._batch.trunk, genes[:length], before))
+        if kept:
+            return _Node(prefix, members, kept[-1].residual, trunks, tuple(one for state in kept for one in state.read))
+        assert not prefix, "only the beginning of all genomes can be computed without states"
+        residual, (read,) = self._attend(0, self._start.hidden, [trunks])
+        return self._kept(prefix, members, residual, trunks, read)
+
+    def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
+        """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
+        if self._reads and stage == self._last and self._halves.ends_with_moe:
+            for node in nodes:
+                read = self._joined(node.trunks, node.read)
+                for number in node.members:
+                    self._emit(number, read)
+            return
+        by_top_k: dict[int, list[_Branch]] = {}
+        for branch in (branch for node in nodes for branch in self._branches(node, stage)):
+            by_top_k.setdefault(branch.gene.top_k, []).append(branch)
+        for branches in by_top_k.values():
+            kind = self._kind(stage, branches)
+            while branches:
+                number = self._packing.together(kind, min(self._copies, len(branches)))
+                self._pass(stage, kind, branches[:number])
+                branches = branches[number:]
+
+    def _kind(self, stage: int, branches: Sequence[_Branch]) -> Hashable:
+        """Of a pass: its tokens a branch, whether attention comes behind the experts, and whether any are merged."""
+        plans = [self._stages.plan(stage, branch.gene) for branch in branches]
+        merges = any(plan is not None and plan.expert_merging is not None for plan in plans)
+        return (size_class(branches[0].node.residual[..., 0].numel()), stage < self._last, merges)
+
+    def _branches(self, node: _Node, stage: int) -> Iterator[_Branch]:
+        members: dict[LayerGenome, list[int]] = {}
+        for number in node.members:
+            members.setdefault(self._genomes[number].layers[stage], []).append(number)
+        return (_Branch(node, gene, some) for gene, some in members.items())
+
+    def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch]) -> None:
+        plans = [self._stages.plan(stage, branch.gene) for branch in branches]
+        attends = stage < self._last or not self._halves.ends_with_moe
+        trunks = [self._trunks(branch) if attends else () for branch in branches]
+        reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
+        with self._packing.timed(kind, len(branches)):
+            residual = torch.cat([branch.node.residual for branch in branches])
+            hidden = self._halves.mix(stage, residual, plans, self._start)
+            if attends:
+                hidden, reads = self._attend(stage + 1, hidden, trunks)
+        arrived = zip(branches, hidden.chunk(len(branches)), trunks, reads, strict=True)
+        if stage < self._last:
+            return self._descend(stage + 1, [self._arrive(*one) for one in arrived])
+        for branch, own, behind, read in arrived:
+            found = self._joined(behind, (*branch.node.read, *read)) if self._reads else self._logits(own)
+            for number in branch.members:
+                self._emit(number, found)
+
+    def _trunks(self, branch: _Branch) -> tuple[State, ...]:
+        """As `_Node.trunks`, behind the branch's gene."""
+        if not self._batch.trunk:
+            return ()
+        before = branch.node.trunks
+        genes = self._genomes[branch.members[0]].layers[: len(branch.prefix)]
+        state = self._stages.trunk(self._batch.trunk, genes, before[-1])
+        return (*before, state) if self._reads else (state,)
+
+    def _attend(
+        self, stage: int, hidden: Tensor, trunks: Sequence[tuple[State, ...]]
+    ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
+        """`Halves.attend` behind one chain of trunks a copy, and for each copy what was read, where that is wanted."""
+        before = beside_each_other([chain[-1].read for chain in trunks if chain], rows=len(self._start.hidden))
+        past = Past(before) if before or self._reads else None
+        hidden = self._halves.attend(stage, hidden, self._start, past)
+        if past is None or not self._reads:
+            return hidden, [() for _ in trunks]
+        layers = [zip(keys.chunk(len(trunks)), values.chunk(len(trunks)), strict=True) for keys, values in past.read]
+        return hidden, list(zip(*layers, strict=True))
+
+    def _arrive(
+        self, branch: _Branch, residual: Tensor, trunks: tuple[State, ...], read: tuple[KeyValues, ...]
+    ) -> _Node:
+        """In front of the block after the branch's gene; read: since the block before."""
+        return self._kept(branch.prefix, branch.members, residual, trunks, read, branch.node.read)
+
+    def _kept(
+        self,
+        prefix: Prefix,
+        members: Sequence[int],
+        residual: Tensor,
+        trunks: tuple[State, ...],
+        read: tuple[KeyValues, ...],
+        read_before: tuple[KeyValues, ...] = (),
+    ) -> _Node:
+        """A new node, whose state is kept."""
+        if len(prefix) == self._last and self._halves.ends_with_moe:
+            residual = self._scored(residual)
+        if self._keep:
+            self._states.keep(self._batch, prefix, State(residual, read))
+        return _Node(prefix, members, residual, trunks, (*read_before, *read))
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        """(1, M, H) of (P, T, H)."""
+        return hidden[self._batch.kept][None]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(M, V) of the end of all layers (P, T, H), or (1, M, H) where the last block is the end."""
+        return self._halves.finish(hidden[0] if self._halves.ends_with_moe else self._scored(hidden)[0])
+
+    def _joined(self, trunks: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
+        """What all layers read of the trunk and of the batch behind it."""
+        before = [layer for state in trunks for layer in state.read]
+        return tuple(map(joined, before, read)) if before else read
