@@ -138,7 +138,10 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         for one in data:
-            rows = [{"prompt": e.prompt, "choices": list(e.choices), "label": e.label} for e in one.splits["search"]]
+            form = PromptFormat(one.config, one, model.tokenizer)
+            rows = [
+                {"prompt": form.prompt(e), "choices": list(e.choices), "label": e.label} for e in one.splits["search"]
+            ]
             path = folder / f"{one.name}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             (folder / f"{one.name}.yaml").write_text(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,8 +28,9 @@ from figures import print_figures
 from models import KEPT, loaded, model_path
 from rich.console import Console
 from rich.table import Table
+from shots import few_shot_task
 
-from moe_evo.config import EvaluationConfig, TaskConfig
+from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genome import Genome
 from moe_evo.population import Individual
@@ -59,9 +61,10 @@ def timed(fitness: Callable[[Genome], float], genome: Genome) -> tuple[float, fl
     return time.perf_counter() - started, found
 
 
-def compare(name: str, task_names: Sequence[str], evaluations: int, sample: int, folder: Path) -> None:
+def compare(name: str, task_names: Sequence[str], shots: int, evaluations: int, sample: int, folder: Path) -> None:
     """One model: record, evaluate again in every way, print."""
-    tasks = check_tasks([TaskConfig(data=task, num_search=EXAMPLES[name]) for task in task_names])
+    (folder := folder / f"{name}-{shots}").mkdir()
+    tasks = check_tasks([few_shot_task(task, shots, folder, num_search=EXAMPLES[name]) for task in task_names])
     path = model_path(name, folder)
     evaluator, alone, ours = (
         loaded(path, tasks, EvaluationConfig(share_layers=shares)) for shares in (True, False, True)
@@ -76,7 +79,7 @@ def compare(name: str, task_names: Sequence[str], evaluations: int, sample: int,
         Checkpoint.name: Checkpoint(evaluator, tasks).fitness,
     }
     if importlib.util.find_spec("lm_eval") is not None:  # an extra of the package
-        (harness_folder := folder / f"harness-{name}").mkdir()
+        (harness_folder := folder / "harness").mkdir()
         ways[Harness.name] = Harness(ours.model, tasks, harness_folder).fitness
     for one in (ours, alone):  # tokens and batches are made once a run
         fitness_of(one, None)
@@ -94,6 +97,7 @@ def compare(name: str, task_names: Sequence[str], evaluations: int, sample: int,
             others[way][number], found = timed(score, genome)
             assert abs(found - fitness) < 1e-9 + 1.01 / EXAMPLES[name] / len(tasks), (way, found, fitness)
     title = f"{name}, {evaluations} genomes, {EXAMPLES[name]} examples of each of {', '.join(task_names)}"
+    title += f", {shots} few-shot examples" if shots else ""
     table = Table("phase", "way", "ms an evaluation", "moe_evo is faster by", title=title)
     figures: dict[str, float] = {}
     for phase, numbers in phases.items():
@@ -104,19 +108,20 @@ def compare(name: str, task_names: Sequence[str], evaluations: int, sample: int,
             figures[f"{phase}_{way.replace(' ', '_')}"] = median / mean
             table.add_row(phase, way, f"{median * 1e3:.1f}", f"{median / mean:.1f}")
     Console().print(table)
-    print_figures("throughput", {"model": name, "evaluations": evaluations, **figures})
+    print_figures("throughput", {"model": name, "shots": shots, "evaluations": evaluations, **figures})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(KEPT), choices=list(KEPT))
     parser.add_argument("--tasks", nargs="+", default=["syll", "infl", "sarcasm"], help="embedded tasks of choices")
+    parser.add_argument("--shots", nargs="+", type=int, default=[0, 5], help="few-shot examples before every prompt")
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--sample", type=int, default=3, help="genomes of each phase that the other ways score")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            compare(name, options.tasks, options.evaluations, options.sample, Path(folder))
+        for name, shots in product(options.models, options.shots):
+            compare(name, options.tasks, shots, options.evaluations, options.sample, Path(folder))
     return 0
 
 
