@@ -24,7 +24,7 @@ command again goes on where the run stood, on this cluster or on a new one.
   --                   everything after it is for moe-evo
 
 Where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
-Exit codes: 0 done; 2 wrong input, here or there; 130 stopped or interrupted; otherwise that of the job, or 1.
+Exit codes: 0 done; 2 wrong input, here or there, or no cluster that answers; 130 stopped or interrupted; otherwise that of the job, or 1.
 TEXT
 }
 
@@ -156,6 +156,13 @@ $wait_for_it || submit+=(--no-wait)
 # python -m also where the command moe-evo is on the PATH: it runs an uploaded moe_evo/ as well as an installed one
 entrypoint=("$python" -m moe_evo search "$job_config" --cluster.address auto --folder "$folder")
 entrypoint+=(${flags[@]+"${flags[@]}"})
+
+# asked before anything is submitted: of a cluster that does not answer `ray job submit` tells in a traceback
+if ! ray job list --address "$address" >/dev/null 2>"$temporary/refusal"; then
+  reason=$(grep -v '^[[:space:]]*$' "$temporary/refusal" | tail -n 1) || reason=''
+  fail "no Ray cluster takes jobs at $address (${reason:-no reason given}); check that --address is the URL of its" \
+    "dashboard, and its token if it asks for one, or start one with \`ray start --head\`"
+fi
 
 note "job $submission_id at $address"
 note "run folder $folder (on the cluster)"

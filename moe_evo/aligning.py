@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError
+from moe_evo.genome import Genome, LayerGenome
+from moe_evo.named_genome import GENOME_IN_CHECKPOINT
+from moe_evo.space import SearchSpace
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.criteria.merges import Merge
+    from moe_evo.criteria.observer import Observer
     from moe_evo.evaluation.evaluator import Evaluator
-    from moe_evo.genome import Genome
+    from moe_evo.models.alignment import Permutations
     from moe_evo.models.alignment_file import Alignment
-
-GENOME_FOLDER = "moe_evo"
-"""In the folder of a checkpoint, where no loader looks for weights."""
 
 
 def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
@@ -40,32 +43,58 @@ def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracke
 
     model_hash: of the model as it was loaded.
     """
-    from moe_evo.models.alignment import align_neurons, alignment_of
     from moe_evo.models.alignment_file import Alignment
 
-    moe = evaluator.model
-    of = f"of {moe.shape.num_layers}"
     tracker.message("aligning the neurons of experts that are merged")
-    found = alignment_of(moe, genome, lambda layer: tracker.message(f"aligned MoE layer {layer + 1} {of}"))
-    align_neurons(moe, found)
+    of = f"of {evaluator.model.shape.num_layers}"
+    found = _align(evaluator, genome, lambda layer: tracker.message(f"aligned MoE layer {layer + 1} {of}"))
+    return Alignment(model_hash, found)
+
+
+def aligned_progressively(
+    evaluator: Evaluator, merge: Merge, observer: Observer, space: SearchSpace, model_hash: str, tracker: Tracker
+) -> tuple[Genome, Alignment]:
+    """The `progressive_genome` of a merge whose every layer is looked at behind merges that are aligned.
+
+    Leaves the loaded model with its neurons reordered, as `align` does.
+    """
+    from moe_evo.models.alignment_file import Alignment
+
+    orders = []
+
+    def merged(number: int, gene: LayerGenome) -> None:
+        layers = list(evaluator.model.shape.identity().layers)
+        layers[number] = gene
+        orders.append(_align(evaluator, Genome(tuple(layers)))[number])
+        tracker.message(f"merged and aligned MoE layer {number + 1} of {len(layers)}")
+
+    genome = merge.progressive_genome(observer, space, merged)
+    return genome, Alignment(model_hash, tuple(orders))
+
+
+def _align(evaluator: Evaluator, genome: Genome, done: Callable[[int], None] = lambda layer: None) -> Permutations:
+    from moe_evo.models.alignment import align_neurons, alignment_of
+
+    found = alignment_of(evaluator.model, genome, done)
+    align_neurons(evaluator.model, found)
     if evaluator.states is not None:
         evaluator.states.clear()  # they are of experts that were not aligned
-    return Alignment(model_hash, found)
+    return found
 
 
 def save_beside(
     checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: dict[str, Any]
 ) -> dict[str, str]:
-    """Write what it takes to evaluate the genome again into `GENOME_FOLDER` of a checkpoint; answers the files.
+    """Write what it takes to evaluate the genome again into the folder of a checkpoint; answers the files.
 
     alignment: as it was found, or the file of `model.alignment`.
     """
     from moe_evo.genome_file import save_genome
     from moe_evo.models.alignment_file import save_alignment
 
-    folder = checkpoint / GENOME_FOLDER
+    files = {"genome": checkpoint / GENOME_IN_CHECKPOINT}
+    folder = files["genome"].parent
     folder.mkdir(exist_ok=True)
-    files = {"genome": folder / "genome.safetensors"}
     save_genome(files["genome"], genome, provenance)
     if alignment is not None:
         files["alignment"] = folder / "alignment.safetensors"

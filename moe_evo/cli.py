@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -327,21 +328,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(message, 1, debug=debug)
 
 
-def _without(words: Sequence[str], option: str, flag: str) -> list[str]:
-    """Words without an option and its value, and without a flag."""
+def _without(words: Sequence[str], *options: str) -> list[str]:
+    """Words without these options and their values."""
     kept: list[str] = []
-    skip = False
+    is_dropped = False
     for word in words:
-        if not skip and word != flag and word != option and not word.startswith(f"{option}="):
+        if word.startswith("-"):
+            is_dropped = word.split("=")[0] in options
+        if not is_dropped:
             kept.append(word)
-        skip = word == option
     return kept
 
 
 def _take(words: list[str], flag: str) -> bool:
-    found = flag in words
-    words[:] = [word for word in words if word != flag]
-    return found
+    """Whether a flag is given, which as everywhere may be followed by true or false; it is gone from the words then."""
+    given = False
+    while flag in words:
+        first = words.index(flag)
+        value = words[first + 1 : first + 2]
+        given = value != ["false"]
+        del words[first : first + (2 if value in (["true"], ["false"]) else 1)]
+    return given
 
 
 def _dispatch(words: list[str], *, as_json: bool) -> int:
@@ -355,7 +362,11 @@ def _dispatch(words: list[str], *, as_json: bool) -> int:
         print(version("moe_evo"))
         return 0
     if words[0] not in _COMMANDS:
-        raise ConfigError(f"unknown command {words[0]!r}, expected one of: {', '.join(_COMMANDS)}")
+        is_option = words[0].startswith("-")
+        got = f"option {words[0]!r} before any command" if is_option else f"command {words[0]!r}"
+        near = get_close_matches(words[0], ["--help", "--version"] if is_option else _COMMANDS, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown {got}, expected one of: {', '.join(_COMMANDS)}{advice}")
     from moe_evo.parsers import PARSERS
 
     parser = PARSERS[words[0]]()

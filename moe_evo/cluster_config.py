@@ -27,8 +27,9 @@ class ClusterConfig:
         labels: Ray node labels that a gang's nodes must have, as in {accelerator: h100}.
         strategy: Placement of a gang's ranks on nodes (Ray's placement group strategies).
         max_batch: Most genomes in one request; fewer are sent while evaluations are slow or few are left.
-        deadline_s: Longest time for one evaluation before its gang counts as hung; default: 20 times the
-            slowest so far and at least one minute, and half an hour for a gang's first.
+        deadline_s: Longest time for one evaluation, or for observing the experts on one task, before its gang counts
+            as hung; default: 20 times the slowest evaluation so far and at least one minute, and half an hour for
+            a gang's first and for observing.
         load_timeout_s: Longest time for a gang to load the model.
         max_attempts: A genome that broke so many gangs is given up; the same number of failures to load
             in a row, with no success before, ends the run.

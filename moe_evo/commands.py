@@ -304,7 +304,7 @@ def export(
     moe = load_model(model)
     tracker.message(f"writing and checking {target}")
     report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
-    return {**asdict(report), "folder": str(report.folder), "which": which}
+    return {**asdict(report), "folder": str(report.folder), "which": which, "title": row["title"]}
 
 
 def _provenance(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

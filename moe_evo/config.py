@@ -227,7 +227,8 @@ class SelectionConfig:
         finalists: The best so many by search fitness are scored on the validation split; the best
             there is scored on the test split.
         random_search: Also spend the same number of evaluations on random prunings (best of N).
-        soup: Also average finalists that keep the same experts, for as long as it helps on the validation split.
+        soup: Also average finalists that keep the same experts, for as long as it helps on the validation split;
+            moe-evo export takes the winner, or this with --which soup.
         baselines: One-shot methods whose genomes are scored beside the winner (moe-evo criteria lists them). Merges
             are taken without reordering neurons; see model.alignment.
     """

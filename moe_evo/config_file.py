@@ -21,13 +21,35 @@ from moe_evo.sweep_config import SweepConfig
 
 Config = TypeVar("Config", bound=ScoringConfig)
 
-_LISTS = tuple(f"--sweep.{option}" for option in ("num_kept", "seeds", "algorithms", "tasks"))
-"""Flags that take their values with commas between them."""
+_LISTS = (
+    "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "selection.baselines",
+)  # fmt: skip
+"""Options for which a single value means a list of one; as flags they take values with commas between them."""
 
-_TYPES = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
+_RENAMED = {
+    "selection.frequency": "older versions had it; the baselines now stand in selection.baselines, as in [frequency]",
+}
+"""Options that older versions had, and what to do about them."""
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "list[str]": "a list of names",
+    "dict": "names with values, as in '{NAME: VALUE}'",
+    "dict[str, float]": "names with numbers, as in '{NAME: 2}'",
+}
 _KEYS = [one.name for one in fields(TaskConfig)]
 
-_COMMON = " With every command: --json prints the result as JSON, --debug shows the traceback of an error."
+_COMMON = (
+    " Of options that take true or false, the name alone means true. With every command: --json prints the result as "
+    "JSON, --debug shows the traceback of an error."
+)
 
 
 def plain_parser(command: str, description: str, usage: str | None = None) -> ArgumentParser:
@@ -54,10 +76,24 @@ def config_parser(command: str, description: str, usage: str, config: type[Scori
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse and instantiate; raises ConfigError in one line."""
     try:
-        parsed: Namespace = parser.instantiate(parser.parse_args(list(argv)))
+        parsed: Namespace = parser.instantiate(parser.parse_args(_with_values(parser, argv)))
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_reason(error)) from error
+        raise ConfigError(_reason(error, parser)) from error
     return parsed
+
+
+def _with_values(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The words, with 'true' after every name that stands alone of an option that takes true or false."""
+    options = parser._option_string_actions
+    has_words = any(not action.option_strings for action in parser._actions)
+    spelt_out = []
+    for word, following in pairwise([*argv, "-"]):
+        spelt_out.append(word)
+        if word in options and getattr(options[word], "_typehint", None) in (bool, bool | None):
+            # a word after it is its value, or where the command takes words, one of those
+            is_value = following.lower() in ("true", "false") if has_words else not following.startswith("-")
+            spelt_out += [] if is_value else ["true"]
+    return spelt_out
 
 
 def parse_config(parser: ArgumentParser, argv: Sequence[str], config: type[Config]) -> tuple[Namespace, Config]:
@@ -74,7 +110,7 @@ def parse_config(parser: ArgumentParser, argv: Sequence[str], config: type[Confi
         if flag == "--config":
             files.append(value)
             words[index + 1] = yaml.safe_dump(_read(Path(value), config))
-        elif flag in _LISTS and not value.lstrip().startswith("["):
+        elif flag.removeprefix("--") in _LISTS and not value.lstrip().startswith(("[", "{")):
             words[index + 1] = f"[{value}]"
         elif flag in ("--tasks", "--tasks+"):
             words[index + 1] = yaml.safe_dump(_spelt_out(_yaml(value, flag), one_is_list=True))
@@ -93,6 +129,10 @@ def read_config(path: Path) -> RunConfig:
 def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
     """What of a YAML file, or of a run's folder, `config` knows."""
     file = path / "config.yaml" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ConfigError(
+            f"{path}: has no config.yaml; give a YAML file or a run's folder (a checkpoint is given as --model.path)"
+        )
     try:
         text = file.read_text("utf-8")
     except (OSError, ValueError) as error:
@@ -107,6 +147,10 @@ def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
     kept = {key: value for key, value in content.items() if key not in foreign}
     if "tasks" in kept:
         kept["tasks"] = _spelt_out(kept["tasks"], one_is_list=True)
+    for section, option in (name.split(".") for name in _LISTS):
+        part = kept.get(section)
+        if isinstance(part, dict) and isinstance(part.get(option), str | int):
+            kept[section] = {**part, option: [part[option]]}
     return kept
 
 
@@ -125,14 +169,47 @@ def _spelt_out(tasks: Any, *, one_is_list: bool = False) -> Any:
     return [task] if one_is_list else task
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, parser: ArgumentParser) -> str:
     """The complaint of a config section where there is one, else the parser's, in one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return _readable(" ".join(str(error).split()))
+    complaint = " ".join(str(error).split())
+    return _unknown(complaint, parser) or _readable(complaint)
+
+
+def _unknown(complaint: str, parser: ArgumentParser) -> str | None:
+    """What to do about an option that does not exist, where that is the complaint."""
+    if flag := re.match(r"unrecognized arguments: (--[^\s=]+)", complaint):
+        dashes, name = "--", flag[1].removeprefix("--")
+    elif word := re.match(r"unrecognized arguments: (.*)", complaint):
+        return f"got {word[1]!r}, which belongs to no option; --help tells what each takes"
+    elif key := re.match(r"Group '([\w.]+)' does not accept option '([^']+)'", complaint):
+        dashes, name = "", f"{key[1]}.{key[2]}"
+    elif key := re.match(r"Option '([^']+)' is not accepted", complaint):
+        dashes, name = "", key[1]
+    else:
+        return None
+    if name in _RENAMED:
+        return f"{dashes}{name}: {_RENAMED[name]}"
+    names = [one.removeprefix("--") for one in parser._option_string_actions if one.startswith("--")]
+    sections = {one.rpartition(".")[0] for one in names}
+    near = _nearest(name, [one for one in names if one not in sections and not one.endswith("+")])
+    advice = f"did you mean {dashes}{near}?" if near else "--help lists all options"
+    return f"{dashes}{name}: no such option; {advice}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    """The name that is probably meant: one that ends like this, else one that is spelt like it, or whose end is."""
+    ends = {one.rpartition(".")[2]: one for one in reversed(names)}
+    end = name.rpartition(".")[2]
+    if "." not in name and end in ends:
+        return ends[end]
+    if whole := get_close_matches(name, names, n=1):
+        return whole[0]
+    return next((ends[one] for one in get_close_matches(end, ends, n=1)), None)
 
 
 def _readable(complaint: str) -> str:
@@ -144,12 +221,23 @@ def _readable(complaint: str) -> str:
     if unknown := re.search(r"Option '(\w+)' is not accepted", rest):
         near = get_close_matches(unknown[1], _KEYS, n=1)
         return f"{option}: got an unknown key {unknown[1]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    got = re.search(r"(?:Got|Given) value: (.*)$", rest)
+    if nested := re.search(r"NestedArg\(key='(.*)', val='(.*)'\)", rest):  # --option.KEY VALUE
+        return f"{option}.{nested[1]}: got {nested[2]!r}, expected {_types(rest.split('Got value')[0])}"
+    got = re.search(r".*(?:Got|Given) value: (.*)$", rest)
     if choices := re.search(r"Literal\[([^\]]*)\]", rest):
         expected = f"one of {choices[1]}"
     else:
-        types = dict.fromkeys(re.findall(r"<class '(\w+)'>", rest.split("Given value type")[0]))
-        expected = " or ".join(_TYPES.get(one, one) for one in types)
+        subtypes = re.search(r"Subtypes: \[(.*)\] Errors:", rest)
+        expected = _types(subtypes[1] if subtypes else rest.split("Given value type")[0])
     if got is None or not expected:
         return f"{option}: {rest}"
     return f"{option}: got {got[1]!r}, expected {expected}"
+
+
+def _types(text: str) -> str:
+    """The types that a complaint names, in words."""
+    if "Errors:" in text:
+        text = text.split("Errors:")[1]
+    found = re.findall(r"((?:dict|list)\[[^\]]*\])|<class '(\w+)'>", text)
+    names = dict.fromkeys(whole or name for whole, name in found)
+    return " or ".join(_TYPES.get(one) or _TYPES.get(one.partition("[")[0], one) for one in names)

@@ -127,6 +127,11 @@ class Journal:
         """Whether anything was evaluated with success."""
         return bool(self._fetch("SELECT 1 FROM outcomes WHERE failure_kind IS NULL LIMIT 1", ()))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was proposed yet, and nothing heard of gangs."""
+        return not self._fetch("SELECT 1 FROM candidates UNION ALL SELECT 1 FROM gang_events LIMIT 1", ())
+
     def clear(self) -> None:
         """Forget a run in which nothing was evaluated with success."""
         assert not self.has_evaluations, "finished evaluations are never thrown away"

@@ -11,9 +11,12 @@ from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadat
 from moe_evo.run_folder import RunFolder
 from moe_evo.space import ModelShape
 
+GENOME_IN_CHECKPOINT = Path("moe_evo") / "genome.safetensors"
+"""In the folder of a checkpoint that `moe-evo prune` made: where no loader looks for weights."""
+
 
 def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: str | None) -> Genome:
-    """A genome by name: a .safetensors or EEP .pth file, a run's folder, a kept-list, or 'full'.
+    """A genome by name: a .safetensors or EEP .pth file, the folder of a run or checkpoint, a kept-list, or 'full'.
 
     router, alignment: of the model that it is for; the latter by its digest.
     """
@@ -23,9 +26,7 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: st
         return genome_from_kept_json(text, shape)
     path = Path(text)
     if len(path.name) <= 255 and path.is_dir():
-        run = RunFolder.existing(path)
-        run.read_result()  # or say that it is not finished
-        path = run.best
+        path = _genome_in(path)
     if path.suffix == ".json":
         return genome_from_kept_json(path, shape)
     if path.suffix == ".pth":
@@ -34,12 +35,26 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: st
         return load_eep_coefficients(path, shape)
     if len(path.name) > 255 or not path.exists():
         raise GenomeError(
-            f"{text}: no such file; give a .safetensors genome, an EEP .pth file, a run's folder, a kept-list "
-            "such as [[0,3],[1,2]], or 'full'"
+            f"{text}: no such file; give a .safetensors genome, an EEP .pth file, the folder of a run or of a "
+            "checkpoint that moe-evo prune made, a kept-list such as [[0,3],[1,2]], or 'full'"
         )
     genome = load_genome(path)
     _check_provenance(path, genome, router, alignment)
     return genome
+
+
+def _genome_in(folder: Path) -> Path:
+    """The genome of a checkpoint's folder, or the best one of a run's; raises GenomeError or RunError."""
+    if (folder / GENOME_IN_CHECKPOINT).is_file():
+        return folder / GENOME_IN_CHECKPOINT
+    if not any((folder / name).is_file() for name in ("config.yaml", "sweep.yaml")):
+        raise GenomeError(
+            f"{folder}: has no genome: found neither {GENOME_IN_CHECKPOINT}, as moe-evo prune writes it, nor the "
+            "config.yaml of a run; give the file of a genome"
+        )
+    run = RunFolder.existing(folder)
+    run.read_result()  # or say that it is not finished
+    return run.best
 
 
 def _check_provenance(path: Path, genome: Genome, router: RouterMode, alignment: str | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_evo.aligning import align, aligns, save_beside
+from moe_evo.aligning import align, aligned_progressively, aligns, save_beside
 from moe_evo.commands import observed_names
 from moe_evo.config import ScoringConfig
 from moe_evo.config_check import require
@@ -56,9 +56,10 @@ def prune(
     behind the pruned ones before it. base_model: the checkpoint that this one was tuned from, for methods that
     compare with it. aligned: whether neurons are reordered so that merged experts match; None is as the
     method's paper does. Answers the export's report with what is kept, and the scores of the full and the
-    pruned model on the test split; for NAEE also the threshold of its dynamic skipping in each layer, which no
+    smaller model on the test split; for NAEE also the threshold of its dynamic skipping in each layer, which no
     checkpoint holds.
     """
+    from moe_evo.criteria.merges import Merge
     from moe_evo.criteria.naee import Naee, median_gate_ratio
     from moe_evo.criteria.observation_file import load_observations
     from moe_evo.criteria.observer import Observer
@@ -109,18 +110,25 @@ def prune(
             raise ConfigError(f"--observations: got {observations}, expected a file in a folder that exists")
     evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
     names = observed_names(config.model, data)
+    if is_aligned and progressive:  # what lies behind an aligned merge is another answer to the same question
+        names = {name: f"{known}+aligned" for name, known in names.items()}
     observer = Observer(LocalPool(evaluator).ask, names, known_as, observations, tracker.message, blend or {})
-    make: Callable[[Observer, SearchSpace], Genome] = getattr(chosen, _way(allocation, progressive=progressive))
-    genome = make(observer, space)
-    alignment = align(evaluator, genome, known_as, tracker) if is_aligned else None
+    alignment = None
+    if is_aligned and progressive:
+        assert isinstance(chosen, Merge)
+        genome, alignment = aligned_progressively(evaluator, chosen, observer, space, known_as, tracker)
+    else:
+        make: Callable[[Observer, SearchSpace], Genome] = getattr(chosen, _way(allocation, progressive=progressive))
+        genome = make(observer, space)
+        alignment = align(evaluator, genome, known_as, tracker) if is_aligned else None
     told_more = {}
     if isinstance(chosen, Naee) and set(space.top_k) == {2}:
         told_more["dynamic_skipping_beta"] = [median_gate_ratio(layer) for layer in observer.about(GateRatios()).layers]
-    tracker.message("scoring the full and the pruned model on the test split")
-    scores = scored_on_test(evaluator, {"full": None, "pruned": genome}, data)
+    tracker.message("scoring the full and the smaller model on the test split")
+    scores = scored_on_test(evaluator, {"full": None, "smaller": genome}, data)
     tracker.message(f"writing and checking {target}")
     how = {
-        "search": f"none: one-shot criterion {method} on the search split",
+        "search": f"none: one-shot {chosen.title} on the search split",
         "genome": f"digest {genome.digest}",
         **({} if alignment is None else {"alignment": f"digest {alignment.digest}"}),
     }

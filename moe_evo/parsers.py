@@ -30,7 +30,8 @@ def sweep_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--no-tune",
-        action="store_true",
+        type=bool,
+        default=False,
         help="one run after the other in this process, without Ray Tune (and without Ray, if cluster.address is unset)",
     )
     return parser
@@ -51,7 +52,8 @@ def plan_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--calibrate",
-        action="store_true",
+        type=bool,
+        default=False,
         help="load the model once and time a few evaluations, so that the time of the whole search can be told",
     )
     return parser
@@ -68,8 +70,9 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--genome",
         type=str | None,
-        help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a kept-list such as "
-        "'[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the run's best, or 'full'",
+        help="a .safetensors genome, an EEP .pth file, a run's folder (its best), a checkpoint's folder (that prune "
+        "made), a kept-list such as '[[0,3],[1,2]]' or a JSON file of one, or 'full' for the whole model; default: the "
+        "run's best, or 'full'",
     )
     parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
     splits = ("search", "validation", "test")
@@ -108,8 +111,10 @@ def prune_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--progressive",
-        action="store_true",
-        help="score each layer behind those before it as they were pruned: a pass over the tasks for every layer",
+        type=bool,
+        default=False,
+        help="score each layer behind those before it as they were pruned or merged: a pass over the tasks for every "
+        "layer",
     )
     parser.add_argument(
         "--base_model",
@@ -123,7 +128,7 @@ def prune_parser() -> ArgumentParser:
         help="merges: reorder each expert's neurons to match those of the expert that leads its group (default: as the "
         "method's paper does); other commands do so with --model.alignment DIR/moe_evo/alignment.safetensors",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
     return parser
 
 
@@ -159,7 +164,7 @@ def compress_parser() -> ArgumentParser:
         type=float | None,
         help="mc_smoe: share of the residual's columns that are kept beside them (default: 0.1)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
     return parser
 
 
@@ -203,7 +208,7 @@ def report_parser() -> ArgumentParser:
         metavar="FILE",
         help="file to write; default: report.html in the folder of a single run",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is no older report")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace FILE even if it is no older report")
     return parser
 
 
@@ -222,7 +227,7 @@ def export_parser() -> ArgumentParser:
         help="the winner, the best that only prunes, or the soup (selection.soup)",
     )
     parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an older export")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
     return parser
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,7 @@ import yaml
 
 from moe_evo.config import SPEED_ONLY, ModelConfig, RunConfig, ScoringConfig, difference
 from moe_evo.config_file import read_config
-from moe_evo.errors import RunError
+from moe_evo.errors import MoeEvoError, RunError
 from moe_evo.journal import Journal
 from moe_evo.tasks.data import embedded_task_names, task_name
 
@@ -87,23 +88,36 @@ class RunFolder:
             )
         return "finished" if self.result.is_file() else "begun"
 
-    def claim(self, config: RunConfig) -> Journal:
-        """Open the journal of this folder for writing, with the lock that keeps others out.
+    @contextmanager
+    def claim(self, config: RunConfig) -> Iterator[Journal]:
+        """Open the journal of this folder for writing, with the lock that keeps others out, until the block is left.
 
-        A new folder is made for this config; an old one must hold a run of the same config.
+        A new folder is made for this config; an old one must hold a run of the same config. What is new is gone
+        again where a `MoeEvoError` ends the block before anything has happened.
         """
         self.check_foreign()
+        is_new, is_new_folder = not self.config.is_file(), not self.path.is_dir()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        journal = Journal(self.journal)
-        try:
-            self._keep(config, journal)
-        except BaseException:
-            journal.close()
-            raise
-        return journal
+        with Journal(self.journal) as journal:
+            try:
+                self._keep(config, journal)
+                yield journal
+            except MoeEvoError:
+                if is_new and journal.is_empty:
+                    self._leave(and_folder=is_new_folder)
+                raise
+
+    def _leave(self, *, and_folder: bool) -> None:
+        """Remove what `claim` made, unless there is more."""
+        ours = [self.config, *self.path.glob(f"{self.journal.stem}.*")]
+        if set(self.path.iterdir()) <= set(ours):
+            for one in ours:
+                one.unlink(missing_ok=True)
+            if and_folder:
+                self.path.rmdir()
 
     def _keep(self, config: RunConfig, journal: Journal) -> None:
         """Check the config against the one that is kept here, then keep it."""

@@ -106,7 +106,8 @@ class SearchConfig:
         warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
             prunings keep only experts that one of its ten best prunings keeps ('eep' only).
         init: What the initial candidates are: 'random', or one-shot methods (moe-evo criteria lists them), each
-            as it is and with some experts swapped. A list for equal shares, or shares as in {random: 2, reap: 1}.
+            as it is and with some experts swapped. One name, a list for equal shares, or shares as in
+            {random: 2, reap: 1}.
     """
 
     algorithm: Algorithm = "eep"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,30 @@ class FileKind:
                 os.fsync(file.fileno())
             os.replace(part, target)
         except OSError as error:
-            reason = error.strerror or error
-            raise self.error(f"{path}: cannot be written ({reason}); make room or give another path") from error
+            raise self._unwritable(path, error) from error
         finally:
             part.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Wait until no other process is in such a block for the same file; raises `error` where that cannot be.
+
+        The lock is a hidden file beside it, which stays: whoever deletes it locks another one than the next waits for.
+        """
+        target = Path(path)
+        try:
+            lock = target.with_name(f".{target.name}.lock").open("a")
+        except OSError as error:
+            raise self._unwritable(path, error) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise self._unwritable(path, error) from error
+            yield
+
+    def _unwritable(self, path: str | os.PathLike[str], error: OSError) -> MoeEvoError:
+        return self.error(f"{path}: cannot be written ({error.strerror or error}); make room or give another path")
 
     def read(self, path: str | os.PathLike[str]) -> bytes:
         try:

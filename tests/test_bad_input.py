@@ -92,15 +92,53 @@ GOOD_ROW = {"prompt": "p", "choices": [" a", " b"], "label": 0}
 
 BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "unknown command": (lambda _: ["serach"], "unknown command 'serach'"),
-    "unknown flag": (lambda _: ["search", "--serch.seed", "3"], "--serch.seed"),
+    "command that is nearly one": (lambda _: ["exprot"], "; did you mean 'export'?"),
+    "option before the command": (lambda _: ["--foo"], "unknown option '--foo' before any command, expected one of: "),
+    "option that is nearly one": (lambda _: ["--verison"], "; did you mean '--version'?"),
+    "unknown flag": (
+        lambda _: ["search", "--serch.seed", "3"],
+        "--serch.seed: no such option; did you mean --search.seed?",
+    ),
+    "flag without its section": (lambda _: ["search", "--sead", "1"], "--sead: no such option; did you mean --search."),
+    "flag that is near none": (lambda _: ["search", "--zzz=1"], "--zzz: no such option; --help lists all options"),
     "abbreviated flag": (lambda _: ["search", "--search.evaluation", "3"], "--search.evaluation"),
-    "unknown key": (_file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"), "sed"),
+    "word that belongs nowhere": (
+        lambda _: ["evaluate", "--top_k", "1", "2"],
+        "got '2', which belongs to no option; --help tells what each takes",
+    ),
+    "unknown key": (
+        _file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"),
+        "search.sed: no such option; did you mean search.seed? (config ",
+    ),
+    "option of an older version": (
+        _file("c.yaml", b"selection: {frequency: true}", "search", "{folder}/c.yaml"),
+        "selection.frequency: older versions had it; the baselines now stand in selection.baselines",
+    ),
+    "checkpoint as config": (
+        _file("m/config.json", b"{}", "evaluate", "{folder}/m"),
+        "m: has no config.yaml; give a YAML file or a run's folder (a checkpoint is given as --model.path)",
+    ),
     "missing config of an evaluation": (lambda _: ["evaluate", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     "option of another command": (lambda _: ["evaluate", "--search.seed", "1"], "--search.seed"),
     "unknown section": (_file("c.yaml", b"serch:\n  seed: 1\n", "evaluate", "{folder}/c.yaml"), "serch"),
     "missing config": (lambda _: ["search", "nowhere.yaml"], "nowhere.yaml"),
     "config is not YAML": (_file("c.yaml", b"a: [", "search", "{folder}/c.yaml"), "c.yaml"),
-    "wrong type": (lambda _: ["search", "--search.num_kept", "few"], "search.num_kept"),
+    "wrong type": (
+        lambda _: ["search", "--search.num_kept", "few"],
+        "search.num_kept: got 'few', expected a whole number or a list of whole numbers",
+    ),
+    "neither true nor false": (
+        lambda _: ["search", "--selection.soup", "maybe"],
+        "selection.soup: got 'maybe', expected true or false",
+    ),
+    "shares that are no numbers": (
+        lambda _: ["search", "--search.init", "{reap: few}"],
+        "search.init: got \"{'reap': 'few'}\", expected a list of names or names with numbers",
+    ),
+    "a single method that is none": (
+        lambda _: ["search", "--search.init", "reep"],
+        "search.init: got 'reep', expected one of",
+    ),
     "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
     "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),
     "options beside a preset": (
@@ -135,6 +173,10 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "pickled weights": (_pickled_model, "holds pickled weights only, which can run code"),
     "missing device": (lambda _: ["search", "--model.device", "cuda:7"], "model.device"),
     "genome is missing": (lambda _: ["evaluate", "--genome", "nowhere.safetensors"], "no such file"),
+    "folder without a genome": (
+        _file("m/config.json", b"{}", "evaluate", "--genome", "{folder}/m"),
+        "m: has no genome: found neither moe_evo/genome.safetensors, as moe-evo prune writes it, nor the config.yaml",
+    ),
     "genome is a pickle": (
         _file("g.safetensors", pickle.dumps({"a": 1}), "evaluate", "--genome", "{folder}/g.safetensors"),
         "g.safetensors",

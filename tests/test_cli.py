@@ -80,6 +80,7 @@ def test_show_prints_table_kept_experts_and_what_to_do_next(finished: Path, caps
     text = capsys.readouterr().out
     for part in ("full model", "frequency pruning", "EEP prune", "keeps 4 of 8", "search.png", "moe-evo export"):
         assert part in text
+    assert "examples 12 search, 8 validation, 8 test\n" in text and "--which soup" not in text
 
 
 def test_show_json_is_the_result_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from refusals import refusal
@@ -72,11 +73,13 @@ def test_an_aligned_merge_is_evaluated_again_with_its_alignment(
     genome = ("--genome", str(beside / "genome.safetensors"), "--split", "test")
     alignment = ("--model.alignment", str(beside / "alignment.safetensors"))
     again = run(capsys, "evaluate", *genome, *alignment)
+    by_folder = run(capsys, "evaluate", "--genome", str(tmp_path / "small"), *genome[2:], *alignment)
+    assert {**by_folder, "duration_s": 0.0, "genome": genome[1]} == {**again, "duration_s": 0.0}
     assert main(["evaluate", *WORDS, *genome]) == 2
     told = capsys.readouterr().err
     assert "merges experts with the model.alignment" in told and f"add --model.alignment {alignment[1]}" in told
     assert "loading" not in told
-    metrics = report["scores"]["pruned"]["metrics"]
+    metrics = report["scores"]["smaller"]["metrics"]
     assert again["metrics"] == metrics
     once_more = prune(capsys, tmp_path / "more", "average", *alignment)
     assert not once_more["aligned"] and once_more["scores"] == report["scores"]
@@ -96,6 +99,24 @@ def test_merges_may_differ_in_size_by_layer_or_go_layer_by_layer(
     assert [len(slots) for slots in report["made_of"]] == [4] * 4
 
 
+@pytest.mark.parametrize("method", ["m_smoe", "ream"])
+def test_layers_are_looked_at_behind_merges_that_are_aligned(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--progressive", "--observations", str(tmp_path / "seen.safetensors"))
+    apart = prune(capsys, tmp_path / "apart", method, *words, "--aligned", "false")
+    report = prune(capsys, tmp_path / "once", method, *words)
+    assert report["aligned"] and not apart["aligned"]
+    alignment = tmp_path / "once" / "moe_evo" / "alignment.safetensors"
+    again = prune(capsys, tmp_path / "again", method, "--progressive", "--model.alignment", str(alignment))
+    assert again["made_of"] == report["made_of"]
+    genomes = [load_genome(one["genome"]) for one in (report, again, apart)]
+    for ours, oracle in zip(genomes[0].layers, genomes[1].layers, strict=True):
+        np.testing.assert_allclose(ours.expert_merging, oracle.expert_merging, rtol=1e-4)
+    assert genomes[0].layers[0] == genomes[2].layers[0] and genomes[0].layers[1:] != genomes[2].layers[1:]
+    assert again["scores"]["smaller"]["metrics"] == pytest.approx(report["scores"]["smaller"]["metrics"], rel=1e-4)
+
+
 def test_people_are_told_which_experts_were_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("prune", *WORDS, "--method", "m_smoe", "--num_kept", "4", "--to", str(tmp_path / "small"))
     assert main([*words]) == 0
@@ -103,7 +124,10 @@ def test_people_are_told_which_experts_were_merged(tmp_path: Path, capsys: pytes
     assert "layer   3   merges " in printed.out and "+" in printed.out
     assert "aligned MoE layer 4 of 4" in printed.err
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "alignment: digest " in card and "merges experts" in card
+    assert "alignment: digest " in card and "merges experts" in card and "pruned model" not in card + printed.out
+    slots = [line.partition(" merges ")[2] for line in printed.out.splitlines() if line.startswith("layer ")]
+    rows = [line.split(" | ")[-1] for line in card.splitlines() if line.endswith("|")]
+    assert rows[2:] == [f"{made_of} |" for made_of in slots] and "Experts joined by + became one" in card
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_every_pruning_ends_with_a_checkpoint_that_stock_transformers_loads(
     assert report["method"] == method and report["loader"] == "transformers"
     assert [len(kept) for kept in report["kept"]] == [4] * 4
     assert report["max_logit_difference"] < 1e-5
-    assert report["scores"]["full"]["num_examples"] == report["scores"]["pruned"]["num_examples"] == 16
+    assert report["scores"]["full"]["num_examples"] == report["scores"]["smaller"]["num_examples"] == 16
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     full = AutoModelForCausalLM.from_pretrained(Path(one_shot.__file__).parent / "data" / "model")
     for layer, kept in enumerate(report["kept"]):
@@ -124,16 +124,27 @@ def test_a_task_that_counts_more_decides_what_is_kept(tmp_path: Path, capsys: py
 def test_people_are_told_what_was_kept_and_how_good_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "--method", "frequency", "--num_kept", "4", "--to", str(tmp_path / "small")]) == 0
     printed = capsys.readouterr()
-    assert "layer   3   keeps " in printed.out and "full model" in printed.out and "pruned model" in printed.out
+    assert "layer   3   keeps " in printed.out and "full model" in printed.out and "smaller model" in printed.out
     assert "observing the experts" in printed.err
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "one-shot criterion frequency" in card
+    assert "one-shot frequency pruning" in card and "smaller model " in card
+    assert printed.out.count("on 16 examples of the test split") == 2
 
 
-def test_criteria_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+def test_criteria_are_listed_with_their_sources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["criteria"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name} " in printed for name in METHODS) and "arXiv 2510.13999" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["criteria"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 60
+    words = {word for one in METHODS.values() for word in f"{one.name} {one.description} {one.source}".split()}
+    assert words <= set(narrow.split()), "nothing is cut"
     assert main(["criteria", "--json"]) == 0
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(METHODS)
 
@@ -144,6 +155,9 @@ def test_criteria_are_listed_with_their_sources(capsys: pytest.CaptureFixture[st
         (["--method", "luck"], "--method: got 'luck', expected one of frequency, "),
         (["--num_kept", "8"], "--num_kept: got 8, expected 2 (active a token) to 7, one less than all"),
         (["--blend", "{nli: 1}"], "--blend: got task 'nli', expected one of syll"),
+        (["--blend", "task=abc"], "blend: got 'task=abc', expected names with numbers, as in '{NAME: 2}' or null"),
+        (["--blend", "{syll: abc}"], "blend: got \"{'syll': 'abc'}\", expected names with numbers, as in "),
+        (["--blend.syll", "abc"], "blend.syll: got 'abc', expected a number"),
         (["--blend", "{syll: -1}"], "--blend: got syll: -1, expected 0 or more"),
         (["--method", "aimer", "--blend", "{syll: 1}"], "--blend: aimer looks at weights alone"),
         (["--blend", "{syll: 0}"], "--blend: got 0 for syll, expected more for one task at least"),

@@ -126,6 +126,7 @@ def test_a_run_may_end_with_a_soup_that_is_exported(tmp_path: Path, capsys: pyte
         "--selection.baselines", "[]",
     ]  # fmt: skip
     assert main(words) == 0
+    printed = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     rows = {row["key"]: row for row in result["rows"]}
     assert list(rows) == ["full", "soup", "best_pruning", "best"], "a log-likelihood leaves room for a better average"
@@ -138,10 +139,11 @@ def test_a_run_may_end_with_a_soup_that_is_exported(tmp_path: Path, capsys: pyte
         split: best["scores"][split]["fitness"] - rows["full"]["scores"][split]["fitness"] for split in best["scores"]
     }
     assert lost["value"] == pytest.approx(lead["search"] - lead["test"], abs=1e-9)
+    assert f"exported is {best['title']}, the last row; with --which soup it is the {soup['title']}\n" in printed
     assert main(["export", str(tmp_path / "run"), "--which", "soup", "--to", str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out.startswith(f"exported    {soup['title']} (soup of the run)\n")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.isfinite(logits(small, tokens())).all()
-    capsys.readouterr()
     again = (tmp_path / "run" / "result.json").read_bytes()
     (tmp_path / "run" / "result.json").unlink()
     assert main(["search", "--resume", str(tmp_path / "run")]) == 0

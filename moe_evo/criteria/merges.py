@@ -63,14 +63,20 @@ class Merge:
         leading = pruning_globally([self.votes(*answers) for answers in known], space)
         return self._genome(known, space, leading.num_kept)
 
-    def progressive_genome(self, observer: Observer, space: SearchSpace) -> Genome:
-        """Layer after layer, each merged on what it gets from the layers before it once they are merged."""
+    def progressive_genome(
+        self, observer: Observer, space: SearchSpace, merged: Callable[[int, LayerGenome], None] = lambda *_: None
+    ) -> Genome:
+        """Layer after layer, each merged on what it gets from the layers before it once they are merged.
+
+        merged: is told of each layer before the next is looked at.
+        """
         layers = list(space.shape.identity().layers)
         for layer in range(len(layers)):
             before = Genome(tuple(layers))
             asked = (replace(question, genome=before, layer=layer) for question in self.questions)
             answers = [observer.about(question).layers[0] for question in asked]
             layers[layer] = self._layer(answers, space, layer, space.num_kept[layer])
+            merged(layer, layers[layer])
         return Genome(tuple(layers))
 
     def _known(self, observer: Observer) -> list[tuple[LayerSums, ...]]:

@@ -45,6 +45,18 @@ def save_observations(path: str | os.PathLike[str], stored: StoredObservations) 
     FILE.write(path, FILE.to_bytes(tensors, {"model_hash": stored.model_hash, "answers": json.dumps(answers)}))
 
 
+def add_observations(path: str | os.PathLike[str], more: StoredObservations) -> StoredObservations:
+    """Write what the file holds and `more`, also where other processes add to it; answers both.
+
+    Raises ObservationError where the file holds something else, or cannot be written.
+    """
+    with FILE.locked(path):
+        known = load_observations(path, more.model_hash).answers if os.path.exists(path) else {}
+        stored = StoredObservations(more.model_hash, {**known, **more.answers})
+        save_observations(path, stored)
+    return stored
+
+
 def load_observations(path: str | os.PathLike[str], model_hash: str | None = None) -> StoredObservations:
     """What `save_observations` wrote; raises ObservationError for anything else, or for another model.
 

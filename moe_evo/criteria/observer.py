@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_evo.criteria.observation_file import StoredObservations, load_observations, save_observations
+from moe_evo.criteria.observation_file import StoredObservations, add_observations, load_observations
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation, together
 
@@ -21,8 +21,8 @@ class Observer:
     """Answers of one model about some tasks.
 
     ask: as a pool's. tasks: the names of the tasks, and what tells their data apart. file: where answers are
-    read from and written to as they come, also those about other tasks. message: is told how far it is. blend:
-    how many times each task counts (default: once).
+    read from and added as they come, to those about other tasks and those of other processes. message: is told
+    how far it is. blend: how many times each task counts (default: once).
     Raises ObservationError where the file holds something else.
     """
 
@@ -53,9 +53,8 @@ class Observer:
         if missing:
             self._message(f"observing the experts ({type(question).__name__.lower()})")
         for number, (one, answer) in enumerate(self._ask(missing) if missing else (), start=1):
-            self._answers[self._key(one)] = answer
-            if self._file is not None:
-                save_observations(self._file, StoredObservations(self._model_hash, self._answers))
+            found = StoredObservations(self._model_hash, {self._key(one): answer})
+            self._answers |= (found if self._file is None else add_observations(self._file, found)).answers
             rate = number / max(time.monotonic() - started, 1e-9)
             if number < len(missing):
                 left_s = (len(missing) - number) / rate

@@ -50,9 +50,9 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
     calls this. Raises ModelError (missing folder, unsupported family, no safetensors, failed self-check)
     or ConfigError (device, router, sharding) in one line.
     """
-    source = _source(config.path)
-    family = _family(config, source)
-    transformers_config = _transformers_config(config, source)
+    source = checkpoint_source(config.path)
+    family = read_family(config, source)
+    transformers_config = read_transformers_config(config, source)
     check_skipping(config.dynamic_skipping, family.shape(transformers_config))
     check_experts(config.experts, family, transformers_config)
     if config.router == "eep":
@@ -99,23 +99,23 @@ def load_tokenizer(config: ModelConfig) -> Any | None:
 
     Raises ModelError as `load_model` does.
     """
-    source = _source(config.path)
-    _family(config, source)
-    transformers_config = _transformers_config(config, source)
+    source = checkpoint_source(config.path)
+    read_family(config, source)
+    transformers_config = read_transformers_config(config, source)
     with quiet():
         return _tokenizer(config, source, transformers_config)
 
 
 def read_shape(config: ModelConfig) -> ModelShape:
     """The model's MoE layers from its config.json alone; raises ModelError."""
-    source = _source(config.path)
-    return _family(config, source).shape(_transformers_config(config, source))
+    source = checkpoint_source(config.path)
+    return read_family(config, source).shape(read_transformers_config(config, source))
 
 
 def renormalises(config: ModelConfig) -> bool:
     """Whether the router divides the chosen gate weights by their sum, from config.json alone."""
-    source = _source(config.path)
-    return _family(config, source).renormalises(_transformers_config(config, source))
+    source = checkpoint_source(config.path)
+    return read_family(config, source).renormalises(read_transformers_config(config, source))
 
 
 def model_hash(config: ModelConfig) -> str:
@@ -141,7 +141,7 @@ def _alignment(config: ModelConfig) -> Alignment | None:
 
 def _stored_hash(config: ModelConfig) -> str:
     """Of the model without any alignment."""
-    source = _source(config.path)
+    source = checkpoint_source(config.path)
     config_file = _config_file(config, source)
     if not isinstance(source, Path):
         return f"{source}@{config_file.parent.name}"
@@ -185,8 +185,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _source(path: str) -> Path | str:
-    """A local folder, or else a Hugging Face name."""
+def checkpoint_source(path: str) -> Path | str:
+    """Where `model.path` points: a local folder, or else a Hugging Face name; raises ModelError for neither."""
     if path == "embedded":
         path = str(importlib.resources.files("moe_evo") / "data" / "model")
     folder = Path(path).expanduser()
@@ -213,7 +213,8 @@ def _config_file(config: ModelConfig, source: Path | str) -> Path:
         ) from error
 
 
-def _family(config: ModelConfig, source: Path | str) -> Family:
+def read_family(config: ModelConfig, source: Path | str) -> Family:
+    """The family that config.json tells; raises ModelError where moe_evo cannot load it, or has no weights to."""
     file = _config_file(config, source)
     try:
         raw_config = json.loads(file.read_text(encoding="utf-8"))
@@ -229,7 +230,8 @@ def _family(config: ModelConfig, source: Path | str) -> Family:
     return family
 
 
-def _transformers_config(config: ModelConfig, source: Path | str) -> Any:
+def read_transformers_config(config: ModelConfig, source: Path | str) -> Any:
+    """What transformers makes of config.json; raises ModelError where it refuses."""
     try:
         with quiet():
             # a family's config and model are the library's own, also where the checkpoint brings code

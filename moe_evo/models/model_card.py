@@ -12,6 +12,8 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.space import ModelShape
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
+_MOST_MEMBERS = 256
+"""In the table's row of a layer: as many as the experts of the largest models, so that one-shot merges are whole."""
 _LOADING = {
     "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +79,7 @@ def model_card(
         "| MoE layer | decoder layer | experts | kept | active a token | made of |",
         "| ---: | ---: | ---: | ---: | ---: | --- |",
         *(_row(genome.layers[layer], shape, layer) for layer in range(shape.num_layers)),
+        *(["", "Experts joined by + became one; the first has the largest share in it."] if is_merged else []),
         "",
         "## Size and check",
         "",
@@ -95,10 +98,17 @@ def model_card(
 
 
 def _row(layer: LayerGenome, shape: ModelShape, index: int) -> str:
-    experts = ", ".join(map(str, layer.kept))
-    made_of = experts if layer.is_pruning else f"merged; largest shares: {experts}"
-    cells = (index, shape.decoder_layers[index], layer.num_experts, layer.num_kept, layer.top_k, made_of)
+    cells = (index, shape.decoder_layers[index], layer.num_experts, layer.num_kept, layer.top_k, _made_of(layer))
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _made_of(layer: LayerGenome) -> str:
+    """The experts of each slot, and of how many more it is made where a layer has too many to tell."""
+    slots = layer.members
+    most = max(_MOST_MEMBERS // len(slots), 1) if sum(map(len, slots)) > _MOST_MEMBERS else layer.num_experts
+    told = ("+".join(map(str, experts[:most])) for experts in slots)
+    more = (f" and {len(experts) - most} more" if len(experts) > most else "" for experts in slots)
+    return ", ".join(map("".join, zip(told, more, strict=True)))
 
 
 def _bullets(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:

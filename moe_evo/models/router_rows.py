@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet
-from moe_evo.models.loading import _source, read_shape
+from moe_evo.models.loading import checkpoint_source, read_shape
 
 # of every family in its own checkpoints, and as transformers names it; not a shared expert's gate
 _ROUTER = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.(?:gate|router)(?:\.layer)?\.weight$")
@@ -58,7 +58,7 @@ def check_comparable(tuned: ModelConfig, base: ModelConfig) -> None:
 
 def _files(config: ModelConfig) -> list[Path]:
     """All safetensors files of a folder, or of a Hugging Face name."""
-    source = _source(config.path)
+    source = checkpoint_source(config.path)
     if isinstance(source, Path):
         return sorted(source.glob("*.safetensors"))
     names = ["model.safetensors"]

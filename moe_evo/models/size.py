@@ -20,7 +20,7 @@ from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models.families import Family
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
-from moe_evo.models.loading import _family, _source, _transformers_config
+from moe_evo.models.loading import checkpoint_source, read_family, read_transformers_config
 from moe_evo.space import ModelShape
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -122,9 +122,9 @@ class ModelSize:
 
 def read_config(config: ModelConfig) -> tuple[Family, Any]:
     """Family and transformers config of a model that moe_evo can load; raises ModelError."""
-    source = _source(config.path)
-    family = _family(config, source)
-    transformers_config = _transformers_config(config, source)
+    source = checkpoint_source(config.path)
+    family = read_family(config, source)
+    transformers_config = read_transformers_config(config, source)
     family.shape(transformers_config)
     return family, transformers_config
 
@@ -133,7 +133,7 @@ def read_size(config: ModelConfig, ranks: int) -> ModelSize:
     """The size of the model that `load_model` would load, from config.json; raises ModelError."""
     family, transformers_config = read_config(config)
     if config.dtype == "auto":
-        dtype = transformers_config.dtype or _first_dtype(_source(config.path))
+        dtype = transformers_config.dtype or _first_dtype(checkpoint_source(config.path))
     else:
         dtype = getattr(torch, config.dtype)
     try:

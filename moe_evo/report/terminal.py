@@ -14,6 +14,7 @@ from moe_evo.genome_file import load_genome
 from moe_evo.report.table import experts_label, final_table, kept_picture
 from moe_evo.result import runs_stock_experts
 from moe_evo.run_folder import RunFolder
+from moe_evo.tasks.data import SPLITS
 
 
 def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
     console.print(
         f"{search['evaluations']} evaluations ({search['failures']} failed{stopped}), seed {search['seed']}, "
         f"{search['evaluation_s']:.0f} s of evaluation\n"
-        f"{_reasons(search)}{_gangs(result)}{_luck(result)}"
+        f"{_examples(result)}{_reasons(search)}{_gangs(result)}{_luck(result)}{_soup(result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -50,6 +51,20 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
 
 def _reasons(counted: dict[str, Any]) -> str:
     return "".join(f"failed   {reason}\n" for reason in counted["failure_reasons"])
+
+
+def _examples(result: dict[str, Any]) -> str:
+    """On how many examples the scores of the table rest, of all tasks together."""
+    counts = {split: sum(task["examples"][split] for task in result["tasks"]) for split in SPLITS}
+    return f"examples {', '.join(f'{count} {split}' for split, count in counts.items())}\n"
+
+
+def _soup(result: dict[str, Any]) -> str:
+    """Which genome is exported, where there are two to choose from."""
+    titles = {row["key"]: row["title"] for row in result["rows"]}
+    if "soup" not in titles:
+        return ""
+    return f"exported is {titles['best']}, the last row; with --which soup it is the {titles['soup']}\n"
 
 
 def _gangs(result: dict[str, Any]) -> str:
@@ -105,7 +120,9 @@ def print_export(report: dict[str, Any]) -> None:
     """Where the checkpoint is, how much smaller, how well it agrees."""
     console = Console()
     mib = 2**20
+    which = f"exported    {report['title']} ({report['which']} of the run)\n" if "which" in report else ""
     console.print(
+        f"{which}"
         f"checkpoint  {report['folder']} (loads with {report['loader']})\n"
         f"parameters  {report['parameters_before']:,} -> {report['parameters_after']:,}\n"
         f"on disk     {report['bytes_before'] / mib:.1f} MiB -> {report['bytes_after'] / mib:.1f} MiB\n"
@@ -134,8 +151,9 @@ def _print_scores_of_models(console: Console, scores: Mapping[str, Mapping[str, 
     width = max(map(len, scores)) + len(" model  ")
     for name, score in scores.items():
         told = f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-        line = f"{name + ' model':{width}}{told} on the test split (95 % interval)"
-        console.print(line, highlight=False, markup=False)
+        where = f"on {score['num_examples']} examples of the test split"
+        line = f"{name + ' model':{width}}{told} {where} (95 % interval)"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_compression(report: dict[str, Any]) -> None:
@@ -166,13 +184,14 @@ def print_compression(report: dict[str, Any]) -> None:
 
 
 def print_criteria(criteria: Sequence[Mapping[str, str]]) -> None:
-    """One line a criterion."""
+    """What each method does and under it where it is from, in the width of the terminal."""
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "keeps the experts with the highest, or what else it does", "source"):
-        table.add_column(column, overflow="fold")
+    table.add_column("method", no_wrap=True)
+    table.add_column("keeps the experts with the highest, or what else it does")
     for one in criteria:
-        table.add_row(one["name"], one["description"], one["source"])
-    print_whole(Console(), table)
+        table.add_row(one["name"], one["description"])
+        table.add_row("", one["source"], style="dim")
+    Console().print(table)
 
 
 def print_report(written: dict[str, Any]) -> None:

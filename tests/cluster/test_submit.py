@@ -16,6 +16,8 @@ KEY = 'hf_it\'s: "secret" {#}'
 RAY = """
 words = sys.argv[1:]
 state = os.environ.get("STUB_STATE", "succeeded")
+if words[:2] == ["job", "list"]:
+    sys.exit(os.environ.get("STUB_REFUSAL") or 0)
 if words[:2] == ["job", "submit"]:
     sys.exit(int(os.environ.get("STUB_SUBMIT", "0")))
 if state == "unknown":
@@ -52,8 +54,12 @@ def submit(programs: StubPrograms, project: Path) -> Submit:
     return run
 
 
+def submission(programs: StubPrograms) -> dict:
+    return next(call for call in programs.calls if call["argv"][1] == "submit")
+
+
 def submitted(programs: StubPrograms) -> list[str]:
-    words: list[str] = next(call for call in programs.calls if call["argv"][1] == "submit")["argv"]
+    words: list[str] = submission(programs)["argv"]
     return words
 
 
@@ -68,7 +74,7 @@ def test_the_whole_command_is_what_ray_expects(submit: Submit, programs: StubPro
         "python", "-m", "moe_evo", "search", "search.yaml", "--cluster.address", "auto",
         "--folder", f"{project}/runs/search", "--search.num_kept", "4", "--tasks", "[a b.jsonl]",
     ]  # fmt: skip
-    assert [call["argv"][:2] for call in programs.calls] == [["job", "submit"], ["job", "status"]]
+    assert [call["argv"][:2] for call in programs.calls] == [["job", one] for one in ("list", "submit", "status")]
     assert not Path(runtime_env).parent.exists()
 
 
@@ -100,7 +106,7 @@ def test_address_python_and_no_wait_are_passed_on(submit: Submit, programs: Stub
     assert words[words.index("--address") + 1] == "http://head:8265"
     assert words.index("--no-wait") < words.index("--")
     assert words[words.index("--") + 1 :][:3] == ["/venv/bin/python", "-m", "moe_evo"]
-    assert len(programs.calls) == 1, "nobody waits, so nobody asks for the state"
+    assert [call["argv"][1] for call in programs.calls] == ["list", "submit"], "nobody waits or asks for the state"
 
 
 def test_an_address_flag_wins_over_the_environment(submit: Submit, programs: StubPrograms) -> None:
@@ -136,7 +142,7 @@ def test_a_passed_secret_lies_in_a_private_file_and_nowhere_else(submit: Submit,
         "search.yaml", "--pass-env", "HF_TOKEN", "--pass-env=OTHER", HF_TOKEN=KEY, OTHER="", WANDB_API_KEY="w"
     )
     assert done.returncode == 0, done.stderr
-    call = programs.calls[0]
+    call = submission(programs)
     assert yaml.safe_load(call["runtime_env"])["env_vars"] == {"HF_TOKEN": KEY, "OTHER": ""}
     assert call["modes"] == ["0o600", "0o700"]
     assert all(KEY not in word for one in programs.calls for word in one["argv"])
@@ -145,14 +151,14 @@ def test_a_passed_secret_lies_in_a_private_file_and_nowhere_else(submit: Submit,
 
 def test_no_secret_is_passed_unasked(submit: Submit, programs: StubPrograms) -> None:
     submit("search.yaml", HF_TOKEN=KEY, WANDB_API_KEY="w")
-    assert "env_vars" not in yaml.safe_load(programs.calls[0]["runtime_env"])
+    assert "env_vars" not in yaml.safe_load(submission(programs)["runtime_env"])
 
 
 def test_config_only_uploads_one_file(submit: Submit, programs: StubPrograms, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.yml"
     elsewhere.write_text("tasks: [syll]\n")
     assert submit(str(elsewhere), "--config-only").returncode == 0
-    assert programs.calls[0]["uploaded"] == ["elsewhere.yml"]
+    assert submission(programs)["uploaded"] == ["elsewhere.yml"]
     words = submitted(programs)
     assert words[words.index("search") + 1] == "elsewhere.yml"
 
@@ -172,7 +178,7 @@ def test_checkpoints_and_caches_are_not_uploaded_but_data_and_package_are(
     from ray._private.runtime_env.packaging import _get_excludes
 
     submit("search.yaml")
-    is_left_out = _get_excludes(project, yaml.safe_load(programs.calls[0]["runtime_env"])["excludes"])
+    is_left_out = _get_excludes(project, yaml.safe_load(submission(programs)["runtime_env"])["excludes"])
     stays = [
         ".git/config", ".venv/bin/python", ".env", "runs/a/journal.sqlite", "model/model-00001.safetensors",
         "moe_evo/__pycache__/a.pyc", ".ruff_cache/x", "wandb/run", "a.gguf", "build/lib/x.py", "pytorch_model.bin",
@@ -241,3 +247,15 @@ def test_the_exit_code_is_that_of_the_search(submit: Submit, state: str, ray_say
     done = submit("search.yaml", STUB_STATE=state, STUB_SUBMIT=str(ray_says))
     assert done.returncode == code, done.stderr
     assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_cluster_that_does_not_answer_is_one_line_and_nothing_is_submitted(
+    submit: Submit, programs: StubPrograms
+) -> None:
+    refusal = "Traceback (most recent call last):\n  File ...\nConnectionError: Failed to connect to Ray\n"
+    done = submit("search.yaml", "--address", "http://head:1", STUB_REFUSAL=refusal)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("submit.sh: error: no Ray cluster takes jobs at http://head:1 (ConnectionError: Failed to ")
+    assert "`ray start --head`" in line and "--address" in line
+    assert [call["argv"] for call in programs.calls] == [["job", "list", "--address", "http://head:1"]]

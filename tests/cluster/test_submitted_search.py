@@ -78,7 +78,7 @@ def test_a_search_submitted_twice_runs_once_and_finds_what_a_local_one_finds(
     outputs = [output, wrong.result()[1], refused.result()[1]]
     assert code == 0 and "done; the result is in" in output, output
     assert wrong.result()[0] == 2 and "search.num_kept: got 0" in outputs[1], outputs[1]
-    assert refused.result()[0] == 1 and "Invalid authentication token" in outputs[2], outputs[2]
+    assert refused.result()[0] == 2 and "authentication token is invalid" in outputs[2], outputs[2]
     assert (folder / "journal.sqlite").is_file() and scores(folder) == scores(local)
 
     result = (folder / "result.json").read_bytes()

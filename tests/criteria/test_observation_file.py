@@ -10,7 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_evo.criteria import observation_file
-from moe_evo.criteria.observation_file import StoredObservations, load_observations, save_observations
+from moe_evo.criteria.observation_file import (
+    StoredObservations,
+    add_observations,
+    load_observations,
+    save_observations,
+)
 from moe_evo.criteria.sums import KINDS, LayerObservation, LayerSums, Observation
 from moe_evo.errors import ObservationError
 
@@ -47,6 +52,8 @@ def test_a_file_holds_every_number_of_every_answer(path, stored):
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, stored):
     with pytest.raises(ObservationError, match=r"none/seen: cannot be written \(No such file or directory\)"):
         save_observations(tmp_path / "none" / "seen", stored)
+    with pytest.raises(ObservationError, match=r"none/seen: cannot be written \(No such file or directory\)"):
+        add_observations(tmp_path / "none" / "seen", stored)
 
 
 def test_kinds_are_called_by_their_own_names():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -117,6 +120,46 @@ def test_an_interrupted_observation_goes_on_where_it_stood(tmp_path):
     again = Holder()
     assert numbers(Observer(again.ask, TASKS, "model", file).about(Routed())) == {111.0}
     assert sorted(question.task for question in again.asked) == sorted(set(TASKS) - {done.task})
+
+
+def observe_together(file: Path, name: str, barrier) -> None:
+    tasks = {f"{name}{number}": f"{name}@{number}" for number in range(12)}
+    NUMBERS.update(dict.fromkeys(tasks, 2.0))
+    observer = Observer(Holder().ask, tasks, "model", file)
+    barrier.wait(60)
+    assert numbers(observer.about(Routed())) == {24.0}
+
+
+def test_processes_that_observe_into_one_file_lose_nothing_of_each_other(tmp_path):
+    file = tmp_path / "seen.safetensors"
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=observe_together, args=(file, name, barrier)) for name in ("a", "b")]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(120)
+    assert [one.exitcode for one in both] == [0, 0]
+    assert len(load_observations(file, "model").answers) == 24
+
+
+def test_an_observer_knows_what_another_has_added_meanwhile(tmp_path):
+    file = tmp_path / "seen.safetensors"
+    holder = Holder()
+    early = Observer(holder.ask, {"maths": "maths@1"}, "model", file)
+    Observer(Holder().ask, {"maths": "maths@1"}, "model", file).about(Routed(layer=1))
+    early.about(Routed())
+    early.about(Routed(layer=1))
+    assert [question.layer for question in holder.asked] == [None]
+
+
+def test_a_file_that_became_one_of_another_model_is_not_overwritten(tmp_path):
+    file = tmp_path / "seen.safetensors"
+    early = Observer(Holder().ask, TASKS, "model", file)
+    Observer(Holder().ask, TASKS, "other", file).about(Routed())
+    with pytest.raises(ObservationError, match="observations of the model other, this one is model"):
+        early.about(Routed())
+    assert len(load_observations(file, "other").answers) == 3
 
 
 def test_people_are_told_how_far_it_is():

@@ -205,11 +205,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_cluster_that_is_not_there_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["evaluate", "--genome", "full"], ["search", "--folder", "{run}"]])
+def test_a_cluster_that_is_not_there_is_one_line_and_exit_code_3(words: list[str], tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", NO_CLUSTER, "evaluate", "--genome", "full", "--cluster.address", "auto"]
+    run = tmp_path / "runs" / "new"
+    command = [sys.executable, "-c", NO_CLUSTER, *words, "--cluster.address", "auto"]
     done = subprocess.run(
-        command,
+        [word.format(run=run) for word in command],
         env=environment | {"RAY_TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -219,4 +221,5 @@ def test_a_cluster_that_is_not_there_is_one_line_and_exit_code_3(tmp_path: Path)
     assert done.returncode == 3
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("moe-evo: error: cluster.address: no Ray cluster at 'auto'")
+    assert not run.exists(), "a run that never began leaves no folder"
     assert "Traceback" not in done.stderr

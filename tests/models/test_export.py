@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import largest_difference, logits, random_merge, random_pruning, tiny_model, tokens
@@ -115,6 +117,23 @@ def test_model_card_says_what_was_done(
     assert f"Found by moe_evo: this model {does} experts of tiny/random." in card.splitlines()
     assert f"tags: [mixture-of-experts, {tags}moe_evo]" in card.splitlines()
     assert "evolution" not in card  # a random search finds genomes too
+
+
+def test_model_card_tells_which_experts_became_one_and_stays_short(mixtral: MoEModel) -> None:
+    pair = np.eye(8, dtype=np.float32)[[0, 3, 5]]
+    pair[0, 6], pair[0, 0] = 0.7, 0.3
+    merged = LayerGenome(pair, np.eye(8)[[0, 3, 5]], 2)
+    whole = LayerGenome.from_kept([1, 4, 7], 8, 2)
+    genome = Genome((merged, *(whole,) * (mixtral.shape.num_layers - 1)))
+    card = model_card(genome, mixtral.shape, "tiny/random", "transformers", {}, {}).splitlines()
+    assert "| 0 | 0 | 8 | 3 | 2 | 6+0, 3, 5 |" in card and "| 1 | 1 | 8 | 3 | 2 | 1, 4, 7 |" in card
+    assert "Experts joined by + became one; the first has the largest share in it." in card
+    dense = np.random.default_rng(0).random((64, 128))
+    shape = replace(mixtral.shape, num_experts=(128,), top_k=(2,), decoder_layers=(0,))
+    large = model_card(Genome((LayerGenome(dense, dense, 2),)), shape, "tiny/random", "transformers", {}, {})
+    (row,) = (line for line in large.splitlines() if line.startswith("| 0 "))
+    first = np.argsort(-dense[0])[:4]
+    assert f"| {'+'.join(map(str, first))} and 124 more, " in row and len(row) < 2000
 
 
 @pytest.mark.parametrize("base_model", ["moe_evo embedded Mixtral", "Mixtral-8x7B", "/data/models", "a/b/c", "é/x"])
