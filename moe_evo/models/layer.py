@@ -7,7 +7,7 @@ The router's forward is wrapped and the experts go through a function registered
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from moe_evo.config import RouterMode
 from moe_evo.genome import LayerGenome, Matrix
 from moe_evo.models.families import Family
-from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
+from moe_evo.models.merged_cache import KeptRow, MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
 from moe_evo.models.slices import local_shape, whole_shape
@@ -103,10 +103,16 @@ class MoELayer:
         """
         return masked_route(self.router, self._family.router_tensors, logits, kept, top_k)
 
-    def merged_tensors(self, expert_merging: Matrix) -> MergedTensors:
-        """The experts' tensors (K, ...) for W_EM (K, E)."""
+    def merged_tensors(self, expert_merging: Matrix, known: Mapping[int, KeptRow] | None = None) -> MergedTensors:
+        """The experts' tensors (K, ...) for W_EM (K, E); known: rows that were merged before, by their numbers."""
+        known = known or {}
         with torch.inference_mode(mode=False):
-            return {name: mix_rows(expert_merging, stacked) for name, stacked in self.expert_tensors().items()}
+            return {
+                name: mix_rows(
+                    expert_merging, stacked, {slot: (kept[name], row) for slot, (kept, row) in known.items()}
+                )
+                for name, stacked in self.expert_tensors().items()
+            }
 
     def merged_bytes(self, expert_merging: Matrix) -> int:
         """Memory that `merged_tensors` takes on this rank; 0 where W_EM (K, E) merges nothing."""
@@ -156,7 +162,8 @@ class MoELayer:
         key = None if plan is None else self.merged_key(plan)
         if plan is None or plan.expert_merging is None or key is None:
             return self.experts
-        merged = cache.get(key, partial(self.merged_tensors, plan.expert_merging))
+        expert_merging = plan.expert_merging
+        merged = cache.get(key, lambda: self.merged_tensors(expert_merging, cache.known_rows(key)))
         return Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
 
     def _route(self, plans: Sequence[LayerPlan | None], hidden: Tensor) -> RouterOutput:

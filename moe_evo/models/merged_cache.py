@@ -1,13 +1,12 @@
 """Merged layers that are kept for the next genomes, under a memory budget.
 
-Siblings share most layers, so a layer is keyed by its number and a hash of W_EM alone. Layers of the
-genome that is applied are never evicted for one another: an LRU would throw out each layer shortly
-before it is needed again.
+Siblings share most layers, so a layer is keyed by its number and the rows of W_EM alone. Many of the others differ
+in few rows: the cache also tells where rows of a layer stand that is not kept. Layers of the genome that is applied
+are never evicted for one another: an LRU would throw out each layer shortly before it is needed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from moe_evo.genome import Matrix
 
-MergedKey = tuple[int, str]
+MergedKey = tuple[int, tuple[bytes, ...]]
 MergedTensors = dict[str, Tensor]
+KeptRow = tuple[MergedTensors, int]  # the tensors of a layer and the number of a row in them
 
 
 def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
     """Key of MoE layer number `layer` merged by `expert_merging` (K, E)."""
-    content = hashlib.sha256(f"{expert_merging.shape}:".encode() + expert_merging.tobytes())
-    return (layer, content.hexdigest())
+    return (layer, tuple(row.tobytes() for row in expert_merging))
 
 
 def half_of_free_gib(device: torch.device) -> float:
@@ -42,6 +41,7 @@ class MergedCache:
     def __init__(self, budget_gib: float) -> None:
         self.budget_bytes = int(budget_gib * 2**30)
         self._entries: OrderedDict[MergedKey, MergedTensors] = OrderedDict()
+        self._rows: dict[tuple[int, bytes], KeptRow] = {}  # by layer and row: in the newest entry that has it
         self._in_use: frozenset[MergedKey] = frozenset()
 
     @property
@@ -62,11 +62,19 @@ class MergedCache:
             return self._entries[key]
         tensors = build()
         if self._make_room(_size_bytes(tensors)):
+            layer, rows = key
             self._entries[key] = tensors
+            self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))
         return tensors
+
+    def known_rows(self, key: MergedKey) -> dict[int, KeptRow]:
+        """Rows of `key` that kept layers of the same number have, by their numbers in `key`."""
+        layer, rows = key
+        return {slot: self._rows[layer, row] for slot, row in enumerate(rows) if (layer, row) in self._rows}
 
     def clear(self) -> None:
         self._entries.clear()
+        self._rows.clear()
 
     def _make_room(self, needed_bytes: int) -> bool:
         idle = [key for key in self._entries if key not in self._in_use]
@@ -77,8 +85,17 @@ class MergedCache:
         for key in idle:
             if excess <= 0:
                 break
-            excess -= _size_bytes(self._entries.pop(key))
+            excess -= _size_bytes(self._evict(key))
         return True
+
+    def _evict(self, key: MergedKey) -> MergedTensors:
+        tensors = self._entries.pop(key)
+        layer, rows = key
+        for row in rows:
+            kept = self._rows.get((layer, row))
+            if kept is not None and kept[0] is tensors:  # else a newer entry has, or had, the row too
+                del self._rows[layer, row]
+        return tensors
 
 
 def _size_bytes(tensors: MergedTensors) -> int:

@@ -5,7 +5,7 @@ Pure functions. The view and the export both call them, so that what is scored i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from moe_evo.genome import Matrix
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a float32 working copy: what a core's cache holds; 64 MiB
 _ROWS, _COLUMNS = 8, 2  # least sizes of a multiplication: below, other kernels would give a row other last bits
+_LONG_ROW = 1 << 18  # elements: to copy so many is as fast as to mix them beside other rows, in bfloat16 faster
+_EXPERTS = 256  # most experts of a multiplication: it cuts a longer sum where their number says
 
 
 def copied_experts(matrix: Matrix) -> tuple[int | None, ...]:
@@ -29,11 +31,13 @@ def is_selection(matrix: Matrix) -> bool:
 
 
 @torch.no_grad()
-def mix_rows(matrix: Matrix, stacked: Tensor) -> Tensor:
+def mix_rows(matrix: Matrix, stacked: Tensor, known: Mapping[int, tuple[Tensor, int]] | None = None) -> Tensor:
     """Row i of the result is sum_j matrix[i, j] * stacked[j]   (EEP eq. 6).
 
     matrix: (K, E). stacked: (E, ...) of any dtype. Returns (K, ...) in that dtype, accumulated in
-    float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows.
+    float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows, so those
+    of the result that are known (by their numbers: an earlier result and the row's number in it) are copied there
+    where that is faster.
     """
     assert matrix.shape[1] == stacked.shape[0], (matrix.shape, stacked.shape)
     source = stacked.detach().reshape(stacked.shape[0], -1)
@@ -43,9 +47,21 @@ def mix_rows(matrix: Matrix, stacked: Tensor) -> Tensor:
         if expert is not None:
             mixed[slot] = source[expert]
     slots = [slot for slot, expert in enumerate(copies) if expert is None]
+    if known and source.device.type == "cpu":
+        unknown = [slot for slot in slots if slot not in known]
+        if _pays_to_copy(len(slots), len(unknown), source.shape[1]):
+            for slot in set(slots) - set(unknown):
+                earlier, row = known[slot]
+                mixed[slot] = earlier[row].reshape(-1)
+            slots = unknown
     if slots:
         _mix_into(mixed, slots, matrix[slots], source)
     return mixed.view(matrix.shape[0], *stacked.shape[1:])
+
+
+def _pays_to_copy(num_mixed: int, num_unknown: int, row_elements: int) -> bool:
+    """Whether copying what is known is less work than mixing it again: a multiplication is for _ROWS rows or fewer."""
+    return -(-num_unknown // _ROWS) < -(-num_mixed // _ROWS) or row_elements >= _LONG_ROW
 
 
 def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> None:
@@ -54,20 +70,30 @@ def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> 
     if not len(experts):
         mixed[slots] = 0
         return
+    cuts = np.searchsorted(experts, range(_EXPERTS, source.shape[0], _EXPERTS))
+    parts = [part for part in np.split(experts, cuts) if len(part)]
     groups = []
     for first in range(0, len(slots), _ROWS):
         some = slots[first : first + _ROWS]
-        weights = torch.zeros((_ROWS, len(experts)), dtype=torch.float32)
-        weights[: len(some)] = torch.from_numpy(rows[first : first + _ROWS, experts])
-        groups.append((torch.tensor(some, device=source.device), weights.to(source.device)))
-    used = torch.from_numpy(experts).to(source.device)
+        weights = torch.zeros((_ROWS, source.shape[0]), dtype=torch.float32)
+        weights[: len(some)] = torch.from_numpy(rows[first : first + _ROWS])
+        by_part = [weights[:, part].contiguous().to(source.device) for part in parts]
+        groups.append((torch.tensor(some, device=source.device), by_part))
+    used = [torch.from_numpy(part).to(source.device) for part in parts]
     for columns in _column_chunks(source):
-        chunk = source[:, columns].index_select(0, used).to(torch.float32)
+        chunks = [source[:, columns].index_select(0, part).to(torch.float32) for part in used]
         target = mixed[:, columns]
         width = target.shape[1]
-        chunk = chunk if width >= _COLUMNS else chunk.repeat(1, _COLUMNS)
-        for places, weights in groups:
-            target.index_copy_(0, places, (weights @ chunk)[: len(places), :width].to(mixed.dtype))
+        chunks = [chunk if width >= _COLUMNS else chunk.repeat(1, _COLUMNS) for chunk in chunks]
+        for places, by_part in groups:
+            target.index_copy_(0, places, _sum_of_products(by_part, chunks)[: len(places), :width].to(mixed.dtype))
+
+
+def _sum_of_products(weights: Sequence[Tensor], chunks: Sequence[Tensor]) -> Tensor:
+    total = weights[0] @ chunks[0]
+    for number in range(1, len(chunks)):
+        total += weights[number] @ chunks[number]
+    return total
 
 
 def _column_chunks(source: Tensor) -> Iterable[slice]:

@@ -19,6 +19,7 @@ from tiny_models import (
 
 from moe_evo.errors import ConfigError, GenomeError, ModelError
 from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models import merging
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.merged_cache import half_of_free_gib
@@ -265,6 +266,30 @@ def test_siblings_share_merged_layers_and_the_budget_is_kept(load) -> None:
         with small.applied(genome):
             assert torch.equal(logits(small.language_model, tokens()), unlimited[number])
         assert len(small.merged_cache) == 1
+
+
+def test_a_mutated_row_is_all_that_is_mixed_and_logits_are_the_same(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = load("mixtral")
+    parent = random_merge(moe.shape, 4, seed=1)
+    genes = list(parent.layers)
+    mutated = genes[1].expert_merging[[3, 2, 1, 0]]
+    mutated[2] += 0.25
+    genes[1] = LayerGenome(mutated, genes[1].router_mapping, genes[1].top_k)
+    child = Genome(tuple(genes))
+    monkeypatch.setattr(merging, "_LONG_ROW", 1)
+    mixed: list[list[int]] = []
+    mix_into = merging._mix_into
+    monkeypatch.setattr(merging, "_mix_into", lambda *args: mixed.append(args[1]) or mix_into(*args))
+    scores = []
+    for ancestors, expected in (([parent], [[2]] * 2), ([], [[0, 1, 2, 3]] * 2 * moe.shape.num_layers)):
+        moe.merged_cache.clear()
+        for genome in (*ancestors, child):
+            mixed.clear()
+            with moe.applied(genome):
+                scores.append(logits(moe.language_model, tokens()))
+        of_routers = [[0, 1, 2, 3]] * moe.shape.num_layers
+        assert sorted(mixed) == sorted(expected + of_routers)
+    assert torch.equal(scores[1], scores[2]) and not torch.equal(scores[0], scores[1])
 
 
 def test_default_budget_is_half_of_the_free_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
