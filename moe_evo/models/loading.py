@@ -28,9 +28,9 @@ from moe_evo.models.placement import (
     check_device,
     check_placement,
     drop_repeated_biases,
-    grouped_mm_is_aligned,
     input_device,
     placement_options,
+    suits_grouped_mm,
     weights_dtype,
 )
 from moe_evo.models.ranks import ALONE, Ranks
@@ -73,7 +73,7 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
         tokenizer = _tokenizer(config, source, transformers_config)
     if config.experts == "meo":
         language_model.set_experts_implementation(MEO)
-    elif not grouped_mm_is_aligned(language_model):
+    elif not suits_grouped_mm(language_model, device):
         language_model.set_experts_implementation("eager")
     if config.sharding == "tensor_parallel":
         drop_repeated_biases(language_model, family, ranks)

@@ -77,6 +77,13 @@ def test_rows_that_grouped_mm_cannot_take_are_computed_eagerly(tmp_path: Path) -
     assert largest_difference(untouched, logits(eager_everywhere, tokens())) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", "grouped_mm"), ("bfloat16", "eager"), ("float16", "eager")]
+)
+def test_experts_in_16_bits_are_computed_one_after_the_other_on_a_cpu(copied: Path, dtype: str, expected: str) -> None:
+    assert load_model(config(copied, dtype=dtype)).language_model.config._experts_implementation == expected
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "nothing-here", "a/b/c"])
 def test_missing_folder_is_refused(path: str) -> None:
     assert "no such folder" in refused(ModelConfig(path=path))
