@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=["syll", "infl", "sarcasm"], help="embedded tasks of choices")
     parser.add_argument("--genomes", type=int, help=f"random prunings, and as many children; default: {GENOMES}")
     parser.add_argument("--gib", type=float, default=0.05, help="for states, where memory is measured")
-    parser.add_argument("--evaluations", type=int, default=40, help="where memory is measured")
+    parser.add_argument("--evaluations", type=int, default=200, help="where memory is measured")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.memory_of:

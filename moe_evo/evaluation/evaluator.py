@@ -156,6 +156,7 @@ class Evaluator:
                 for number, found in zip(racing, of_rank, strict=True):
                     reports[number].append(found)
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
+        self._memory.tidy_after(len(genomes))
         return [self._scores(split, found, duration_s) for found in reports]
 
     def _num_parts(self, split: str, indices: Indices | None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,23 @@ def test_batches_shrink_until_they_fit_into_real_memory_with_the_same_scores(tmp
     assert answer["batch_tokens"] == answer["still"] < answer["tokens"]
     assert answer["message"].startswith("out of memory on cpu with one row in a batch: lower ")
     assert "\n" not in answer["message"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator keeps what is free")
+def test_what_is_free_goes_back_to_the_system_every_few_genomes(evaluator: Evaluator, monkeypatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    size = 100_000  # below what the allocator maps by itself
+    evaluator.evaluate([None] * 9, "search")  # equal ones are scored once
+    blocks = [torch.zeros(size, dtype=torch.uint8) for _ in range(1000)]
+    full = resident()
+    blocks = blocks[::100] + blocks[-1:]  # those that are left keep the heap from shrinking by itself
+    others = [Genome.from_kept([[0, 1 + n % 3], [n // 3, 3]], 4, 2) for n in range(7)]
+    evaluator.evaluate(others[:6], "search")
+    assert full - resident() < 0.2 * 1000 * size
+    evaluator.evaluate(others[6:], "search")
+    assert full - resident() > 0.7 * 1000 * size and not any(block.any() for block in blocks)
 
 
 @pytest.fixture

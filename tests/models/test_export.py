@@ -23,7 +23,7 @@ from moe_evo.models.export import export_checkpoint
 from moe_evo.models.loading import load_model
 from moe_evo.models.model_card import model_card
 from moe_evo.models.pruned import load_pruned
-from moe_evo.models.view import MoEModel
+from moe_evo.models.view import TOLERANCES, MoEModel
 
 PROVENANCE = {"base_model": "tiny/random", "search": {"algorithm": "eep", "seed": 0}, "test accuracy": 0.5}
 
@@ -73,7 +73,10 @@ def test_dtype_is_the_one_that_was_evaluated(checkpoint: Callable[[str], Path], 
     report = export_checkpoint(moe, genome, tmp_path / "small", provenance={})
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
     assert stock.dtype == torch.bfloat16 and report.bytes_after == 2 * report.parameters_after
-    assert largest_difference(logits(stock, tokens()), view_logits(moe, genome)) == 0
+    expected = view_logits(moe, genome)
+    assert largest_difference(logits(stock, tokens()), expected) <= TOLERANCES[torch.bfloat16] * expected.abs().max()
+    stock.set_experts_implementation("eager")  # as moe_evo computes them in 16 bits on a CPU
+    assert largest_difference(logits(stock, tokens()), expected) == 0
 
 
 def test_exported_embedded_model_brings_tokenizer_and_generation_config(
