@@ -161,17 +161,24 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def search_memory(path: str, gib: float, evaluations: int) -> None:
-    """Load a model, search prunings, and print the bytes in memory as JSON; runs in a process of its own."""
+def search_memory(path: str, gib: float, evaluations: int, merges: bool) -> None:
+    """Load a model, search, and print the bytes in memory as JSON; runs in a process of its own.
+
+    gib: for states. merges: nearly all genomes merge, with room for the merged layers of one of them.
+    """
+    num_kept = KEPT["mixtral"]
     tasks = check_tasks([TaskConfig(data="syll", num_search=60)])
     loaded("embedded", tasks, EvaluationConfig())  # imports what is imported late
     before, files_before = resident("VmRSS"), resident("RssFile")
     forget_peak()
-    evaluator = loaded(path, tasks, EvaluationConfig(state_cache_gib=gib))
+    evaluator = loaded(path, tasks, EvaluationConfig(state_cache_gib=gib), merged_cache_gib=0)
     after, loading = resident("VmRSS"), resident("VmHWM")
     forget_peak()
-    space = SearchSpace.build(evaluator.model.shape, num_kept=KEPT["mixtral"])
-    eep = EEPConfig(num_initial=10, num_pruning=evaluations)
+    tensors = [tensor for layer in evaluator.model.layers for tensor in layer.expert_tensors().values()]
+    merged = sum(num_kept * tensor[0].numel() * tensor.element_size() for tensor in tensors) if merges else 0
+    evaluator.model.merged_cache.budget_bytes = merged
+    space = SearchSpace.build(evaluator.model.shape, num_kept=num_kept)
+    eep = EEPConfig(num_initial=4 if merges else 10, num_pruning=8 if merges else evaluations)
     search = build_search(space, SearchConfig(evaluations=evaluations, eep=eep))
     for _ in range(evaluations):
         (candidate,) = search.ask(1)
@@ -182,6 +189,7 @@ def search_memory(path: str, gib: float, evaluations: int) -> None:
             {
                 "model": size,
                 "states": int(gib * 2**30),
+                "merged_layers": merged,
                 "peak_while_loading": loading - before,
                 "loaded": after - before,
                 "peak_of_search": resident("VmHWM") - before,
@@ -191,24 +199,28 @@ def search_memory(path: str, gib: float, evaluations: int) -> None:
     )
 
 
-def memory_of(path: str, gib: float, evaluations: int) -> dict[str, float]:
-    """Peak memory of such a search, of that of the model and its states, printed."""
-    command = [sys.executable, __file__, "--memory-of", path, "--gib", str(gib), "--evaluations", str(evaluations)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found: dict[str, int] = json.loads(lines[-1])
-    ratio = found["peak_of_search"] / (found["model"] + found["states"])
-    own = (found["peak_of_search"] - found["of_it_the_mapped_checkpoint"]) / (found["model"] + found["states"])
-    table = Table("what", "MiB", title=f"memory beside the libraries: {evaluations} evaluations, mixtral")
-    for what, size in found.items():
-        table.add_row(what.replace("_", " "), f"{size / 2**20:.0f}")
-    table.add_row("peak of search, of model and states", f"{ratio:.2f}", end_section=True)
-    table.add_row("  without the mapped checkpoint", f"{own:.2f}")
+def memory_of(path: str, gib: float, evaluations: int) -> dict[str, dict[str, float]]:
+    """Peak memory of searches, of that of the model, its states and its merged layers, printed."""
+    table = Table("MiB", title=f"memory beside the libraries: {evaluations} evaluations, mixtral")
+    columns: dict[str, dict[str, float]] = {}
+    for phase in ("pruning", "merging"):
+        command = [sys.executable, __file__, "--memory-of", path, "--gib", str(gib), "--evaluations", str(evaluations)]
+        command += ["--merging"] if phase == "merging" else []
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found: dict[str, int] = json.loads(lines[-1])
+        expected = found["model"] + found["states"] + found["merged_layers"]
+        columns[phase] = {
+            **{what: size / 2**20 for what, size in found.items()},
+            "ratio": found["peak_of_search"] / expected,
+            "ratio_without_mapped_checkpoint": (found["peak_of_search"] - found["of_it_the_mapped_checkpoint"])
+            / expected,
+        }
+        table.add_column(phase)
+    for what in columns["pruning"]:
+        digits = 2 if what.startswith("ratio") else 0
+        table.add_row(what.replace("_", " "), *(f"{column[what]:.{digits}f}" for column in columns.values()))
     Console().print(table)
-    return {
-        "ratio": ratio,
-        "ratio_without_mapped_checkpoint": own,
-        **{f"{what}_mib": size / 2**20 for what, size in found.items()},
-    }
+    return columns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,9 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gib", type=float, default=0.05, help="for states, where memory is measured")
     parser.add_argument("--evaluations", type=int, default=200, help="where memory is measured")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--merging", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.memory_of:
-        search_memory(options.memory_of, options.gib, options.evaluations)
+        search_memory(options.memory_of, options.gib, options.evaluations, options.merging)
         return 0
     tasks = check_tasks([TaskConfig(data=task, num_search=200) for task in options.tasks])
     figures: dict[str, object] = {}

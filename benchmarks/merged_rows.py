@@ -50,7 +50,7 @@ def ratio(layer: MoELayer, num_kept: int, num_changed: int, repeats: int) -> tup
     rng = np.random.default_rng([0, num_changed])
     parent = random_rows(num_kept, layer.num_experts, rng)
     nothing, kept = MergedCache(0), MergedCache(1)
-    kept.get(merged_key(layer.number, parent), lambda: layer.merged_tensors(parent))
+    kept.get(merged_key(layer.number, parent), layer.merged_bytes(parent), lambda _: layer.merged_tensors(parent))
     spent = []
     for turn in range(repeats):
         child = parent.copy()

@@ -53,14 +53,19 @@ def model_path(name: str, folder: Path) -> str:
 
 
 def loaded(
-    path: str, tasks: Sequence[TaskData], config: EvaluationConfig, *, self_check: bool = True, dtype: Dtype = "auto"
+    path: str,
+    tasks: Sequence[TaskData],
+    config: EvaluationConfig,
+    *,
+    self_check: bool = True,
+    dtype: Dtype = "auto",
+    merged_cache_gib: float | None = None,
 ) -> Evaluator:
     """The model with the tasks, without a word."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
-        return evaluators.load_evaluator(
-            ModelConfig(path=path, self_check=self_check, dtype=dtype), tasks, config, tracker
-        )
+        model = ModelConfig(path=path, self_check=self_check, dtype=dtype, merged_cache_gib=merged_cache_gib)
+        return evaluators.load_evaluator(model, tasks, config, tracker)
 
 
 def evaluate(evaluator: Evaluator, genomes: Sequence[Genome]) -> None:

@@ -103,16 +103,22 @@ class MoELayer:
         """
         return masked_route(self.router, self._family.router_tensors, logits, kept, top_k)
 
-    def merged_tensors(self, expert_merging: Matrix, known: Mapping[int, KeptRow] | None = None) -> MergedTensors:
-        """The experts' tensors (K, ...) for W_EM (K, E); known: rows that were merged before, by their numbers."""
-        known = known or {}
+    def merged_tensors(
+        self, expert_merging: Matrix, known: Mapping[int, KeptRow] | None = None, into: MergedTensors | None = None
+    ) -> MergedTensors:
+        """The experts' tensors (K, ...) for W_EM (K, E).
+
+        known: rows that were merged before, by their numbers. into: tensors that may be overwritten with the result.
+        """
+        rows, into = known or {}, into or {}
         with torch.inference_mode(mode=False):
             return {
                 name: mix_rows(
-                    expert_merging, stacked, {slot: (kept[name], row) for slot, (kept, row) in known.items()}
+                    expert_merging, stacked, {slot: (kept[name], row) for slot, (kept, row) in rows.items()},
+                    out=into.get(name),
                 )
                 for name, stacked in self.expert_tensors().items()
-            }
+            }  # fmt: skip
 
     def merged_bytes(self, expert_merging: Matrix) -> int:
         """Memory that `merged_tensors` takes on this rank; 0 where W_EM (K, E) merges nothing."""
@@ -163,7 +169,11 @@ class MoELayer:
         if plan is None or plan.expert_merging is None or key is None:
             return self.experts
         expert_merging = plan.expert_merging
-        merged = cache.get(key, lambda: self.merged_tensors(expert_merging, cache.known_rows(key)))
+
+        def build(into: MergedTensors) -> MergedTensors:
+            return self.merged_tensors(expert_merging, cache.known_rows(key), into)
+
+        merged = cache.get(key, self.merged_bytes(expert_merging), build)
         return Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
 
     def _route(self, plans: Sequence[LayerPlan | None], hidden: Tensor) -> RouterOutput:

@@ -55,16 +55,21 @@ class MergedCache:
         """Name the layers of the genome that is applied now."""
         self._in_use = frozenset(keys)
 
-    def get(self, key: MergedKey, build: Callable[[], MergedTensors]) -> MergedTensors:
-        """The kept tensors of `key`, or new ones from `build`, which are kept if they fit."""
+    def get(self, key: MergedKey, size_bytes: int, build: Callable[[MergedTensors], MergedTensors]) -> MergedTensors:
+        """The kept tensors of `key`, or new ones of this size from `build`, which are kept if they fit.
+
+        build: is given tensors of that size which went to make room, to write into, or none.
+        """
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        tensors = build()
-        if self._make_room(_size_bytes(tensors)):
-            layer, rows = key
-            self._entries[key] = tensors
-            self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))
+        evicted = self._make_room(size_bytes)
+        if evicted is None:
+            return build({})
+        tensors = build(next((one for one in evicted if _size_bytes(one) == size_bytes), {}))
+        layer, rows = key
+        self._entries[key] = tensors
+        self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))
         return tensors
 
     def known_rows(self, key: MergedKey) -> dict[int, KeptRow]:
@@ -76,17 +81,20 @@ class MergedCache:
         self._entries.clear()
         self._rows.clear()
 
-    def _make_room(self, needed_bytes: int) -> bool:
+    def _make_room(self, needed_bytes: int) -> list[MergedTensors] | None:
+        """What had to go, or None where there cannot be room."""
         idle = [key for key in self._entries if key not in self._in_use]
         excess = self.size_bytes + needed_bytes - self.budget_bytes
         evictable = sum(_size_bytes(self._entries[key]) for key in idle)
         if excess > evictable:
-            return False
+            return None
+        evicted: list[MergedTensors] = []
         for key in idle:
             if excess <= 0:
                 break
-            excess -= _size_bytes(self._evict(key))
-        return True
+            evicted.append(self._evict(key))
+            excess -= _size_bytes(evicted[-1])
+        return evicted
 
     def _evict(self, key: MergedKey) -> MergedTensors:
         tensors = self._entries.pop(key)

@@ -31,17 +31,26 @@ def is_selection(matrix: Matrix) -> bool:
 
 
 @torch.no_grad()
-def mix_rows(matrix: Matrix, stacked: Tensor, known: Mapping[int, tuple[Tensor, int]] | None = None) -> Tensor:
+def mix_rows(
+    matrix: Matrix,
+    stacked: Tensor,
+    known: Mapping[int, tuple[Tensor, int]] | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """Row i of the result is sum_j matrix[i, j] * stacked[j]   (EEP eq. 6).
 
     matrix: (K, E). stacked: (E, ...) of any dtype. Returns (K, ...) in that dtype, accumulated in
     float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows, so those
     of the result that are known (by their numbers: an earlier result and the row's number in it) are copied there
-    where that is faster.
+    where that is faster. out: where to put the result, of its shape and dtype.
     """
     assert matrix.shape[1] == stacked.shape[0], (matrix.shape, stacked.shape)
     source = stacked.detach().reshape(stacked.shape[0], -1)
-    mixed = source.new_empty((matrix.shape[0], source.shape[1]))
+    shape = (matrix.shape[0], *stacked.shape[1:])
+    out = source.new_empty(shape) if out is None else out
+    assert out.shape == shape and out.dtype == stacked.dtype, (out.shape, shape, out.dtype)
+    mixed = out.view(matrix.shape[0], -1)
     copies = copied_experts(matrix)
     for slot, expert in enumerate(copies):
         if expert is not None:
@@ -56,7 +65,7 @@ def mix_rows(matrix: Matrix, stacked: Tensor, known: Mapping[int, tuple[Tensor, 
             slots = unknown
     if slots:
         _mix_into(mixed, slots, matrix[slots], source)
-    return mixed.view(matrix.shape[0], *stacked.shape[1:])
+    return out
 
 
 def _pays_to_copy(num_mixed: int, num_unknown: int, row_elements: int) -> bool:

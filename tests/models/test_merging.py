@@ -119,33 +119,56 @@ def entry(kib: int) -> MergedTensors:
     return {"down_proj": torch.zeros(kib * 256)}
 
 
-def refuse() -> MergedTensors:
+def refuse(into: MergedTensors) -> MergedTensors:
     raise AssertionError("built although it is kept")
 
 
 def test_cache_throws_out_the_least_recently_used() -> None:
     cache = MergedCache(budget_gib=3 / 2**20)
     for layer in range(3):
-        cache.get((layer, "a"), lambda: entry(1))
-    cache.get((0, "a"), refuse)
-    cache.get((3, "a"), lambda: entry(1))
+        cache.get((layer, "a"), 1 * 1024, lambda _: entry(1))
+    cache.get((0, "a"), 1024, refuse)
+    cache.get((3, "a"), 1 * 1024, lambda _: entry(1))
     assert (len(cache), cache.size_bytes) == (3, 3 * 1024)
-    cache.get((0, "a"), refuse)
+    cache.get((0, "a"), 1024, refuse)
     with pytest.raises(AssertionError, match="built although"):
-        cache.get((1, "a"), refuse)
+        cache.get((1, "a"), 1024, refuse)
 
 
 def test_layers_in_use_are_never_thrown_out_for_one_another() -> None:
     cache = MergedCache(budget_gib=2 / 2**20)
-    cache.get((9, "old"), lambda: entry(1))
+    cache.get((9, "old"), 1 * 1024, lambda _: entry(1))
     cache.use([(layer, "a") for layer in range(4)])
     for layer in range(4):
-        cache.get((layer, "a"), lambda: entry(1))
+        cache.get((layer, "a"), 1 * 1024, lambda _: entry(1))
     for layer in range(2):
-        cache.get((layer, "a"), refuse)
+        cache.get((layer, "a"), 1024, refuse)
     assert len(cache) == 2
-    cache.get((0, "too large"), lambda: entry(9))
+    cache.get((0, "too large"), 9 * 1024, lambda _: entry(9))
     assert len(cache) == 2
+
+
+def test_what_comes_may_be_written_where_something_of_its_size_went() -> None:
+    cache, given = MergedCache(budget_gib=2 / 2**20), []
+
+    def build(into: MergedTensors) -> MergedTensors:
+        given.append((cache.size_bytes, into))
+        return into or entry(1)
+
+    first, second, third = (cache.get((layer, "a"), 1024, build) for layer in range(3))
+    assert [size for size, _ in given] == [0, 1024, 1024]
+    assert given[0][1] == given[1][1] == {} and third is first is not second
+    cache.get((3, "half"), 512, lambda into: given.append((0, into)) or {"down_proj": torch.zeros(128)})
+    cache.get((4, "too large"), 4096, lambda into: given.append((0, into)) or entry(4))
+    assert given[3][1] == given[4][1] == {}
+
+
+def test_rows_are_written_over_what_stood_there() -> None:
+    matrix, stacked = random_matrix(4), torch.randn(5, 3, 7)
+    matrix[0], matrix[1] = 0, np.eye(5, dtype=np.float32)[2]
+    out = torch.full((4, 3, 7), torch.nan)
+    assert mix_rows(matrix, stacked, out=out) is out
+    assert torch.equal(out, mix_rows(matrix, stacked))
 
 
 def test_keys_tell_layers_shapes_and_values_apart() -> None:
@@ -157,7 +180,9 @@ def test_keys_tell_layers_shapes_and_values_apart() -> None:
 
 def kept(cache: MergedCache, layer: int, matrix: np.ndarray) -> MergedTensors:
     """What `cache` gives for a layer merged by `matrix`: 4 KiB a row."""
-    return cache.get(merged_key(layer, matrix), lambda: {"down_proj": torch.zeros(len(matrix), 1024)})
+    return cache.get(
+        merged_key(layer, matrix), len(matrix) * 4096, lambda _: {"down_proj": torch.zeros(len(matrix), 1024)}
+    )
 
 
 def test_rows_are_found_in_kept_layers_of_the_same_number() -> None:
