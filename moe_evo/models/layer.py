@@ -122,12 +122,12 @@ class MoELayer:
 
     def merged_bytes(self, expert_merging: Matrix) -> int:
         """Memory that `merged_tensors` takes on this rank; 0 where W_EM (K, E) merges nothing."""
-        if is_selection(expert_merging):
-            return 0
+        return 0 if is_selection(expert_merging) else self._bytes_of(len(expert_merging))
+
+    def _bytes_of(self, num_experts: int) -> int:
+        """Memory of the tensors of so many experts on this rank."""
         tensors = self.expert_tensors().values()
-        return sum(
-            len(expert_merging) * math.prod(local_shape(tensor)[1:]) * tensor.element_size() for tensor in tensors
-        )
+        return num_experts * sum(math.prod(local_shape(tensor)[1:]) * tensor.element_size() for tensor in tensors)
 
     def merged_key(self, plan: LayerPlan) -> MergedKey | None:
         """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
@@ -173,7 +173,7 @@ class MoELayer:
         def build(into: MergedTensors) -> MergedTensors:
             return self.merged_tensors(expert_merging, cache.known_rows(key), into)
 
-        merged = cache.get(key, self.merged_bytes(expert_merging), build)
+        merged = cache.get(key, self._bytes_of(len(expert_merging)), build)
         return Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)
 
     def _route(self, plans: Sequence[LayerPlan | None], hidden: Tensor) -> RouterOutput:
