@@ -67,7 +67,7 @@ class BatchMemory:
         much again as the model and its states. Doing this for every genome would cost a few per cent of time.
         """
         self._num_scored += num_genomes
-        if self._num_scored >= _TIDY_EVERY and self._model.device.type == "cpu":
+        if self._num_scored >= _TIDY_EVERY:
             self._num_scored = 0
             trim_heap()
 

@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, model: MoEModel, states: StateCache, *, reads_trunks: bool = True) -> None:
         self.model = model
         self.states = states
-        self.reads_trunks = reads_trunks and model.reads_trees
+        self.reads_trunks = reads_trunks and model.reads_trees and not model.is_spread
         self._stages = Stages(model, states)
 
     def run(

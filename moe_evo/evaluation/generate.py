@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.packing import Packing
@@ -56,13 +56,15 @@ def generate_together(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each genome what `generate_greedily` finds; all have the same top_k. keep, packing: see `Engine.run`."""
     copies = len(genomes)
-    read: list[KeyValues] = []
+    past = None
     if engine is not None and batch.prompt is not None:
+        config = model.language_model.config.get_text_config(decoder=True)
         found = engine.read(batch.prompt, genomes, copies=copies, keep=keep, packing=packing)
-        read = beside_each_other(found, rows=len(batch.examples))
+        past = _cache(config, batch.repeated(copies), beside_each_other(found, rows=len(batch.examples)))
+        del found  # the cache holds a copy
     with model.applied_together(genomes) as language_model:
         new, is_finite = generate_greedily(
-            language_model, model.tokenizer, batch.repeated(copies), read, in_lockstep=model.ranks.size > 1
+            language_model, model.tokenizer, batch.repeated(copies), past, in_lockstep=model.ranks.size > 1
         )
     return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
 
@@ -71,14 +73,14 @@ def generate_greedily(
     language_model: Any,
     tokenizer: Any,
     batch: GenerateBatch,
-    read: Sequence[KeyValues] = (),
+    past: Cache | None = None,
     *,
     in_lockstep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
-    read: what each decoder layer has read of all but the last token of the rows, (B, heads, T - 1, size) padded
-    on the right; without it `generate` reads them. in_lockstep: other ranks of the process group generate too,
+    past: has read all but the last token of the rows, and has room for the others; without it `generate` reads
+    them. in_lockstep: other ranks of the process group generate too,
     and all run as many forward passes as the one that needs most. That is also why logits that are not
     finite raise nothing.
     """
@@ -94,7 +96,7 @@ def generate_greedily(
     sequences: Tensor = language_model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        past_key_values=_cache(language_model, batch, read) if read else None,
+        past_key_values=past,
         generation_config=config,
         stopping_criteria=[watch],
         logits_processor=[watch.look],
@@ -103,10 +105,11 @@ def generate_greedily(
     return sequences[:, batch.input_ids.shape[1] :], watch.is_finite
 
 
-def _cache(language_model: Any, batch: GenerateBatch, read: Sequence[KeyValues]) -> Any:
+def _cache(config: Any, batch: GenerateBatch, read: Sequence[KeyValues]) -> Cache:
+    """read: what each decoder layer has read of the prompts, (B, heads, T - 1, size) padded on the right."""
     pads = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
-    config = language_model.config.get_text_config(decoder=True)
-    return cache_of(config, padded_on_the_left(read, pads), room=1 + batch.max_new_tokens)
+    length = read[0][0].shape[2] + 1 + batch.max_new_tokens
+    return cache_of(config, (padded_on_the_left(layer, pads) for layer in read), length)
 
 
 def _padding(tokenizer: Any) -> int:

@@ -25,9 +25,9 @@ from moe_evo.tasks.base import ForwardBatch
 class _Node:
     """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
 
-    In front of the last block it has the scored tokens alone, (1, M, H). trunks: the states of the batch's
-    trunk; the last one is of the same beginning. read: what all decoder layers so far have read of the batch.
-    Both are empty where they are of no use, and of all the way where `Walk` is to tell what was read.
+    In front of the last block it has the scored tokens alone, (1, M, H). trunks: the state of the batch's trunk
+    at the same place, and where `Walk` tells what was read, before it those of all the way; empty without a
+    trunk. read: what all decoder layers so far have read of the batch, where `Walk` tells that.
     """
 
     prefix: Prefix
@@ -92,10 +92,12 @@ class Walk:
             if prefix not in kept:
                 lengths = range(len(prefix) + 1) if self._reads else [len(prefix)]
                 found = [self._states.get(self._batch, prefix[:length]) for length in lengths]
-                kept[prefix] = [state.to(self._stages.model.device) for state in found if state is not None]
-        nodes = [self._begin(prefix, members, kept[prefix]) for prefix, members in starts.items()]
-        for stage in sorted({len(node.prefix) for node in nodes}):
-            self._descend(stage, [node for node in nodes if len(node.prefix) == stage])
+                kept[prefix] = [state for state in found if state is not None]
+        for stage in sorted(set(map(len, starts))):
+            prefixes = [prefix for prefix in starts if len(prefix) == stage]
+            for first in range(0, len(prefixes), self._copies):  # no more are on the device than go together
+                some = prefixes[first : first + self._copies]
+                self._descend(stage, [self._begin(prefix, starts[prefix], kept.pop(prefix)) for prefix in some])
 
     def _begin(self, prefix: Prefix, members: Sequence[int], kept: Sequence[State]) -> _Node:
         trunks: tuple[State, ...] = ()
@@ -105,7 +107,9 @@ class Walk:
                 before = trunks[-1] if trunks else None
                 trunks = (*trunks, self._stages.trunk(self._batch.trunk, genes[:length], before))
         if kept:
-            return _Node(prefix, members, kept[-1].residual, trunks, tuple(one for state in kept for one in state.read))
+            states = [state.to(self._stages.model.device) for state in kept]
+            read = tuple(layer for state in states for layer in state.read)
+            return _Node(prefix, members, states[-1].residual, trunks, read)
         assert not prefix, "only the beginning of all genomes can be computed without states"
         residual, (read,) = self._attend(0, self._start.hidden, [trunks])
         return self._kept(prefix, members, residual, trunks, read)
@@ -203,7 +207,7 @@ class Walk:
 
     def _scored(self, hidden: Tensor) -> Tensor:
         """(1, M, H) of (P, T, H)."""
-        return hidden[self._batch.kept][None]
+        return hidden[self._batch.kept.to(hidden.device)][None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(M, V) of the end of all layers (P, T, H), or (1, M, H) where the last block is the end."""

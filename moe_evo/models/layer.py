@@ -108,14 +108,15 @@ class MoELayer:
     ) -> MergedTensors:
         """The experts' tensors (K, ...) for W_EM (K, E).
 
-        known: rows that were merged before, by their numbers. into: tensors that may be overwritten with the result.
+        known: rows that were merged before, by their numbers. into: tensors that may be overwritten with the result,
+        where they lie on this layer's device.
         """
         rows, into = known or {}, into or {}
         with torch.inference_mode(mode=False):
             return {
                 name: mix_rows(
                     expert_merging, stacked, {slot: (kept[name], row) for slot, (kept, row) in rows.items()},
-                    out=into.get(name),
+                    out=into[name] if name in into and into[name].device == stacked.device else None,
                 )
                 for name, stacked in self.expert_tensors().items()
             }  # fmt: skip

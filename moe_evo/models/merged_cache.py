@@ -66,7 +66,9 @@ class MergedCache:
         evicted = self._make_room(size_bytes)
         if evicted is None:
             return build({})
-        tensors = build(next((one for one in evicted if _size_bytes(one) == size_bytes), {}))
+        into: MergedTensors = next((one for one in evicted if _size_bytes(one) == size_bytes), {})
+        del evicted  # the others need not stay while what comes is built
+        tensors = build(into)
         layer, rows = key
         self._entries[key] = tensors
         self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))

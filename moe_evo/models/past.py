@@ -52,21 +52,19 @@ def _together(parts: Sequence[Tensor], rows: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.expand(rows, -1, -1, -1) for part in parts])
 
 
-def padded_on_the_left(layers: Sequence[KeyValues], pads: Tensor) -> list[KeyValues]:
-    """Rows (P, heads, T, size) that end with pads (P,) tokens of padding, with these in front."""
+def padded_on_the_left(layer: KeyValues, pads: Tensor) -> KeyValues:
+    """One layer's rows (P, heads, T, size) that end with pads (P,) tokens of padding, with these in front."""
     if not bool(pads.any()):
-        return list(layers)
-    length = layers[0][0].shape[2]
-    order = (torch.arange(length, device=pads.device) - pads[:, None]) % length
-    return [
-        (keys.take_along_dim(order[:, None, :, None], 2), values.take_along_dim(order[:, None, :, None], 2))
-        for keys, values in layers
-    ]
+        return layer
+    keys, values = layer
+    length = keys.shape[2]
+    order = ((torch.arange(length, device=pads.device) - pads[:, None]) % length)[:, None, :, None]
+    return keys.take_along_dim(order, 2), values.take_along_dim(order, 2)
 
 
-def cache_of(config: Any, layers: Sequence[KeyValues], room: int) -> Cache:
-    """A cache for stock `generate` that has read these tokens and has room for so many more."""
-    cache = StaticCache(config=config, max_cache_len=layers[0][0].shape[2] + room)
+def cache_of(config: Any, layers: Iterable[KeyValues], length: int) -> Cache:
+    """A cache for stock `generate` that has read these tokens and has room for `length` of them in all."""
+    cache = StaticCache(config=config, max_cache_len=length)
     for number, (keys, values) in enumerate(layers):
         cache.update(keys, values, number)
     return cache

@@ -135,6 +135,11 @@ class MoEModel:
             layer.remove()
 
     @property
+    def is_spread(self) -> bool:
+        """Whether the weights lie on several devices."""
+        return len({weight.device for weight in self.language_model.parameters()}) > 1
+
+    @property
     def reads_trees(self) -> bool:
         """Whether rows that begin alike can share those tokens."""
         return reads_trees(self.language_model.config)

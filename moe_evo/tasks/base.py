@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -1  # in `targets` and `answers`: nothing stands here
+TRUNK_TOKENS = 4  # so many of a trunk, of which a tree has keys and values, take as much memory as one of its own
 
 Scores = npt.NDArray[np.float64]
 
@@ -49,8 +50,9 @@ class ForwardBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model, padding included and the trunk not."""
-        return self.input_ids.numel()
+        """Tokens that go through the model, padding included, and what the trunk adds to each tree."""
+        num_trees, width = self.input_ids.shape
+        return num_trees * (width + len(self.trunk) // TRUNK_TOKENS)
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The batch with its tensors on `device`."""

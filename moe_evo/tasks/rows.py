@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_evo.tasks.base import IGNORED, ForwardBatch, GenerateBatch
+from moe_evo.tasks.base import IGNORED, TRUNK_TOKENS, ForwardBatch, GenerateBatch
 from moe_evo.tasks.examples import Example
 
 MAX_LOGITS = 2**27  # numbers in one batch's logits: 512 MiB in float32
@@ -85,7 +85,7 @@ class TokenisedSplits:
     @cached_property
     def trunk(self) -> tuple[int, ...]:
         """What rows of all splits begin with, the longer the better and the more of them the better."""
-        return _trunk([row for rows in self._made.values() for of_example in rows for row in of_example])
+        return _trunk([of_example[0] for rows in self._made.values() for of_example in rows])  # trees share the rest
 
 
 def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBatch, ...]:
@@ -95,9 +95,11 @@ def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBa
         size = len(limits.trunk)
         behind, others = _divided(rows, limits.trunk, 0)
         own = [replace(row, tokens=row.tokens[size:], start=row.start - size) for row in behind]
-        apart = {limits.trunk: _trees(own, limits), (): _trees(others, limits)}
+        apart = {limits.trunk: _trees(own, limits, trunk=size), (): _trees(others, limits)}
         parts = apart if _num_tokens(parts) - _num_tokens(apart) > MAX_PADDING else parts
-    return tuple(_forward_batch(grove, first) for first, trees in parts.items() for grove in _groves(trees, limits))
+    return tuple(
+        _forward_batch(grove, trunk) for trunk, trees in parts.items() for grove in _groves(trees, limits, len(trunk))
+    )
 
 
 def generate_batches(
@@ -214,15 +216,17 @@ class _Tree:
         return np.unique(np.concatenate(nodes))
 
 
-def _trees(rows: Sequence[Row], limits: BatchLimits) -> list[_Tree]:
+def _trees(rows: Sequence[Row], limits: BatchLimits, trunk: int = 0) -> list[_Tree]:
     """All rows in trees of at most TREE_TOKENS nodes, or as many as the longest row has, within the limits.
 
-    What all rows have in common stands in every tree once, and takes at most about a quarter of it.
+    What all rows have in common stands in every tree once, and takes at most about a quarter of it. trunk: how
+    many tokens stand before every root; what they add to a tree is at most as much as the tree itself.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     longest = max((len(row.tokens) for row in rows), default=0)
     common = _num_alike(ordered[0].tokens, ordered[-1].tokens) if ordered else 0  # in order, so all in between
-    width = min(max(TREE_TOKENS, longest, _COMMON_WIDTHS * common), limits.batch_tokens)
+    wide = max(TREE_TOKENS, longest, _COMMON_WIDTHS * common, trunk // TRUNK_TOKENS)
+    width = min(wide, limits.batch_tokens)
     trees: list[_Tree] = []
     for row in ordered:
         fits = trees and len(trees[-1].tokens) + len(row.tokens) - trees[-1].num_shared(row) <= width
@@ -237,15 +241,16 @@ def _num_tokens(parts: Mapping[tuple[int, ...], Sequence[_Tree]]) -> int:
     return sum(len(trunk) + sum(len(tree.tokens) for tree in trees) for trunk, trees in parts.items())
 
 
-def _groves(trees: Sequence[_Tree], limits: BatchLimits) -> Iterator[list[_Tree]]:
-    """Trees of similar size that fit into one batch."""
+def _groves(trees: Sequence[_Tree], limits: BatchLimits, trunk: int) -> Iterator[list[_Tree]]:
+    """Trees of similar size that fit into one batch; trunk: how many tokens stand before every root."""
     grove: list[_Tree] = []
     num_scored = padding = 0
     for tree in sorted(trees, key=lambda tree: len(tree.tokens)):
         width, count = len(tree.tokens), len(grove) + 1  # the newest tree is the largest
         num_scored += len(tree.scored)
         padding += len(grove) * (width - len(grove[-1].tokens)) if grove else 0
-        too_large = count * width > limits.batch_tokens or num_scored * limits.vocabulary > MAX_LOGITS
+        num_tokens = count * (width + trunk // TRUNK_TOKENS)
+        too_large = num_tokens > limits.batch_tokens or num_scored * limits.vocabulary > MAX_LOGITS
         if grove and (too_large or padding > MAX_PADDING):
             yield grove
             grove, num_scored, padding = [], len(tree.scored), 0

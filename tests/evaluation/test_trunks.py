@@ -282,6 +282,25 @@ def test_the_trunk_is_the_beginning_that_saves_the_most_tokens() -> None:
     assert splits_of((1, 2, 3), (1, 2, 3), (1, 2, 3)).trunk == (1, 2)
 
 
+def test_what_the_choices_of_one_example_have_in_common_is_no_trunk(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_tokenizer(bos=True)
+    data = [
+        {"prompt": f"{SHOTS}{n} {'no ' * (60 if n == 3 else 2)}", "choices": [" yes", " no no", " dog cat"], "label": 0}
+        for n in range(8)
+    ]
+    task = tiny.make_task(tmp_path / "t", data, tokenizer)
+    assert len(tokenizer(SHOTS)["input_ids"]) - 3 < len(task._rows.trunk) < len(tokenizer(SHOTS)["input_ids"]) + 3
+
+
+def test_trees_get_wider_with_the_trunk_so_that_the_keys_and_values_of_a_batch_are_bounded() -> None:
+    long = tuple(RNG.integers(3, 96, 2000).tolist())
+    made = [Row(number, (*long, *own, number), len(long) + len(own)) for number in range(40) for own in OWN]
+    batches = forward_batches(made, BatchLimits(2048, 96, trunk=long))
+    assert {batch.trunk for batch in batches} == {long}
+    assert all(len(batch.input_ids) * len(long) <= 4 * 2048 for batch in batches)
+    assert all(batch.input_ids.numel() + len(batch.input_ids) * 500 == batch.num_tokens <= 2048 for batch in batches)
+
+
 def test_a_trunk_that_saves_less_than_a_pass_costs_stays_in_the_trees() -> None:
     made = scored_rows()
     (batch,) = forward_batches(made, BatchLimits(4096, 96, trunk=TRUNK))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,20 @@ def test_what_comes_may_be_written_where_something_of_its_size_went() -> None:
     cache.get((3, "half"), 512, lambda into: given.append((0, into)) or {"down_proj": torch.zeros(128)})
     cache.get((4, "too large"), 4096, lambda into: given.append((0, into)) or entry(4))
     assert given[3][1] == given[4][1] == {}
+
+
+def test_what_went_does_not_stay_while_something_of_another_size_is_built() -> None:
+    cache = MergedCache(budget_gib=2 / 2**20)
+    cache.get((0, "a"), 1024, lambda _: entry(1))
+    went = weakref.ref(cache.get((0, "a"), 1024, refuse)["down_proj"])
+    stayed: list[bool] = []
+
+    def build(into: MergedTensors) -> MergedTensors:
+        stayed.append(went() is not None)
+        return into or entry(2)
+
+    cache.get((1, "a"), 2048, build)
+    assert stayed == [False]
 
 
 def test_rows_are_written_over_what_stood_there() -> None:

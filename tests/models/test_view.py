@@ -292,6 +292,14 @@ def test_a_mutated_row_is_all_that_is_mixed_and_logits_are_the_same(load, monkey
     assert torch.equal(scores[1], scores[2]) and not torch.equal(scores[0], scores[1])
 
 
+def test_what_went_from_another_device_is_not_written_over(load) -> None:
+    layer, matrix = load("mixtral").layers[0], random_merge(load("mixtral").shape, 4).layers[0].expert_merging
+    expected = layer.merged_tensors(matrix)
+    elsewhere = {name: tensor.to("meta") for name, tensor in expected.items()}
+    got = layer.merged_tensors(matrix, into=elsewhere)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
 def test_default_budget_is_half_of_the_free_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     with monkeypatch.context() as patch:
