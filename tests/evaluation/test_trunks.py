@@ -258,6 +258,14 @@ def test_a_model_whose_attention_takes_no_trunk_gets_none(tmp_path: Path, monkey
     assert found.fitness == pytest.approx(expected.fitness, abs=1e-5)
 
 
+def test_a_model_whose_weights_lie_on_several_devices_gets_none() -> None:
+    moe = MoEModel(tiny_model("mixtral"))
+    assert not moe.is_spread and Engine(moe, StateCache(1, CPU)).reads_trunks
+    head = moe.language_model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.to("meta"), requires_grad=False)  # as an offloaded one
+    assert moe.is_spread and not Engine(moe, StateCache(1, CPU)).reads_trunks
+
+
 def splits_of(*tokens: Sequence[int], start: int = -1) -> TokenisedSplits:
     """Rows whose last token is scored, or all from `start` on."""
     examples = [Example(f"line {number}", prompt="x") for number in range(len(tokens))]
