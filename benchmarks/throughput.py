@@ -1,6 +1,6 @@
 """How many genomes does a second evaluate, against other ways to score the same ones?
 
-    python benchmarks/throughput.py [--models embedded mixtral qwen3] [--evaluations 120]
+    python benchmarks/throughput.py [--models embedded mixtral qwen3] [--shots 0 5]
 
 A real EEP search is run and its genomes are written down. They are then evaluated again, in their order
 and one by one as a search asks for them, with nothing known at the start; and a sample of them in every
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(KEPT), choices=list(KEPT))
     parser.add_argument("--tasks", nargs="+", default=["syll", "infl", "sarcasm"], help="embedded tasks of choices")
     parser.add_argument("--shots", nargs="+", type=int, default=[0, 5], help="few-shot examples before every prompt")
-    parser.add_argument("--evaluations", type=int, default=60)
+    parser.add_argument("--evaluations", type=int, default=40)
     parser.add_argument("--sample", type=int, default=3, help="genomes of each phase that the other ways score")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -80,9 +80,8 @@ def generate_greedily(
     """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
     past: has read all but the last token of the rows, and has room for the others; without it `generate` reads
-    them. in_lockstep: other ranks of the process group generate too,
-    and all run as many forward passes as the one that needs most. That is also why logits that are not
-    finite raise nothing.
+    them. in_lockstep: other ranks of the process group generate too, and all run as many forward passes as the
+    one that needs most. That is also why logits that are not finite raise nothing.
     """
     watch = _Watch(tokenizer, batch)
     config = GenerationConfig(  # type: ignore[no-untyped-call]

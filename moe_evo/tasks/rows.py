@@ -127,7 +127,7 @@ def _trunk(rows: Sequence[Row]) -> tuple[int, ...]:
     In order, rows that begin alike are neighbours, so it is the largest rectangle below what neighbours share.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
-    shared = [min(_num_alike(one.tokens, next.tokens), one.start, next.start) for one, next in pairwise(ordered)]
+    shared = [min(_num_alike(one.tokens, other.tokens), one.start, other.start) for one, other in pairwise(ordered)]
     best = (0, 0, 0)
     rising: list[tuple[int, int]] = []  # where a height begins, and the height
     for place, height in enumerate([*shared, 0]):

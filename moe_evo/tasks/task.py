@@ -73,7 +73,7 @@ class Task:
         """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
 
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
-        that begin alike share those tokens. trunks: what all rows begin with may stand apart.
+        that begin alike share those tokens. trunks: what rows of the task begin with may stand apart.
         """
         rows = self._rows.of(split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
