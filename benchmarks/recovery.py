@@ -122,9 +122,9 @@ def _unable(file: Path, misbehave: Callable[[int], None]) -> type[Rank]:
     """Ranks that misbehave at one genome; `misbehave` is told how often batches were halved."""
 
     class Unable(Rank):
-        def begin(self, work: Work, halvings: int) -> None:
+        def begin(self, work: Work, halvings: int) -> Sequence[str]:
             self._halvings = halvings
-            super().begin(work, halvings)
+            return super().begin(work, halvings)
 
         def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
             if file.exists() and file.read_text() in {genome.digest for genome in genomes}:

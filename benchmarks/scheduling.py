@@ -58,8 +58,8 @@ class NoWork(Rank):
     def load(self, *_: object) -> None:
         pass
 
-    def begin(self, work: Work, halvings: int) -> None:
-        pass
+    def begin(self, work: Work, halvings: int) -> Sequence[str]:
+        return ()
 
     def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
         return [outcome_of(genome) for genome in genomes]

@@ -38,6 +38,7 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo compress CHECKPOINT --method moe_pruner --to DIR   sparse or low-rank experts
   moe-evo criteria                            the one-shot criteria
   moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
+  moe-evo doctor                              versions, GPU, memory, and whether what a run relies on holds here
 """
 
 
@@ -268,6 +269,24 @@ def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
         print_criteria(found)
 
 
+def _doctor(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from moe_evo.config_file import parse
+    from moe_evo.doctor import checks, require_nothing_broken
+    from moe_evo.report.terminal import print_check
+
+    parse(parser, argv)
+    found = []
+    for check in checks():
+        found.append(check)
+        if not as_json:
+            print_check(check.name, check.state, check.detail)
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) for check in found]}))
+    require_nothing_broken(found)
+
+
 def _wandb_replay(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import asdict, replace
 
@@ -299,6 +318,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": _report,
     "export": _export,
     "wandb-replay": _wandb_replay,
+    "doctor": _doctor,
 }
 
 

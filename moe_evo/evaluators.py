@@ -41,9 +41,7 @@ def open_pool(
         if model is None:
             evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
         else:
-            evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation)
-        if config.evaluation.share_layers and not evaluator.shares_layers:
-            tracker.message("this model's layers cannot be run in halves: every genome is run from the first layer on")
+            evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation, tracker)
         if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
             tracker.message(
                 "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
@@ -75,7 +73,7 @@ def load_evaluator(
 
     tasks = _built(data, load_tokenizer(model), evaluation)
     tracker.message(f"loading {model.path}")
-    return _evaluator(load_model(model), tasks, evaluation)
+    return _evaluator(load_model(model), tasks, evaluation, tracker)
 
 
 def check_model(config: ScoringConfig) -> None:
@@ -107,7 +105,10 @@ def _built(data: Sequence[TaskData], tokenizer: Any, evaluation: EvaluationConfi
     return [build_task(one, tokenizer, evaluation.batch_tokens) for one in data]
 
 
-def _evaluator(model: MoEModel, tasks: Sequence[Task], evaluation: EvaluationConfig) -> Evaluator:
+def _evaluator(model: MoEModel, tasks: Sequence[Task], evaluation: EvaluationConfig, tracker: Tracker) -> Evaluator:
     from moe_evo.evaluation.evaluator import Evaluator
 
-    return Evaluator(model, tasks, evaluation)
+    evaluator = Evaluator(model, tasks, evaluation)
+    for note in evaluator.notes:
+        tracker.message(note)
+    return evaluator

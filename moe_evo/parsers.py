@@ -242,6 +242,15 @@ def wandb_replay_parser() -> ArgumentParser:
     return parser
 
 
+def doctor_parser() -> ArgumentParser:
+    return plain_parser(
+        "doctor",
+        "Tell what is installed and what was tested, what this machine offers, and whether what a run relies on holds "
+        "here: the self-check of the embedded model and of a tiny one of every family. One line a check, about a "
+        "minute; paste it into a bug report. Exit code 2 where something is broken that every run needs.",
+    )
+
+
 PARSERS = {
     "search": search_parser,
     "sweep": sweep_parser,
@@ -255,5 +264,6 @@ PARSERS = {
     "report": report_parser,
     "export": export_parser,
     "wandb-replay": wandb_replay_parser,
+    "doctor": doctor_parser,
 }
 """A parser for each command."""

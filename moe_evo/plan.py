@@ -222,8 +222,8 @@ def _space(shape: ModelShape, config: SearchConfig, problems: list[str]) -> Sear
 
 def _device_bytes(config: RunConfig, memory_gib: float | None, problems: list[str]) -> int | None:
     """Memory of one rank's device: what is given, or, for a run in this process, what is free."""
+    from moe_evo.models.free_memory import free_bytes
     from moe_evo.models.loading import resolve_device
-    from moe_evo.models.memory import free_bytes
 
     free = None
     if config.cluster.address is None:  # a cluster's devices are not those of this machine

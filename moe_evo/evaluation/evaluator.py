@@ -22,10 +22,11 @@ from torch import Tensor
 
 from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
-from moe_evo.evaluation.engine import Engine, engine_for
+from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.generate import generate_together
 from moe_evo.evaluation.packing import Clock, most_tokens, packing_for, size_class
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
+from moe_evo.evaluation.sharing import sharing_for
 from moe_evo.evaluation.states import StateCache
 from moe_evo.genome import Genome
 from moe_evo.models.view import MoEModel
@@ -34,6 +35,7 @@ from moe_evo.space import check_fits
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.share import share_of
 from moe_evo.tasks.task import Task
+from moe_evo.versions import newer_than_tested
 
 Indices = Mapping[str, Sequence[int]]
 """Example numbers by task name; a task that is not named is used whole."""
@@ -74,6 +76,8 @@ class Evaluator:
     Where several ranks hold the model, each has its evaluator, and all make the same calls in the same
     order. All get the same outcomes; an outcome that is a failure leaves them in step. states: those of
     another evaluator of the model, whose memory this one is to share. clock: what passes are timed with.
+
+    switched_off: what the model's self-check found that is done without, which costs time and no score.
     """
 
     def __init__(
@@ -90,7 +94,9 @@ class Evaluator:
         self._config = config
         self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
-        self._engine = engine_for(model, config, states)
+        sharing = sharing_for(model, config, states)
+        self._engine = sharing.engine
+        self.switched_off = (*model.switched_off, *sharing.switched_off)
         self._packing = packing_for(config, model, clock)
 
     @property
@@ -102,6 +108,11 @@ class Evaluator:
     def states(self) -> StateCache | None:
         """Hidden states of recent genomes, where they are kept."""
         return None if self._engine is None else self._engine.states
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for whoever runs this: packages newer than the tested ones, and what is switched off."""
+        return (*filter(None, [newer_than_tested()]), *map(str, self.switched_off))
 
     @property
     def shares_layers(self) -> bool:

@@ -6,7 +6,7 @@ with once a task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +56,12 @@ def generate_together(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each genome what `generate_greedily` finds; all have the same top_k. keep, packing: see `Engine.run`."""
     copies = len(genomes)
-    past = None
-    if engine is not None and batch.prompt is not None:
+    past: dict[str, Cache] = {}
+    if engine is not None and engine.reads_prompts and engine.cache_names is not None and batch.prompt is not None:
         config = model.language_model.config.get_text_config(decoder=True)
         found = engine.read(batch.prompt, genomes, copies=copies, keep=keep, packing=packing)
-        past = _cache(config, batch.repeated(copies), beside_each_other(found, rows=len(batch.examples)))
+        cache = _cache(config, batch.repeated(copies), beside_each_other(found, rows=len(batch.examples)))
+        past = {engine.cache_names.of_model: cache}
         del found  # the cache holds a copy
     with model.applied_together(genomes) as language_model:
         new, is_finite = generate_greedily(
@@ -73,15 +74,16 @@ def generate_greedily(
     language_model: Any,
     tokenizer: Any,
     batch: GenerateBatch,
-    past: Cache | None = None,
+    past: Mapping[str, Cache] | None = None,
     *,
     in_lockstep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
-    past: has read all but the last token of the rows, and has room for the others; without it `generate` reads
-    them. in_lockstep: other ranks of the process group generate too, and all run as many forward passes as the
-    one that needs most. That is also why logits that are not finite raise nothing.
+    past: a cache by the name that the model has for it, which has read all but the last token of the rows and has
+    room for the others; without it `generate` reads them. in_lockstep: other ranks of the process group generate
+    too, and all run as many forward passes as the one that needs most. That is also why logits that are not finite
+    raise nothing.
     """
     watch = _Watch(tokenizer, batch)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -95,11 +97,11 @@ def generate_greedily(
     sequences: Tensor = language_model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        past_key_values=past,
         generation_config=config,
         stopping_criteria=[watch],
         logits_processor=[watch.look],
         synced_gpus=in_lockstep,
+        **(past or {}),
     )
     return sequences[:, batch.input_ids.shape[1] :], watch.is_finite
 

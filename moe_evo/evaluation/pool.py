@@ -76,7 +76,7 @@ class PoolEvent:
 
     at: float
     gang: int
-    kind: Literal["waiting", "placed", "ready", "broken", "released", "quarantined", "batch_halved"]
+    kind: Literal["waiting", "placed", "ready", "broken", "released", "quarantined", "batch_halved", "note"]
     detail: str
 
 

@@ -18,7 +18,7 @@ from moe_evo.cluster_config import ClusterConfig
 from moe_evo.config import ModelConfig, num_ranks
 from moe_evo.errors import ClusterError
 from moe_evo.gangs.gang import remove_groups
-from moe_evo.gangs.library import ActorHandle, ray
+from moe_evo.gangs.library import ActorHandle, free_by_node, ray
 from moe_evo.gangs.service import GangService, ServiceSpec
 from moe_evo.room import ClusterRoom, NodeRoom
 
@@ -63,6 +63,22 @@ def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
+def answers_on() -> str:
+    """The node on which an actor of the connected cluster answers; raises ClusterError where none does."""
+    actor = ray.remote(num_cpus=0)(_Answering).remote()
+    try:
+        return str(ray.get(actor.node.remote(), timeout=_START_S))
+    except (RayError, GetTimeoutError) as error:
+        raise ClusterError(f"an actor was started and did not answer ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        ray.kill(actor)
+
+
+class _Answering:
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+
 def rank_bundle(model: ModelConfig, cluster: ClusterConfig) -> dict[str, float]:
     """Ray resources of one rank: what the config says, else a GPU where the cluster has one, else a CPU."""
     if cluster.resources is not None:
@@ -76,7 +92,7 @@ def rank_bundle(model: ModelConfig, cluster: ClusterConfig) -> dict[str, float]:
 
 def cluster_room(model: ModelConfig, cluster: ClusterConfig) -> ClusterRoom:
     """The nodes of the cluster that this process is connected to, with what is free on each."""
-    free = ray._private.state.available_resources_per_node()  # no public way tells it by node
+    free = free_by_node()
     nodes = [
         NodeRoom(
             name=str(node["NodeManagerAddress"]),

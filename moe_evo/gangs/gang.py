@@ -104,11 +104,16 @@ class Gang:
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         return str(addresses.get(bundles[0], "unknown"))
 
+    async def begin(self, work: Work) -> Sequence[str]:
+        """Be ready to `run` batches of `work`; answers what whoever runs it should know, the first time."""
+        if work.key in self._begun:
+            return ()
+        notes = await self._all("begin", work, self.halvings, timeout_s=self._load_timeout_s)
+        self._begun.add(work.key)
+        return tuple(dict.fromkeys(note for of_rank in notes for note in of_rank))
+
     async def run(self, batch: Batch, work: Work, deadline_s: float) -> Sequence[Answer]:
-        """The answers to a batch, by all ranks in lockstep."""
-        if work.key not in self._begun:
-            await self._all("begin", work, self.halvings, timeout_s=self._load_timeout_s)
-            self._begun.add(work.key)
+        """The answers to a batch of a work that was begun, by all ranks in lockstep."""
         question = batch[0].question
         if question is not None:
             return [(await self._all("ask", work.key, question, timeout_s=deadline_s))[0]]

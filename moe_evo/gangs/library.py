@@ -1,11 +1,27 @@
-"""The border to Ray: its name as Any, as its annotations do not know what `remote` does to a class."""
+"""The border to Ray: its name as Any, as its annotations do not know what `remote` does, and what is not public."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray as _library
 
+from moe_evo.errors import ClusterError
+from moe_evo.versions import ADVICE
+
 ray: Any = _library
 ActorHandle = Any
 """An actor whose methods are called with `.remote(...)`."""
+
+
+def free_by_node() -> Mapping[str, Mapping[str, float]]:
+    """What is free on each node of the connected cluster, by node id; no public name of Ray's tells it."""
+    try:
+        found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    except AttributeError as error:
+        raise ClusterError(
+            f"Ray {ray.__version__} has no available_resources_per_node, where what is free on each node was "
+            f"expected; {ADVICE}"
+        ) from error
+    return found

@@ -86,15 +86,19 @@ class Rank:
             ranks = join_ranks(self._rank, self._size, *meeting_point, timeout_s) if self._size > 1 else Ranks()
             self._model = load_model(model, ranks)
 
-    def begin(self, work: Work, halvings: int) -> None:
-        """Tokenise the tasks of `work`; batches are so many times half as large as it says."""
+    def begin(self, work: Work, halvings: int) -> Sequence[str]:
+        """Tokenise the tasks of `work`; batches are so many times half as large as it says.
+
+        Answers the `Evaluator.notes` of this rank.
+        """
         from moe_evo.evaluation.evaluator import Evaluator
         from moe_evo.tasks.registry import build_task
 
         evaluation = replace(work.evaluation, batch_tokens=max(work.evaluation.batch_tokens >> halvings, 1))
         tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
         states = next((one.states for one in self._evaluators.values()), None)  # one memory for all works
-        self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation, states)
+        evaluator = self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation, states)
+        return evaluator.notes
 
     def evaluate(
         self, key: str, genomes: Sequence[Genome], split: str, rivals: Sequence[ExampleScores | None]

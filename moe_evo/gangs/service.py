@@ -94,6 +94,7 @@ class GangService:
         self._dispatcher = Dispatcher(cluster.max_batch, cluster.max_attempts)
         self._listeners: dict[str, _Listener] = {}
         self._works: dict[str, Work] = {}
+        self._notes: dict[str, PoolEvent] = {}
         self._gangs: dict[int, GangStatus] = {}
         self._coroutines: dict[int, asyncio.Task[None]] = {}
         self._idle: dict[int, asyncio.Future[Batch]] = {}
@@ -117,7 +118,7 @@ class GangService:
             self._supervisor.add_done_callback(self._end_at_defects)
         if self._fatal is not None and not self._listeners:  # whoever comes next may have mended what was wrong
             self._fatal, self._failed_loads = None, 0
-        self._listeners.setdefault(run, _Listener(time.monotonic()))
+        self._listeners.setdefault(run, _Listener(time.monotonic(), list(self._notes.values())))
         self._works[work.key] = work
         self._dispatcher.join(run)
 
@@ -165,12 +166,9 @@ class GangService:
                 await self.leave(run)
             is_shared = self._spec.cluster.service is not None
             if is_shared and not self._listeners and now - self._left_at > self._spec.cluster.idle_release_s:
-                self._end()
+                ray.kill(ray.get_runtime_context().current_actor)
             self._grow()
             self._metrics.tell(self._status())
-
-    def _end(self) -> None:
-        ray.kill(ray.get_runtime_context().current_actor)
 
     def _grow(self) -> None:
         """Start the gangs that are wanted and not there."""
@@ -253,7 +251,8 @@ class GangService:
     async def _load(self, gang: Gang, number: int) -> None:
         self._update(number, state="loading")
         started = time.monotonic()
-        await gang.load(self._spec.model, self._spec.model_hash, _Report(_own_handle(), number))
+        report = _Report(ray.get_runtime_context().current_actor, number)
+        await gang.load(self._spec.model, self._spec.model_hash, report)
         self._update(number, state="ready", progress="")
         self._tell(number, "ready", f"the model is loaded after {time.monotonic() - started:.1f} s")
 
@@ -268,7 +267,9 @@ class GangService:
             self._update(number, state="busy")
             started = time.monotonic()
             try:
-                answers = await gang.run(batch, self._works[batch[0].work], self._deadline_s(batch))
+                work = self._works[batch[0].work]
+                self._take_notes(number, await gang.begin(work))
+                answers = await gang.run(batch, work, self._deadline_s(batch))
             except GangBroken as broken:
                 self._give_back(gang, number, batch, broken)
                 raise
@@ -363,11 +364,18 @@ class GangService:
     def _update(self, number: int, **changes: Any) -> None:
         self._gangs[number] = replace(self._gangs[number], **changes)
 
-    def _tell(self, number: int, kind: Any, detail: str) -> None:
+    def _take_notes(self, number: int, notes: Sequence[str]) -> None:
+        """Tell each note of a gang once to every run, to those that join later as well."""
+        for note in notes:
+            if note not in self._notes:
+                self._notes[note] = self._tell(number, "note", note)
+
+    def _tell(self, number: int, kind: Any, detail: str) -> PoolEvent:
         event = PoolEvent(time.time(), number, kind, detail)
         for listener in self._listeners.values():
             listener.events.append(event)
         self._wake()
+        return event
 
     def _wake(self) -> None:
         """Let those runs ask on that have something to hear."""
@@ -379,10 +387,6 @@ class GangService:
 def _free_resources() -> str:
     free = ray.available_resources()
     return ", ".join(f"{name} {free[name]:g}" for name in ("GPU", "CPU") if name in free) or "nothing"
-
-
-def _own_handle() -> ActorHandle:
-    return ray.get_runtime_context().current_actor
 
 
 class _Report:

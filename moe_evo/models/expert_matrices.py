@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from moe_evo.models.layer import MoELayer
+from moe_evo.models.library import gated
 from moe_evo.models.observation import Experts, experts_computed_by
 from moe_evo.models.view import MoEModel
 
@@ -59,5 +60,5 @@ def intermediate(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
     module: Any = experts
     weight = module.gate_up_proj[expert]
     bias = module.gate_up_proj_bias[expert] if module.has_bias else None
-    inner: Tensor = module._apply_gate(linear(hidden, weight.T if module.is_transposed else weight, bias))
+    inner: Tensor = gated(module, linear(hidden, weight.T if module.is_transposed else weight, bias))
     return inner

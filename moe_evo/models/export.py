@@ -20,13 +20,14 @@ from torch import Tensor
 from moe_evo.config import ExpertsMode, RouterMode
 from moe_evo.errors import ExportError
 from moe_evo.genome import Genome, LayerGenome
+from moe_evo.models.agreement import TOLERANCES, relative_difference
 from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
 from moe_evo.models.merging import is_selection
 from moe_evo.models.model_card import Treatment, model_card
 from moe_evo.models.pruned import load_pruned, save_pruned
 from moe_evo.models.slices import is_whole
 from moe_evo.models.target_folder import EXPORT_RECORD, check_target, written_beside
-from moe_evo.models.view import TOLERANCES, MoEModel, relative_difference
+from moe_evo.models.view import MoEModel
 from moe_evo.space import check_fits
 
 Loader = Literal["transformers", "moe_evo"]
@@ -217,7 +218,7 @@ def _reload(moe: MoEModel, folder: Path) -> Any:
         dtype=moe.dtype,
         use_safetensors=True,
         output_loading_info=True,
-        experts_implementation=moe.language_model.config._experts_implementation,
+        experts_implementation=moe.language_model.get_experts_implementation()[""],
     )
     wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
     if wrong:

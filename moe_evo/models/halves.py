@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.past import Past
+from moe_evo.models.past import CacheNames, Past
 from moe_evo.models.view import MoEModel
 
 
@@ -54,6 +56,22 @@ class Halves:
         """Whether nothing but the head comes after the last MoE block."""
         return self._positions[-1] == len(self._decoder_layers) - 1
 
+    @cached_property
+    def cache_names(self) -> CacheNames | None:
+        """What the model itself calls the cache that it makes; None where its layers get none by name."""
+        handed: list[list[str]] = []
+
+        def look(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            handed.append(_names_of_caches(kwargs))
+            return hidden
+
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
+        with torch.inference_mode(), _replaced({layer: look for layer in self._decoder_layers}):
+            given = _names_of_caches(self._model.language_model(input_ids=token, use_cache=True))
+        if len(given) != 1 or len(handed[0]) != 1 or any(names != handed[0] for names in handed):
+            return None
+        return CacheNames(of_layers=handed[0][0], of_model=given[0])
+
     def start(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> Start:
         """Embed a batch; arguments: position_ids and attention_mask as the language model takes them."""
         calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
@@ -79,7 +97,9 @@ class Halves:
         for position in range(first, min(last + 1, len(self._decoder_layers))):
             layer = self._decoder_layers[position]
             args, kwargs = _repeated(start.calls[position], batch, copies)
-            kwargs = kwargs if past is None else {**kwargs, "past_key_values": past}
+            if past is not None:
+                assert self.cache_names is not None, "keys and values are kept only of layers that take a cache"
+                kwargs = {**kwargs, self.cache_names.of_layers: past}
             half = {layer.get_submodule(self._block): self._zero_block} if position == last else {}
             with _replaced(half):
                 hidden = layer(hidden, *args, **kwargs)
@@ -101,6 +121,10 @@ class Halves:
         with _replaced(stubs):
             logits: Tensor = self._model.language_model(input_ids=token, use_cache=False).logits
         return logits[0]
+
+
+def _names_of_caches(values: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in values.items() if isinstance(value, Cache)]
 
 
 def _same(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_evo.config import RouterMode
 from moe_evo.genome import LayerGenome, Matrix
 from moe_evo.models.families import Family
+from moe_evo.models.library import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, eager_experts
 from moe_evo.models.merged_cache import KeptRow, MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
@@ -213,7 +213,7 @@ class MoELayer:
 
 def experts_function(experts: nn.Module, implementation: str) -> Callable[..., Tensor]:
     """An experts implementation as a function of (experts, hidden, index, weights)."""
-    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
+    eager = eager_experts(experts)
     function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager)
     return function
 

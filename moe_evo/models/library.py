@@ -1,19 +1,54 @@
-"""The border to transformers: its name as Any, the errors it raises, and silence while it works."""
+"""The border to transformers: what is used of it beside its top level, the errors it raises, and silence.
+
+Much of it is no public promise of the library. So it is imported and looked up here alone, and where a
+release has moved it, one line says what was expected and what to do.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers as _library
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as _library_logging
 
+from moe_evo.errors import ModelError
+from moe_evo.versions import ADVICE
+
 transformers: Any = _library  # its own annotations are half complete
 _chatter: Any = _library_logging
+
+try:
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+    from transformers.utils.hub import cached_file
+except ImportError as _error:
+    raise ModelError(f"transformers {_library.__version__}: {_error}, which moe_evo uses; {ADVICE}") from _error
+
+__all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
+    "LIBRARY_ERRORS",
+    "DistributedConfig",
+    "ExpertsInterface",
+    "HfDeepSpeedConfig",
+    "attention_implementation",
+    "cached_file",
+    "eager_experts",
+    "gated",
+    "is_own_defect",
+    "kept_in_float32",
+    "one_line",
+    "quiet",
+    "transformers",
+    "undivided_modules",
+]
 
 LIBRARY_ERRORS = (
     OSError,
@@ -28,6 +63,57 @@ LIBRARY_ERRORS = (
     StrictDataclassError,
 )
 """What reading, building and running a model can raise for a checkpoint that is not as it should be."""
+
+
+def is_own_defect(error: BaseException) -> bool:
+    """Whether our own code raised it by a slip of the pen, so that it says nothing of the library or the model."""
+    if not isinstance(error, TypeError | AttributeError | NameError):
+        return False
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
+
+
+def attention_implementation(config: Any) -> str:
+    """The library's name of how attention is computed: 'sdpa', 'eager', ..."""
+    return str(_private(config, "_attn_implementation", "the name of the attention's implementation"))
+
+
+def eager_experts(experts: torch.nn.Module) -> Any:
+    """The experts' own forward, a function of (experts, hidden, index, weights), without the library's dispatch."""
+    return _private(type(experts).forward, "__wrapped__", "the experts' own forward")
+
+
+def gated(experts: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What enters the experts' second matrix: gate and up (..., 2 I), multiplied to (..., I)."""
+    product: torch.Tensor = _private(experts, "_apply_gate", "the product of gate and up")(hidden)
+    return product
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> Sequence[str]:
+    """Parts of the names of tensors that the library loads in float32 whatever dtype was asked for."""
+    what = "the names of tensors that stay in float32"
+    strict = _private(model, "_keep_in_fp32_modules_strict", what) or ()
+    lenient = _private(model, "_keep_in_fp32_modules", what) or ()
+    return [
+        *(strict if dtype in (torch.float16, torch.bfloat16) else ()),
+        *(lenient if dtype == torch.float16 else ()),
+    ]
+
+
+def undivided_modules(model: Any) -> frozenset[str]:
+    """Class names of the modules that a device map never splits."""
+    return frozenset(_private(model, "_no_split_modules", "the modules that a device map does not split") or ())
+
+
+def _private(owner: Any, name: str, what: str) -> Any:
+    """`owner.name`, of which the library promises nothing; raises ModelError where it is not there."""
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        whose = getattr(owner, "__qualname__", type(owner).__name__)
+        raise ModelError(
+            f"transformers {_library.__version__}: {whose} has no {name}, where {what} was expected; {ADVICE}"
+        ) from error
 
 
 def _is_error(record: logging.LogRecord) -> bool:

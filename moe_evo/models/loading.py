@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils.hub import cached_file
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models.alignment import align_neurons
 from moe_evo.models.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.library import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
 from moe_evo.models.meo import MEO, check_experts
 from moe_evo.models.placement import (
     check_device,
@@ -34,6 +33,7 @@ from moe_evo.models.placement import (
     weights_dtype,
 )
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.self_check import self_check
 from moe_evo.models.skipping import check_skipping
 from moe_evo.models.view import MoEModel
 from moe_evo.models.zero3 import load_zero3
@@ -88,7 +88,7 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
         dynamic_skipping=config.dynamic_skipping,
     )
     if config.self_check:
-        moe.reference_self_check()
+        self_check(moe)
     if alignment is not None:
         align_neurons(moe, alignment.permutations)
     return moe

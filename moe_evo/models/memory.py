@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-
-import torch
 
 from moe_evo.config import Offload, Sharding
 from moe_evo.models.size import ModelSize, Weight
@@ -129,12 +126,3 @@ def exported_size(size: ModelSize, num_kept: Sequence[int]) -> tuple[int, int]:
         parameters += numel
         total += numel * weight.itemsize
     return parameters, total
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on `device` now; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

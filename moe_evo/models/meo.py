@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers.integrations.moe import ExpertsInterface
 
 from moe_evo.config import ExpertsMode
 from moe_evo.errors import ConfigError
 from moe_evo.models.families import Family
+from moe_evo.models.library import ExpertsInterface, gated
 
 MEO = "moe_evo_meo"
 """The name of this experts implementation in transformers."""
@@ -43,7 +43,7 @@ def meo_forward(experts: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> T
     outputs = []
     for first in range(0, max(len(hidden), 1), size):
         part, *routed = (one[first : first + size] for one in (hidden, index, gates))
-        inner = experts._apply_gate(_mixed(experts, "gate_up_proj", part, *routed).to(hidden.dtype))
+        inner = gated(experts, _mixed(experts, "gate_up_proj", part, *routed).to(hidden.dtype))
         outputs.append(_mixed(experts, "down_proj", inner, *routed).to(hidden.dtype))
     return torch.cat(outputs)
 

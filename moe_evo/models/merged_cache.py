@@ -7,11 +7,9 @@ are never evicted for one another: an LRU would throw out each layer shortly bef
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
 from moe_evo.genome import Matrix
@@ -24,15 +22,6 @@ KeptRow = tuple[MergedTensors, int]  # the tensors of a layer and the number of 
 def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
     """Key of MoE layer number `layer` merged by `expert_merging` (K, E)."""
     return (layer, tuple(row.tobytes() for row in expert_merging))
-
-
-def half_of_free_gib(device: torch.device) -> float:
-    """Half of the memory that is free on `device` now: the other half is for activations."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**31
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
-        return 1.0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**31
 
 
 class MergedCache:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_evo.genome import Matrix
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a float32 working copy: what a core's cache holds; 64 MiB
-_ROWS, _COLUMNS = 8, 2  # least sizes of a multiplication: below, other kernels would give a row other last bits
+_ROWS, _COLUMNS = 8, 16  # least sizes of a multiplication: below, some CPUs' kernels give a row other last bits
 _LONG_ROW = 1 << 18  # elements: to copy so many is as fast as to mix them beside other rows, in bfloat16 faster
 _EXPERTS = 256  # most experts of a multiplication: it cuts a longer sum where their number says
 
@@ -93,7 +94,7 @@ def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> 
         chunks = [source[:, columns].index_select(0, part).to(torch.float32) for part in used]
         target = mixed[:, columns]
         width = target.shape[1]
-        chunks = [chunk if width >= _COLUMNS else chunk.repeat(1, _COLUMNS) for chunk in chunks]
+        chunks = [pad(chunk, (0, max(_COLUMNS - width, 0))) for chunk in chunks]
         for places, by_part in groups:
             target.index_copy_(0, places, _sum_of_products(by_part, chunks)[: len(places), :width].to(mixed.dtype))
 

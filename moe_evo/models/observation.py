@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.integrations.moe import ExpertsInterface
 
 from moe_evo.models.layer import MoELayer, experts_function
+from moe_evo.models.library import ExpertsInterface
 from moe_evo.models.view import MoEModel
 
 IMPLEMENTATION = "moe_evo_observed"
@@ -111,7 +111,7 @@ def experts_computed_by(
     """Let `forward` compute the experts of every MoE layer, given what would have; also around or in `applied`."""
     language_model = moe.language_model
     previous = language_model.get_experts_implementation()
-    implementation = language_model.config._experts_implementation
+    implementation = previous[""]
     for layer in moe.layers:
         compute = experts_function(layer.experts, implementation)
         layer.experts.__dict__[_HOOK] = partial(_run, forward, layer, compute)

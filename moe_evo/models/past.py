@@ -7,6 +7,7 @@ being the third dimension, as caches of transformers do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from transformers import Cache, StaticCache
 
 KeyValues = tuple[Tensor, Tensor]
 """Of one decoder layer: keys (P, heads, T, size) and values, likewise."""
+
+
+@dataclass(frozen=True)
+class CacheNames:
+    """The keywords for a cache, which releases of transformers have renamed.
+
+    of_layers: under which the model hands one to its decoder layers. of_model: under which it takes and gives one.
+    """
+
+    of_layers: str
+    of_model: str
 
 
 class Past:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError
 from moe_evo.models.families import Family
+from moe_evo.models.library import DistributedConfig
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.slices import local_shape, local_slice, whole_shape
 from moe_evo.models.zero3 import check_deepspeed

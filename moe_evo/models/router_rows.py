@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from transformers.utils.hub import cached_file
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ModelError
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet
+from moe_evo.models.library import LIBRARY_ERRORS, cached_file, one_line, quiet
 from moe_evo.models.loading import checkpoint_source, read_shape
 
 # of every family in its own checkpoints, and as transformers names it; not a shared expert's gate

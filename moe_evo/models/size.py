@@ -19,7 +19,15 @@ from safetensors import safe_open
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models.families import Family
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.library import (
+    LIBRARY_ERRORS,
+    attention_implementation,
+    kept_in_float32,
+    one_line,
+    quiet,
+    transformers,
+    undivided_modules,
+)
 from moe_evo.models.loading import checkpoint_source, read_family, read_transformers_config
 from moe_evo.space import ModelShape
 
@@ -171,7 +179,7 @@ def size_of(family: Family, transformers_config: Any, dtype: torch.dtype, ranks:
         vocabulary=int(embedding.shape[0]),
         num_decoder_layers=len(layers),
         weights=tuple(weights),
-        blocks=tuple(name for module, name in names.items() if type(module).__name__ in _no_split(model)),
+        blocks=tuple(name for module, name in names.items() if type(module).__name__ in undivided_modules(model)),
         activations=_activations(transformers_config, shape, weights, dtype.itemsize),
     )
 
@@ -186,7 +194,7 @@ def _weights(
     parameters = dict(model.named_parameters())
     transient = {name for name, _ in model.named_non_persistent_buffers()}
     buffers = {name: tensor for name, tensor in model.named_buffers() if name not in transient}
-    in_float32 = _kept_in_float32(model, dtype)
+    in_float32 = kept_in_float32(model, dtype)
     weights = []
     for path, tensor in {**parameters, **buffers}.items():
         module, _, name = path.rpartition(".")
@@ -205,17 +213,6 @@ def _weights(
             )
         )
     return weights
-
-
-def _kept_in_float32(model: Any, dtype: torch.dtype) -> Sequence[str]:
-    """Parts of the names of tensors that the library loads in float32 whatever dtype was asked for."""
-    strict = model._keep_in_fp32_modules_strict or () if dtype in (torch.float16, torch.bfloat16) else ()
-    lenient = model._keep_in_fp32_modules or () if dtype == torch.float16 else ()
-    return [*strict, *lenient]
-
-
-def _no_split(model: Any) -> frozenset[str]:
-    return frozenset(model._no_split_modules or ())
 
 
 def _style(module: str, name: str, plan: Mapping[str, str]) -> str | None:
@@ -252,5 +249,5 @@ def _activations(config: Any, shape: ModelShape, weights: Sequence[Weight], item
         hidden=hidden,
         inner=max(routed, 3 * dense_width, 3 * queries + 2 * (keys + values)),
         cached=int(config.num_hidden_layers) * (keys + values) * itemsize,
-        eager_heads=heads if config._attn_implementation == "eager" else 0,
+        eager_heads=heads if attention_implementation(config) == "eager" else 0,
     )

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_evo.models.library import attention_implementation
+
 _MASKED_ATTENTION = ("sdpa", "eager")
 
 
-def reads_trees(config: Any) -> bool:
+def takes_any_mask(config: Any) -> bool:
     """Whether the attention of a model with this config takes any mask."""
-    return config._attn_implementation in _MASKED_ATTENTION
+    return attention_implementation(config) in _MASKED_ATTENTION
 
 
 def attention_masks(
@@ -24,13 +26,9 @@ def attention_masks(
 ) -> Any:
     """The model's `attention_mask` argument for P trees of T nodes; position_ids, ends, counts: (P, T).
 
-    Additive (P, 1, T, trunk + T) masks, a dict of them where the layers of a model differ, or (P, T) flags
-    for a model that knows no trees. trunk: how many tokens stand before every root. A sliding window counts
-    along the path from the root.
+    Additive (P, 1, T, trunk + T) masks, or a dict of them where the layers of a model differ. trunk: how many
+    tokens stand before every root. A sliding window counts along the path from the root.
     """
-    if not reads_trees(config):
-        assert not trunk, "a model that knows no trees reads no trunks"
-        return (counts > 0).long()
     node = torch.arange(ends.shape[1], device=ends.device)
     seen = (node[None, :] <= node[:, None]) & (node[:, None] < ends[:, None, :])  # (P, observer, observed)
     seen = torch.nn.functional.pad(seen, (trunk, 0), value=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
+from moe_evo.models.library import LIBRARY_ERRORS, HfDeepSpeedConfig, one_line, transformers
 from moe_evo.models.ranks import join_ranks
+from moe_evo.versions import ADVICE
 
 _ALONE_TIMEOUT_S = 60.0  # nobody to wait for
 
@@ -39,11 +39,8 @@ def load_zero3(load: Callable[[], Any], config: ModelConfig, transformers_config
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what DeepSpeed deprecates in itself and in torch
-        import deepspeed  # type: ignore[import-untyped]
-
+        deepspeed = imported_deepspeed()
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:  # its shared-memory kernel compiles for minutes, then crashes without its own launcher
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             join_ranks(0, 1, "127.0.0.1", 0, _ALONE_TIMEOUT_S)
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
@@ -65,6 +62,24 @@ def load_zero3(load: Callable[[], Any], config: ModelConfig, transformers_config
     # an engine that is collected takes its hooks off the model; not a submodule, as that would be a cycle
     language_model.__dict__["zero3_engine"] = engine
     return language_model.eval()
+
+
+def imported_deepspeed() -> Any:
+    """The library; without a GPU with a kernel switched off that compiles for minutes, then crashes.
+
+    Raises ModelError where this version has no such switch.
+    """
+    import deepspeed  # type: ignore[import-untyped]
+
+    if not torch.cuda.is_available():  # the kernel, for shared memory, works with DeepSpeed's own launcher only
+        try:
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        except AttributeError as error:
+            raise ModelError(
+                f"DeepSpeed {deepspeed.__version__} has no ops.__compatible_ops__, where the switches of its kernels "
+                f"were expected; {ADVICE}"
+            ) from error
+    return deepspeed
 
 
 def _settings(config: ModelConfig, transformers_config: Any, dtype: torch.dtype, *, on_gpu: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from moe_evo.genome_file import load_genome
 from moe_evo.report.table import experts_label, final_table, kept_picture
@@ -47,6 +48,13 @@ def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_check(name: str, state: str, detail: str) -> None:
+    """One line of `moe-evo doctor`."""
+    color = {"ok": "green", "note": "yellow", "absent": "dim", "broken": "red"}[state]
+    line = Text.assemble((f"{state:<8}", color), f"{name:<20}{detail}")
+    Console().print(line, highlight=False, soft_wrap=True)
 
 
 def _reasons(counted: dict[str, Any]) -> str:

@@ -13,11 +13,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import wandb
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from wandb.sdk import wandb_setup
 
 from moe_evo.evaluation.pool import PoolStatus
 from moe_evo.genome import Genome
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _INIT_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 5.0
+_SERVICE = "wandb-core"  # what the process is called that wandb starts for itself
 _PICTURE_INTERVAL_S = 60.0
 _RATE_WINDOW_S = 30.0
 _MOST_INCREMENTS = 80  # the pages of W&B show the last hundred of a table
@@ -90,16 +91,15 @@ def teardown(*, kill: bool = False) -> None:
     """
     if wandb.run is not None:
         return
-    connection = wandb_setup.singleton()._connection  # there is no public way to the process
-    process = connection and connection._proc and connection._proc._process
+    services = [child for child in psutil.Process().children() if child.name().startswith(_SERVICE)]
     try:
-        if kill and process:
-            process.kill()
-        elif not kill:
+        if kill:
+            for service in services:
+                service.kill()
+        else:
             wandb.teardown()
     finally:
-        if process:
-            process.wait(_EXIT_TIMEOUT_S)
+        psutil.wait_procs(services, _EXIT_TIMEOUT_S)
 
 
 class SearchLog:

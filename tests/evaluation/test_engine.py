@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,18 +12,15 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, variant
 
-from moe_evo.config import EvaluationConfig, ScoringConfig, TaskConfig
-from moe_evo.evaluation.engine import Engine, engine_for
+from moe_evo.config import EvaluationConfig
+from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.states import State, StateCache
-from moe_evo.evaluators import open_pool
 from moe_evo.genome import Genome
 from moe_evo.models import halves
-from moe_evo.models.ranks import Ranks
-from moe_evo.models.token_trees import attention_masks
-from moe_evo.models.view import MoEModel, relative_difference
+from moe_evo.models.agreement import relative_difference
+from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import IGNORED, ForwardBatch
-from moe_evo.tasks.data import check_tasks
 from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
 
 CPU = torch.device("cpu")
@@ -141,10 +136,10 @@ def test_a_long_prefix_of_all_rows_takes_a_quarter_of_what_is_read_at_most() -> 
 def test_a_model_without_tree_masks_reads_rows(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
     genome, batch = random_pruning(mixtral.shape, 4), one_batch(trees=False)
     expected = plain(mixtral, batch, genome)
-    monkeypatch.setattr("moe_evo.models.token_trees._MASKED_ATTENTION", ())
-    masks = attention_masks(mixtral.language_model.config, batch.position_ids, batch.ends, batch.counts, torch.float32)
-    assert masks.shape == batch.input_ids.shape and not mixtral.reads_trees
-    assert relative_difference(plain(mixtral, batch, genome), expected) <= 5e-6
+    monkeypatch.setattr(mixtral, "reads_trees", False)
+    masks = mixtral.attention_masks(batch.position_ids, batch.ends, batch.counts)
+    assert masks.shape == batch.input_ids.shape
+    assert relative_difference(run(Engine(mixtral, StateCache(1, CPU)), batch, [genome])[0], expected) <= 5e-6
 
 
 def test_a_child_starts_where_it_differs_from_its_parent(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,30 +211,6 @@ def test_without_room_for_states_scores_are_the_same(mixtral: MoEModel, gib: flo
     assert engine.states.size_bytes <= engine.states.budget_bytes
 
 
-def test_genomes_run_one_after_the_other_where_halves_do_not_add_up(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
-    data = [{"prompt": f"one {n}", "choices": [" yes", " no no"], "label": n % 2} for n in range(6)]
-    task = tiny.make_task(tmp_path / "choice", data, moe.tokenizer, metric="log_likelihood")
-    genomes = [None, random_pruning(moe.shape, 2), tiny.tiny_merge(moe.shape)]
-    shared = Evaluator(moe, [task], EvaluationConfig())
-    assert shared.shares_layers
-    expected = shared.evaluate(genomes, "search")
-    mix = halves.Halves.mix
-    monkeypatch.setattr(halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
-    alone = Evaluator(moe, [task], EvaluationConfig())
-    assert not alone.shares_layers
-    for one, other in zip(expected, alone.evaluate(genomes, "search"), strict=True):
-        assert one.fitness == pytest.approx(other.fitness, abs=1e-5)
-
-
-def test_an_engine_is_for_ranks_that_run_the_same_examples_and_want_it(mixtral: MoEModel) -> None:
-    assert engine_for(mixtral, EvaluationConfig(share_layers=False)) is None
-    apart = MoEModel(mixtral.language_model, ranks=Ranks(0, 2), splits_examples=True)
-    assert engine_for(apart, EvaluationConfig()) is None
-    engine = engine_for(mixtral, EvaluationConfig(state_cache_gib=0.5, state_device="cpu"))
-    assert engine is not None and engine.states.budget_bytes == 2**29
-
-
 def test_a_model_on_another_device_may_keep_states_in_host_memory(mixtral: MoEModel) -> None:
     states = StateCache(1, torch.device("meta"))
     states.keep("batch", (0,), State(torch.zeros(3), ((torch.zeros(1), torch.zeros(1)),)))
@@ -262,23 +233,6 @@ def test_on_the_cpu_scores_do_not_depend_on_company_unless_packing_is_asked_for(
     alone = fitness(together=False)
     assert fitness(together=True) == alone
     assert fitness(together=True, pack_tokens=4096) == pytest.approx(alone, abs=1e-5)
-
-
-def test_it_is_told_when_every_genome_runs_from_the_first_layer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
-    texts = tiny.write_splits(tmp_path / "texts", [{"text": f"one two {n}"} for n in range(3)])
-    tracker = SimpleNamespace(message=told.append)
-    for expected in (0, 1):
-        config = ScoringConfig(tasks=[TaskConfig(data=texts)])
-        with open_pool(config, check_tasks(config.tasks), tracker, model=moe):
-            assert len(told) == expected
-        mix = halves.Halves.mix
-        monkeypatch.setattr(halves.Halves, "mix", lambda *given, mix=mix: mix(*given) * 1.01)
-    assert "every genome is run from the first layer on" in told[0]
-    alone = replace(config, evaluation=EvaluationConfig(share_layers=False))
-    with open_pool(alone, check_tasks(config.tasks), tracker, model=moe):
-        assert len(told) == 1  # who asked for it knows
 
 
 def test_evaluators_of_one_model_can_share_the_memory_for_states(tmp_path) -> None:

@@ -14,14 +14,15 @@ import torch
 from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, variant
 
 from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine, engine_for
+from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.generate import generate_together
 from moe_evo.evaluation.packing import ALL
 from moe_evo.evaluation.states import StateCache
 from moe_evo.genome import Genome
 from moe_evo.models import halves
-from moe_evo.models.view import MoEModel, relative_difference
+from moe_evo.models.agreement import relative_difference
+from moe_evo.models.view import MoEModel
 from moe_evo.population import Evaluation
 from moe_evo.tasks.base import IGNORED, ForwardBatch, GenerateBatch
 from moe_evo.tasks.examples import Example
@@ -160,7 +161,7 @@ def test_what_layers_read_of_prompts_is_what_a_cache_of_transformers_holds(moe: 
             with moe.applied(genome) as language_model:
                 for number, (tokens, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
                     own = tokens[mask.bool()][None, :-1]
-                    stock = language_model(own, use_cache=True).past_key_values
+                    stock = language_model(own, use_cache=True)[engine.cache_names.of_model]
                     for (keys, values), layer in zip(layers, stock.layers, strict=True):
                         length = own.shape[1]
                         assert relative_difference(keys[number, :, :length], layer.keys[0]) <= 5e-6
@@ -247,23 +248,13 @@ def test_scores_are_those_of_genomes_that_run_alone(tmp_path: Path, kind: str) -
     assert {len(trunk) > 100 for trunk in trunks} == {kind != "like"}, "every token of `like` is scored"
 
 
-def test_a_model_whose_attention_takes_no_trunk_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
-    genome = random_pruning(moe.shape, 2)
-    expected = few_shot(moe, tmp_path / "choice", "choice").evaluate([genome], "search")[0]
-    monkeypatch.setattr("moe_evo.models.past.Past.update", lambda self, keys, values, *rest: (keys, values))
-    engine = engine_for(moe, EvaluationConfig())
-    assert engine is not None and not engine.reads_trunks
-    found = few_shot(moe, tmp_path / "choice", "choice").evaluate([genome], "search")[0]
-    assert found.fitness == pytest.approx(expected.fitness, abs=1e-5)
-
-
 def test_a_model_whose_weights_lie_on_several_devices_gets_none() -> None:
     moe = MoEModel(tiny_model("mixtral"))
     assert not moe.is_spread and Engine(moe, StateCache(1, CPU)).reads_trunks
     head = moe.language_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.to("meta"), requires_grad=False)  # as an offloaded one
-    assert moe.is_spread and not Engine(moe, StateCache(1, CPU)).reads_trunks
+    engine = Engine(moe, StateCache(1, CPU))
+    assert moe.is_spread and not engine.reads_trunks and engine.why_no_trunks == "the weights lie on several devices"
 
 
 def splits_of(*tokens: Sequence[int], start: int = -1) -> TokenisedSplits:

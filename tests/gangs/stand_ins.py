@@ -42,8 +42,9 @@ class StandIn(Rank):
     def load(self, *arguments: Any) -> None:
         pass
 
-    def begin(self, work: Work, halvings: int) -> None:
+    def begin(self, work: Work, halvings: int) -> Sequence[str]:
         self._halvings = halvings
+        return ()
 
     def evaluate(self, key: str, genomes: Sequence[Genome], split: str, *rivals: Any) -> list[Outcome]:
         return [self.evaluate_one(genome, split) for genome in genomes]

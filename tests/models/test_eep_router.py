@@ -16,6 +16,7 @@ from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models.eep_coefficients import load_eep_coefficients
 from moe_evo.models.loading import load_model
 from moe_evo.models.routing import eep_route
+from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "eep_coefficients"
@@ -128,7 +129,7 @@ def test_eep_mode_is_refused_where_it_has_no_meaning(checkpoint, model_type: str
 
 def test_ungrouped_deepseek_v2_has_an_eep_mode_with_its_scaling() -> None:
     model = tiny_model("deepseek_v2", topk_method="greedy", n_group=None, topk_group=None)
-    MoEModel(model, router_mode="eep").reference_self_check()
+    self_check(MoEModel(model, router_mode="eep"))
 
 
 def test_pruning_without_renormalisation_keeps_the_probabilities_over_all_experts(checkpoint) -> None:

@@ -45,7 +45,8 @@ def test_one_hot_rows_are_exact_copies_and_zero_rows_are_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("num_kept", "num_experts", "width"), [(4, 8, 70_000), (32, 64, 9_001), (9, 60, 5), (3, 5, 1), (5, 600, 300)]
+    ("num_kept", "num_experts", "width"),
+    [(4, 8, 70_000), (32, 64, 9_001), (9, 60, 5), (9, 60, 11), (8, 64, 17), (3, 5, 1), (5, 600, 300)],
 )
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_that_it_is_mixed_with(

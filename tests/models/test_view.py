@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -17,13 +15,13 @@ from tiny_models import (
     tokens,
 )
 
-from moe_evo.errors import ConfigError, GenomeError, ModelError
+from moe_evo.errors import ConfigError, GenomeError
 from moe_evo.genome import Genome, LayerGenome
 from moe_evo.models import merging
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.merged_cache import half_of_free_gib
 from moe_evo.models.observation import observed_experts
+from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
 from moe_evo.space import SearchSpace
 
@@ -65,7 +63,7 @@ def test_identity_genome_equals_untouched_model_bit_for_bit(moe: MoEModel) -> No
 def test_both_hooks_forced_on_equal_untouched_model(moe: MoEModel) -> None:
     plans = [LayerPlan.reversed_identity(8, k) for k in moe.shape.top_k]
     untouched = logits(moe.language_model, tokens())
-    with moe._installed([[plan] for plan in plans]):
+    with moe.installed([[plan] for plan in plans]):
         assert moe.language_model.config._experts_implementation == "moe_evo"
         assert largest_difference(logits(moe.language_model, tokens()), untouched) <= 1e-6
 
@@ -300,18 +298,6 @@ def test_what_went_from_another_device_is_not_written_over(load) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-def test_default_budget_is_half_of_the_free_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "sysconf", free.__getitem__)
-        assert MoEModel(tiny_model("mixtral")).merged_cache.budget_bytes == 500 * 4096
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (6 * 2**30, 80 * 2**30))
-    assert half_of_free_gib(torch.device("cuda:1")) == 3.0 and asked == [torch.device("cuda:1")]
-    monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES")
-    assert half_of_free_gib(torch.device("cpu")) == 1.0
-
-
 @pytest.mark.parametrize("gib", [0.0, 0.25])
 def test_explicit_budget_stays_as_it_is(mixtral: MoEModel, gib: float) -> None:
     assert MoEModel(mixtral.language_model, merged_cache_gib=gib).merged_cache.budget_bytes == gib * 2**30
@@ -339,36 +325,9 @@ def test_indices_move_to_the_device_of_the_model_once() -> None:
     assert plan.indices is moved
 
 
-def test_self_check_names_family_and_version_when_the_contract_changes(
-    mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    router_class = type(mixtral.layers[0].router)
-    original = router_class.forward
-
-    def other_order(self, hidden):
-        scores, weights, index = original(self, hidden)
-        return scores, weights, index.flip(0)  # what a new release might do when called another way
-
-    with monkeypatch.context() as patch:
-        for layer in mixtral.layers:
-            patch.setattr(layer.router, "forward", layer.router.forward, raising=False)
-        patch.setattr(router_class, "forward", other_order)
-        with pytest.raises(ModelError, match=r"self-check of mixtral with transformers \d+\.\d+.* differs"):
-            mixtral.reference_self_check()
-    mixtral.reference_self_check()
-
-
-def test_self_check_reports_code_that_no_longer_runs(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_evo.models import layer as layer_module
-
-    monkeypatch.setattr(layer_module, "exported_route", lambda *_: (None, None))
-    with pytest.raises(ModelError, match=r"self-check of mixtral .*ValueError: not enough values"):
-        mixtral.reference_self_check()
-
-
 def test_bfloat16_model_matches_stock_bfloat16_model() -> None:
     moe = MoEModel(tiny_model("mixtral").to(torch.bfloat16))
-    moe.reference_self_check()
+    self_check(moe)
     genome = random_pruning(moe.shape, 4)
     expected = logits(stock_model(moe.language_model, genome, moe.shape).to(torch.bfloat16), tokens())
     with moe.applied(genome):

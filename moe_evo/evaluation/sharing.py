@@ -1,0 +1,122 @@
+"""What genomes, batches and rows of one model may have in common, each tried on random tokens first.
+
+What fails is switched off, with the reason: genomes are then run one after the other, or prompts are read
+again, and scores stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_evo.config import EvaluationConfig
+from moe_evo.evaluation.engine import Engine
+from moe_evo.evaluation.states import StateCache
+from moe_evo.models.agreement import Part, SwitchedOff, disagreement
+from moe_evo.models.free_memory import half_of_free_gib
+from moe_evo.models.library import LIBRARY_ERRORS, is_own_defect, one_line
+from moe_evo.models.past import cache_of
+from moe_evo.models.view import MoEModel
+from moe_evo.tasks.base import ForwardBatch
+
+_NUM_TRIED = 8  # tokens of the beginning with which it is tried whether attention takes one
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """engine: None where genomes have to be run one after the other. switched_off: what it does without."""
+
+    engine: Engine | None
+    switched_off: tuple[SwitchedOff, ...] = ()
+
+
+def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | None = None) -> Sharing:
+    """What can be shared, as the config wants it; the same on all ranks.
+
+    states: kept by other engines of the model; by default as the config says.
+    """
+    if not config.share_layers:
+        return Sharing(None)
+    if model.splits_examples:  # how many layers each rank had to run would differ
+        return Sharing(None, (SwitchedOff("shared layers", "ranks run different examples"),))
+    trial = Engine(model, StateCache(0, model.device))  # leaves no states behind
+    switched_off: list[SwitchedOff] = []
+
+    def holds(part: Part, why_not: Callable[[], str]) -> bool:
+        reason = next(filter(None, model.ranks.gather(_tried(why_not))), "")
+        if reason:
+            switched_off.append(SwitchedOff(part, reason))
+        return not reason
+
+    if not holds("shared layers", lambda: _why_no_stages(trial)):
+        return Sharing(None, tuple(switched_off))
+    reads_beginnings = holds("shared beginnings", lambda: trial.why_no_trunks or _why_no_stages(trial, _NUM_TRIED))
+    reads_prompts = reads_beginnings and holds("shared prompts", lambda: _why_no_prompts(trial))
+    if states is None:
+        gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
+        device = torch.device("cpu") if config.state_device == "cpu" else model.device
+        states = StateCache(min(model.ranks.gather(gib)), device)
+    engine = Engine(model, states, reads_trunks=reads_beginnings, reads_prompts=reads_prompts)
+    return Sharing(engine, tuple(switched_off))
+
+
+def _tried(why_not: Callable[[], str]) -> str:
+    """The answer, or what a library raised instead of one; a slip of our own is nobody's answer."""
+    try:
+        return why_not()
+    except LIBRARY_ERRORS as error:
+        if is_own_defect(error):
+            raise
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+@torch.inference_mode()
+def _why_no_stages(engine: Engine, num_trunk: int = 0) -> str:
+    """'' where the halves of the layers add up to the untouched model; so many tokens stand in a trunk."""
+    model = engine.model
+    tokens = model.random_tokens()
+    tokens[:, :num_trunk] = tokens[:1, :num_trunk].clone()
+    found: list[Tensor] = []
+    batch = _batch(tokens, num_trunk)
+    engine.run(batch, [model.shape.identity()], lambda _, logits: found.append(logits), keep=False)
+    return disagreement(found[0], _own_logits(model, tokens)[:, num_trunk:].flatten(0, 1), model.dtype)
+
+
+@torch.inference_mode()
+def _why_no_prompts(engine: Engine) -> str:
+    """'' where the model goes on from a cache of keys and values that the engine has read."""
+    model, names = engine.model, engine.cache_names
+    assert names is not None, "a model that takes no cache reads no trunks"
+    tokens = model.random_tokens()
+    (read,) = engine.read(_batch(tokens[:, :-1]), [model.shape.identity()], keep=False)
+    config = model.language_model.config.get_text_config(decoder=True)
+    logits = model.language_model(
+        input_ids=tokens[:, -1:],
+        attention_mask=torch.ones_like(tokens),
+        position_ids=torch.full_like(tokens[:, -1:], tokens.shape[1] - 1),
+        **{names.of_model: cache_of(config, read, tokens.shape[1])},
+    ).logits
+    return disagreement(logits[:, -1], _own_logits(model, tokens)[:, -1], model.dtype)
+
+
+def _own_logits(model: MoEModel, tokens: Tensor) -> Tensor:
+    """(B, T, V) of the untouched model, with masks such as those of a batch."""
+    nodes, ones = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), torch.ones_like(tokens)
+    masks = model.attention_masks(nodes, ones * tokens.shape[1], ones)
+    logits: Tensor = model.language_model(input_ids=tokens, attention_mask=masks, use_cache=False).logits
+    return logits
+
+
+def _batch(tokens: Tensor, num_trunk: int = 0) -> ForwardBatch:
+    """Rows (B, T) that begin with the same `num_trunk` tokens; every token behind those is scored."""
+    own = tokens[:, num_trunk:]
+    node, ones = torch.arange(own.shape[1], device=tokens.device).expand_as(own), torch.ones_like(own)
+    return ForwardBatch(
+        own, node + num_trunk, ones * own.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
+        np.zeros(len(own), dtype=np.int64), np.zeros((len(own), 1), dtype=np.int64),
+        trunk=tuple(tokens[0, :num_trunk].tolist()),
+    )  # fmt: skip

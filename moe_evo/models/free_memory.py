@@ -1,0 +1,57 @@
+"""How much memory is free on a device now, within the limits that a container sets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # what version 1 writes where nothing is limited is larger
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on `device` now; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return None
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_left_in_cgroups(_own_cgroup())])
+
+
+def half_of_free_gib(device: torch.device) -> float:
+    """Half of the memory that is free on `device` now: the other half is for activations."""
+    free = free_bytes(device)
+    return 1.0 if free is None else free / 2**31
+
+
+def _own_cgroup() -> str:
+    """The path of this process below the cgroups' root; '' where there are none."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text("ascii").splitlines()
+    except OSError:
+        return ""
+    paths = dict(line.split(":", 2)[1:] for line in lines)
+    return paths.get("memory", paths.get("", "")).lstrip("/")
+
+
+def _left_in_cgroups(own: str) -> list[int]:
+    """Bytes that this process may still take in its cgroup and in those around it that have a limit."""
+    left = []
+    for root, limit, used, evictable in (
+        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in (root / own, *(root / own).parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most, taken = (int((folder / name).read_text("ascii")) for name in (limit, used))
+                counted = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+            except (OSError, ValueError):  # not there, or 'max'
+                continue
+            if most < _UNLIMITED:
+                left.append(max(most - taken + int(counted.get(evictable, 0)), 0))
+    return left
