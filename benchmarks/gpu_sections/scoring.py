@@ -139,8 +139,7 @@ def _kernels(bench: Bench, model: MoEModel, call: Callable[[], object]) -> dict[
         "ms": seconds * 1e3,
         "kernels_ms": found.seconds * 1e3,
         "busy": found.seconds / seconds,
-        "longest": found.longest[0]["name"][:40],
-        "longest_share": found.longest[0]["share"],
+        "longest": found.first,
         "kernels": found.longest,
     }
     if syncs is not None:

@@ -63,6 +63,11 @@ class Kernels:
     seconds: float
     longest: list[dict[str, Any]]
 
+    @property
+    def first(self) -> str:
+        """The beginning of the name of the longest one; empty where the profiler saw none."""
+        return str(self.longest[0]["name"])[:50] if self.longest else ""
+
 
 def kernels_of(call: Call, device: torch.device, *, number: int = 15) -> Kernels:
     """Profile a call; on a CPU its operators stand for kernels."""
@@ -81,7 +86,7 @@ def kernels_of(call: Call, device: torch.device, *, number: int = 15) -> Kernels
     total = sum(seconds for _, seconds in spent.values())
     longest = sorted(spent.items(), key=lambda item: -item[1][1])[:number]
     shown = [
-        {"name": name[:120], "launches": count, "share": seconds / max(total, 1e-12)}
+        {"name": name.removeprefix("void ")[:300], "launches": count, "share": seconds / max(total, 1e-12)}
         for name, (count, seconds) in longest
     ]
     return Kernels(sum(count for count, _ in spent.values()), total, shown)
