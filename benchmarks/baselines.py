@@ -61,7 +61,7 @@ class PublishedLoop:
         setattr(config, self._family.top_k_field, top_k)
         self._small = type(model.language_model)(config).eval()
         self._small.set_experts_implementation("eager")
-        self._tasks = [list(_sequences(one, model.tokenizer)) for one in data]
+        self._tasks = [list(questions(one, model.tokenizer)) for one in data]
         self._batch_size = BATCH_SIZES[0]
 
     def fitness(self, genome: Genome) -> float:
@@ -119,7 +119,8 @@ class PublishedLoop:
             yield float(log_probs[row, start - 1 : len(tokens) - 1].gather(1, answer[:, None]).sum())
 
 
-def _sequences(data: TaskData, tokenizer: Any) -> Iterator[Question]:
+def questions(data: TaskData, tokenizer: Any) -> Iterator[Question]:
+    """The examples of the search split."""
     form = PromptFormat(data.config, data, tokenizer)
     for example in data.splits["search"]:
         context, answers = form.pair_tokens(example, example.choices)
