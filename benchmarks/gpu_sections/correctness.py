@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +15,11 @@ from gpu_sections.made_models import batch_of, genomes_in_words, prunings
 from gpu_sections.record import Record
 from gpu_sections.running import applied_logits, engine_of, engine_run
 from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import engine_for
+from moe_evo.evaluation.sharing import sharing_for
+from moe_evo.models.agreement import TOLERANCES, relative_difference
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.view import TOLERANCES, MoEModel, relative_difference
+from moe_evo.models.self_check import self_check
+from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 
 _NUM_TRUNK = 8
@@ -42,7 +43,7 @@ def correctness(bench: Bench, record: Record) -> None:
 def _of_model(bench: Bench, record: Record, label: str, options: dict[str, Any]) -> None:
     model = bench.models.get(label.split(",")[0], **options)
     record.attempt(f"{label}: self-check", partial(_self_check, model))
-    record.attempt(f"{label}: engine_for", partial(_engine_for, model))
+    record.attempt(f"{label}: sharing", partial(_sharing, model))
     for num_trunk in (0, _NUM_TRUNK):
         what = f"halves, {num_trunk} tokens in a trunk" if num_trunk else "halves"
         record.attempt(f"{label}: {what}", partial(_halves, model, num_trunk))
@@ -53,36 +54,51 @@ def _of_model(bench: Bench, record: Record, label: str, options: dict[str, Any])
 
 @torch.inference_mode()
 def _self_check(model: MoEModel) -> dict[str, Any]:
-    """`reference_self_check`, which raises where it fails, and the difference that it looks at."""
+    """`self_check`, which raises where it fails, and the difference that it looks at."""
     tokens = model.random_tokens()
     shape = model.shape
     plans = [LayerPlan.reversed_identity(*sizes) for sizes in zip(shape.num_experts, shape.top_k, strict=True)]
     expected = model.language_model(input_ids=tokens, use_cache=False).logits
     budget_bytes, model.merged_cache.budget_bytes = model.merged_cache.budget_bytes, 0
     try:
-        with model.ready_for(enumerate(plans)), ExitStack() as stack:
-            for number, plan in enumerate(plans):
-                stack.enter_context(model.planned(number, [plan]))
+        with model.installed([[plan] for plan in plans]):
             got = model.language_model(input_ids=tokens, use_cache=False).logits
     finally:
         model.merged_cache.budget_bytes = budget_bytes
-    difference = relative_difference(got, expected)
-    model.reference_self_check()
-    return {"relative": difference, "allowed": TOLERANCES[model.dtype], "passes": True}
+    model.switched_off = ()
+    self_check(model)
+    return {
+        "relative": relative_difference(got, expected),
+        **_of_tokens(got, expected),
+        "allowed": TOLERANCES[model.dtype],
+        "switched_off": list(map(str, model.switched_off)),
+    }
 
 
-def _engine_for(model: MoEModel) -> dict[str, Any]:
+def _of_tokens(got: Tensor, expected: Tensor) -> dict[str, float]:
+    """Quantiles over tokens of the largest difference of a token's logits, relative to the largest logit of all."""
+    differences = (got.float() - expected.float()).abs().amax(dim=-1).flatten() / expected.float().abs().max()
+    quantiles = differences.quantile(torch.tensor([0.5, 0.9], device=differences.device)).tolist()
+    return {"median": quantiles[0], "90 %": quantiles[1]}
+
+
+def _sharing(model: MoEModel) -> dict[str, Any]:
     """What an evaluator would get."""
-    engine = engine_for(model, EvaluationConfig(state_cache_gib=0.0))
-    return {"shares_layers": engine is not None, "reads_trunks": engine is not None and engine.reads_trunks}
+    sharing = sharing_for(model, EvaluationConfig(state_cache_gib=0.0))
+    return {
+        "shares_layers": sharing.engine is not None,
+        "reads_trunks": sharing.engine is not None and sharing.engine.reads_trunks,
+        "reads_prompts": sharing.engine is not None and sharing.engine.reads_prompts,
+        "switched_off": list(map(str, sharing.switched_off)),
+    }
 
 
 @torch.inference_mode()
 def _halves(model: MoEModel, num_trunk: int) -> dict[str, Any]:
-    """The steps of `Engine.reproduces_the_model`, with the differences that it compares with its bound.
+    """The steps by which `sharing_for` tries halves and trunks, with the differences that it compares with its bound.
 
-    relative: halves of layers, masked, against the stock forward without a mask, as the check has it. against_masked:
-    against the stock forward with that mask. masked_against_stock: what the mask alone makes of the stock forward.
+    relative: halves of layers, masked, against the stock forward without a mask. against_masked: against the stock
+    forward with that mask, as the check has it. masked_against_stock: what the mask alone makes of the stock forward.
     """
     tokens = model.random_tokens()
     tokens[:, :num_trunk] = tokens[:1, :num_trunk].clone()
@@ -100,6 +116,7 @@ def _halves(model: MoEModel, num_trunk: int) -> dict[str, Any]:
         "relative": relative_difference(found[0], stock),
         "against_masked": relative_difference(found[0], masked),
         "masked_against_stock": relative_difference(masked, stock),
+        **_of_tokens(found[0], masked),
         "allowed": TOLERANCES[model.dtype],
     }
 

@@ -17,9 +17,10 @@ from gpu_sections.record import Record
 from gpu_sections.running import KEPT_NAME, counted_experts, experts_of
 from gpu_sections.timing import peak_gib, timed
 from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine, engine_for
+from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.generate import generate_greedily, generate_together
 from moe_evo.evaluation.packing import ALL
+from moe_evo.evaluation.sharing import sharing_for
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
 from moe_evo.tasks.rows import BatchLimits, Row, generate_batches
@@ -72,8 +73,8 @@ def prompts(model: MoEModel, num_rows: int, length: int, new_tokens: int) -> Gen
 
 def _reading_engine(model: MoEModel) -> Engine | None:
     """As an evaluator has it, if that can read prompts."""
-    engine = engine_for(model, EvaluationConfig(state_cache_gib=0.0))
-    return engine if engine is not None and engine.reads_trunks else None
+    engine = sharing_for(model, EvaluationConfig(state_cache_gib=0.0)).engine
+    return engine if engine is not None and engine.reads_prompts else None
 
 
 def _stock(model: MoEModel, batch: GenerateBatch) -> Tensor:

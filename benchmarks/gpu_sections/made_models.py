@@ -20,8 +20,8 @@ from transformers.initialization import no_init_weights
 from gpu_sections.record import free_memory
 from moe_evo.config import TaskConfig
 from moe_evo.genome import Genome, Matrix
+from moe_evo.models.free_memory import free_bytes
 from moe_evo.models.library import quiet
-from moe_evo.models.memory import free_bytes
 from moe_evo.models.placement import suits_grouped_mm
 from moe_evo.models.view import MoEModel
 from moe_evo.operators import gaussian_mutation, random_pruning, swap_mutation
