@@ -14,13 +14,14 @@ from torch import Tensor
 from gpu_sections.bench import Bench
 from gpu_sections.made_models import prunings
 from gpu_sections.record import Record
-from gpu_sections.running import KEPT_NAME, counted_experts, experts_of
+from gpu_sections.running import counted_experts, experts_of
 from gpu_sections.timing import peak_gib, timed
 from moe_evo.config import EvaluationConfig
 from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.generate import generate_greedily, generate_together
 from moe_evo.evaluation.packing import ALL
 from moe_evo.evaluation.sharing import sharing_for
+from moe_evo.models.placement import GROUPED_MM
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
 from moe_evo.tasks.rows import BatchLimits, Row, generate_batches
@@ -46,8 +47,8 @@ def _of_model(bench: Bench, record: Record, name: str) -> None:
     for num_rows in rows:
         batch = prompts(model, num_rows, 16 if bench.is_small else PROMPT, 4 if bench.is_small else NEW_TOKENS)
         ways: dict[str, Generate] = {
-            "stock": partial(_stock, model),
-            "stock, grouped_mm kept": partial(_with_grouped_mm, model),
+            "stock": partial(_with_stock_experts, model),
+            "no genome": partial(_generated, model),
             "a pruning": partial(_pruning, model, None),
             "a pruning, prompts read by the engine": partial(_pruning, model, engine),
         }
@@ -77,14 +78,15 @@ def _reading_engine(model: MoEModel) -> Engine | None:
     return engine if engine is not None and engine.reads_prompts else None
 
 
-def _stock(model: MoEModel, batch: GenerateBatch) -> Tensor:
+def _generated(model: MoEModel, batch: GenerateBatch) -> Tensor:
     new, _ = generate_greedily(model.language_model, model.tokenizer, batch)
     return new
 
 
-def _with_grouped_mm(model: MoEModel, batch: GenerateBatch) -> Tensor:
-    with experts_of(model, KEPT_NAME):
-        return _stock(model, batch)
+def _with_stock_experts(model: MoEModel, batch: GenerateBatch) -> Tensor:
+    """With transformers' own choice: batched_mm behind the prompt, unless this is a CPU."""
+    with experts_of(model, "grouped_mm"):
+        return _generated(model, batch)
 
 
 def _pruning(model: MoEModel, engine: Engine | None, batch: GenerateBatch) -> Tensor:
@@ -110,6 +112,6 @@ def _measured(bench: Bench, batch: GenerateBatch, generate: Generate) -> dict[st
         "ms_a_token": seconds / new_tokens * 1e3,
         "first_run_ms_a_token": first_s / new_tokens * 1e3,
         **peak,
-        "grouped_mm": counts.get("grouped_mm", 0) + counts.get(KEPT_NAME, 0),
+        "grouped_mm": counts.get("grouped_mm", 0) + counts.get(GROUPED_MM, 0),
         "batched_mm": counts.get("batched_mm", 0),
     }

@@ -22,7 +22,7 @@ from moe_evo.config import TaskConfig
 from moe_evo.genome import Genome, Matrix
 from moe_evo.models.free_memory import free_bytes
 from moe_evo.models.library import quiet
-from moe_evo.models.placement import suits_grouped_mm
+from moe_evo.models.placement import suit_device
 from moe_evo.models.view import MoEModel
 from moe_evo.operators import gaussian_mutation, random_pruning, swap_mutation
 from moe_evo.search_config import EEPConfig
@@ -116,8 +116,7 @@ def empty_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
         made: Any = AutoModelForCausalLM
         model: Any = made.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None  # answers have the length that is asked for
-    if not suits_grouped_mm(model, device):
-        model.set_experts_implementation("eager")
+    suit_device(model, device)
     return model.eval().requires_grad_(False)
 
 

@@ -6,13 +6,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from gpu_sections.bench import Bench
 from gpu_sections.made_models import batch_of, dense_matrix, dense_merge, prunings
 from gpu_sections.record import Record
 from gpu_sections.running import engine_of, engine_run
 from gpu_sections.timing import kernels_of, median_s, seconds_of
-from moe_evo.genome import Genome
+from moe_evo.genome import Genome, Matrix
+from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
 
 TOKENS = (1024, 8192)
@@ -60,8 +62,21 @@ def _mix(bench: Bench, model: MoEModel, number: int) -> dict[str, Any]:
     return {
         "ms": seconds * 1e3,
         "gb_per_s": (read + written) / seconds / 1e9,
+        "worst_error": _worst_error(layers[0], matrices[0]),
         "launches": kernels_of(lambda: layers[0].merged_tensors(matrices[0]), bench.device).launches,
     }
+
+
+def _worst_error(layer: MoELayer, matrix: Matrix) -> float:
+    """Of the first slots against a sum in float64, relative to the largest number, in steps of the number format."""
+    weights = torch.from_numpy(matrix[:2]).to(layer.router_tensors()["weight"].device, torch.float64)
+    worst = 0.0
+    for name, mixed in layer.merged_tensors(matrix).items():
+        stacked = layer.expert_tensors()[name][:, :64].double()
+        expected = torch.tensordot(weights, stacked, dims=1)
+        step = torch.finfo(mixed.dtype).eps * float(expected.abs().max())
+        worst = max(worst, float((mixed[:2, :64].double() - expected).abs().max()) / step)
+    return worst
 
 
 def _score(bench: Bench, model: MoEModel, num_tokens: int, genome: Genome, budget_bytes: int) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_evo.evaluation.engine import Engine
 from moe_evo.evaluation.states import StateCache
 from moe_evo.genome import Genome
+from moe_evo.models.placement import GROUPED_MM
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
-
-KEPT_NAME = "grouped_mm_kept"
-"""transformers' grouped_mm under a name that `generate` does not exchange."""
 
 
 def engine_of(model: MoEModel) -> Engine:
@@ -62,8 +60,6 @@ def engine_run(
 @contextmanager
 def experts_of(model: MoEModel, implementation: str) -> Iterator[None]:
     """Let the experts be computed so until the block is left."""
-    if implementation == KEPT_NAME and KEPT_NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(KEPT_NAME, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
     previous = model.language_model.get_experts_implementation()
     model.language_model.set_experts_implementation(implementation)
     try:
@@ -78,7 +74,7 @@ def counted_experts() -> Iterator[dict[str, int]]:
     counts: dict[str, int] = {}
     functions = {
         name: ALL_EXPERTS_FUNCTIONS[name]
-        for name in ("grouped_mm", "batched_mm", KEPT_NAME)
+        for name in ("grouped_mm", "batched_mm", GROUPED_MM)
         if name in ALL_EXPERTS_FUNCTIONS
     }
 

@@ -16,7 +16,7 @@ from moe_evo.models.past import Past
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 
-_MOST_PLANS = 512  # a plan holds a router's rows
+_MOST_PLANS = 512  # a plan holds a router's rows; those of the genomes at work are kept, however many
 _MOST_STARTS = 64  # a start holds the masks of a batch
 
 Trunk = tuple[int, ...]
@@ -36,14 +36,14 @@ class Stages:
     def ready_for(self, genomes: Iterable[Genome]) -> AbstractContextManager[None]:
         """Let the MoE blocks follow any of these genomes."""
         genes = {(stage, gene) for genome in genomes for stage, gene in enumerate(genome.layers)}
+        if len(genes | self._plans.keys()) > _MOST_PLANS:
+            self._plans = {key: plan for key, plan in self._plans.items() if key in genes}
         plans = [(stage, plan) for stage, gene in genes if (plan := self.plan(stage, gene)) is not None]
         return self.model.ready_for(plans)
 
     def plan(self, stage: int, gene: LayerGenome) -> LayerPlan | None:
         """What MoE block `stage` does for `gene`."""
         if (stage, gene) not in self._plans:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
             self._plans[stage, gene] = self.model.plan(gene, stage)
         return self._plans[stage, gene]
 

@@ -42,8 +42,17 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 
 
 def disagreement(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
-    """How far logits (..., V) are from those expected, in words; '' where a model in `dtype` may differ so much."""
-    difference = relative_difference(got, expected)
+    """How far logits (..., V) are from those expected, in words; '' where a model in `dtype` may differ so much.
+
+    In 16 bits the middle token counts: another kernel rounds otherwise, so that a few tokens are routed to other
+    experts, and their logits differ by any amount. What is computed wrongly is wrong for most tokens.
+    """
+    if dtype.itemsize > 2:
+        difference, of_what = relative_difference(got, expected), "logits differ"
+    else:
+        of_tokens = (got.float() - expected.float()).abs().amax(dim=-1).flatten()
+        difference = float(of_tokens.median() / expected.float().abs().max().clamp(min=1e-12))
+        of_what = "the logits of half of the tokens differ"
     if difference <= TOLERANCES[dtype]:
         return ""
-    return f"logits differ by {difference:.1e} of the largest, expected at most {TOLERANCES[dtype]:.0e}"
+    return f"{of_what} by {difference:.1e} of the largest, expected at most {TOLERANCES[dtype]:.0e}"

@@ -29,7 +29,7 @@ from moe_evo.models.placement import (
     drop_repeated_biases,
     input_device,
     placement_options,
-    suits_grouped_mm,
+    suit_device,
     weights_dtype,
 )
 from moe_evo.models.ranks import ALONE, Ranks
@@ -71,10 +71,9 @@ def load_model(config: ModelConfig, ranks: Ranks = ALONE) -> MoEModel:
         else:
             language_model = _language_model(config, source, options)
         tokenizer = _tokenizer(config, source, transformers_config)
+    suit_device(language_model, device)
     if config.experts == "meo":
         language_model.set_experts_implementation(MEO)
-    elif not suits_grouped_mm(language_model, device):
-        language_model.set_experts_implementation("eager")
     if config.sharding == "tensor_parallel":
         drop_repeated_biases(language_model, family, ranks)
     moe = MoEModel(

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from moe_evo.genome import Matrix
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a float32 working copy: what a core's cache holds; 64 MiB
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of a float32 working copy: what a core's cache holds; 256 MiB
 _ROWS, _COLUMNS = 8, 16  # least sizes of a multiplication: below, some CPUs' kernels give a row other last bits
 _LONG_ROW = 1 << 18  # elements: to copy so many is as fast as to mix them beside other rows, in bfloat16 faster
 _EXPERTS = 256  # most experts of a multiplication: it cuts a longer sum where their number says
@@ -83,15 +83,17 @@ def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> 
     cuts = np.searchsorted(experts, range(_EXPERTS, source.shape[0], _EXPERTS))
     parts = [part for part in np.split(experts, cuts) if len(part)]
     groups = []
-    for first in range(0, len(slots), _ROWS):
-        some = slots[first : first + _ROWS]
-        weights = torch.zeros((_ROWS, source.shape[0]), dtype=torch.float32)
-        weights[: len(some)] = torch.from_numpy(rows[first : first + _ROWS])
+    num_rows = _ROWS if source.device.type == "cpu" else len(slots)  # elsewhere bits may depend on other rows
+    for first in range(0, len(slots), num_rows):
+        some = slots[first : first + num_rows]
+        weights = torch.zeros((num_rows, source.shape[0]), dtype=torch.float32)
+        weights[: len(some)] = torch.from_numpy(rows[first : first + num_rows])
         by_part = [weights[:, part].contiguous().to(source.device) for part in parts]
         groups.append((torch.tensor(some, device=source.device), by_part))
-    used = [torch.from_numpy(part).to(source.device) for part in parts]
+    used = [None if len(part) == len(source) else torch.from_numpy(part).to(source.device) for part in parts]
     for columns in _column_chunks(source):
-        chunks = [source[:, columns].index_select(0, part).to(torch.float32) for part in used]
+        whole = source[:, columns]
+        chunks = [(whole if part is None else whole.index_select(0, part)).to(torch.float32) for part in used]
         target = mixed[:, columns]
         width = target.shape[1]
         chunks = [pad(chunk, (0, max(_COLUMNS - width, 0))) for chunk in chunks]

@@ -10,10 +10,17 @@ from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
 from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError
 from moe_evo.models.families import Family
-from moe_evo.models.library import DistributedConfig
+from moe_evo.models.library import ALL_EXPERTS_FUNCTIONS, DistributedConfig, ExpertsInterface
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.slices import local_shape, local_slice, whole_shape
 from moe_evo.models.zero3 import check_deepspeed
+
+GROUPED_MM = "moe_evo_grouped_mm"
+"""transformers' grouped_mm under a name that its `generate` does not exchange, off the CPU, for batched_mm.
+
+That copies the weights of every chosen expert for every row, and is slower from a few rows on.
+"""
+ExpertsInterface.register(GROUPED_MM, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def check_placement(config: ModelConfig, family: Family, transformers_config: Any, ranks: Ranks) -> None:
@@ -83,7 +90,17 @@ def drop_repeated_biases(language_model: Any, family: Family, ranks: Ranks) -> N
                 local_slice(weight).zero_()
 
 
-def suits_grouped_mm(language_model: Any, device: torch.device) -> bool:
+def suit_device(language_model: Any, device: torch.device) -> None:
+    """Let attention and experts run on the kernels that are fast on `device` for batches of many shapes."""
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape, which takes 70 ms on an H200
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not _suits_grouped_mm(language_model, device):
+        language_model.set_experts_implementation("eager")
+    elif device.type != "cpu":
+        language_model.set_experts_implementation(GROUPED_MM)
+
+
+def _suits_grouped_mm(language_model: Any, device: torch.device) -> bool:
     """Whether grouped_mm, which transformers takes by itself, can compute the experts on `device` and is fast there.
 
     It demands that the rows of all their weights are multiples of 16 bytes. On a CPU it is slow in 16 bits: expert

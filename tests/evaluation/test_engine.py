@@ -269,3 +269,20 @@ def test_genomes_that_generate_together_write_what_each_writes_alone(moe: MoEMod
         together = language_model.generate(prompts.repeat(4, 1), **options)
     assert [part.tolist() for part in together.chunk(4)] == [one.tolist() for one in alone]
     assert len({str(one.tolist()) for one in alone}) > 1
+
+
+def test_what_genomes_of_a_call_need_is_made_once_however_many_they_are(
+    mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_evo.evaluation.stages._MOST_PLANS", 2)
+    made: list[object] = []
+    plan = MoEModel.plan
+    monkeypatch.setattr(MoEModel, "plan", lambda self, *given: made.append(given) or plan(self, *given))
+    engine, genomes = Engine(mixtral, StateCache(0, CPU)), population(mixtral)
+    genes = {(stage, gene) for genome in genomes for stage, gene in enumerate(genome.layers)}
+    for _ in range(2):
+        run(engine, one_batch(), genomes)
+    assert len(made) == len(genes)
+    run(engine, one_batch(), genomes[:1])
+    run(engine, one_batch(), genomes[1:2])
+    assert len(engine._stages._plans) == mixtral.shape.num_layers, "others made room"

@@ -19,6 +19,7 @@ from moe_evo.config import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models import view
 from moe_evo.models.loading import load_model, load_tokenizer, model_hash, read_shape, resolve_device
+from moe_evo.models.placement import GROUPED_MM, suit_device
 from moe_evo.models.view import MoEModel
 
 
@@ -263,3 +264,20 @@ def test_embedded_model_loads_with_its_tokenizer() -> None:
     ids = moe.tokenizer(text, return_tensors="pt").input_ids
     assert logits(moe.language_model, ids).shape[:2] == ids.shape
     assert len(model_hash(embedded)) == 64
+
+
+def test_off_the_cpu_generate_keeps_the_experts_and_attention_builds_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is a name here: what is looked at is what the libraries are told."""
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    model = tiny_model("mixtral")
+    try:
+        suit_device(model, torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with model._optimize_model_for_decode():
+        assert model.get_experts_implementation()[""] == GROUPED_MM
+    model.set_experts_implementation("grouped_mm")
+    with model._optimize_model_for_decode():
+        assert model.get_experts_implementation()[""] == "batched_mm", "what the other name is for"
