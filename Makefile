@@ -1,22 +1,34 @@
-# Every target creates .venv itself; all it needs is Python 3.11 or newer.
-#   PYTHON=python3.12 make demo    another interpreter
-#   TORCH="torch" make demo        another build of torch
+# Every target creates the environment that it needs; what must be there is Python 3.11 to 3.14.
+#   PYTHON=python3.12 make demo       another interpreter
+#   TORCH="torch==2.12.0" make demo   another torch than the locked one; TORCH="torch" takes the newest
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
 BIN := .venv/bin
 BENCHMARKS := $(filter-out benchmarks/figures.py benchmarks/baselines.py benchmarks/models.py benchmarks/shots.py, $(wildcard benchmarks/*.py))
+# the suites that would notice a change in a library
+CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench lock test-oldest test-newest clean
 
-.venv/ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: $(PYTHON) is older than Python 3.11; set PYTHON to a newer one"; exit 2; }
+# torch as TORCH asks for it, in place of the locked one (in sed, & is what stands there)
+WITH_TORCH = sed 's|^torch==.*|$(or $(TORCH),&)|'
+
+# What a search needs, in the versions of constraints.txt. Python compiles what it imports: pip would compile all of it,
+# more than half of its work.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  { echo "make: $(PYTHON) is not Python 3.11 to 3.14; set PYTHON to one that is"; exit 2; }
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq "$(TORCH)"
-	$(BIN)/pip install -qq --editable ".[dev]"
+	$(WITH_TORCH) constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -qq --no-compile --constraint .venv/constraints.txt --editable .
+	@touch $@
+
+# The same environment with DeepSpeed and the tools of tests and linters.
+.venv/dev: .venv/ready
+	$(BIN)/pip install -qq --no-compile --constraint .venv/constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: .venv/ready
@@ -24,10 +36,10 @@ demo: .venv/ready
 	$(BIN)/moe-evo export runs/demo --to runs/demo/checkpoint --overwrite
 	$(BIN)/python experiments/embedded/generate.py runs/demo/checkpoint
 
-test: .venv/ready
+test: .venv/dev
 	$(BIN)/python -m pytest
 
-lint: .venv/ready
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -36,5 +48,50 @@ lint: .venv/ready
 bench: .venv/ready
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+# --- versions: uv only resolves, pip installs ---
+
+UV_VERSION := 0.13.9
+# one set of versions for every platform and every Python from 3.11 on
+RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+  --fork-strategy fewest --no-annotate --custom-compile-command "make lock"
+# every torch pins these itself, and each of its releases and builds others
+WITHOUT_CUDA := sed -E '/^(nvidia-|cuda-|triton==)/d'
+
+.venv-lock/ready: Makefile
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -qq uv==$(UV_VERSION) packaging
+	@touch $@
+
+# The newest of everything but torch, which [tool.uv] in pyproject.toml holds.
+.PHONY: .venv-lock/newest.txt
+.venv-lock/newest.txt: .venv-lock/ready
+	$(RESOLVE) --all-extras --output-file .venv-lock/resolved.txt
+	$(WITHOUT_CUDA) .venv-lock/resolved.txt > $@
+
+lock: .venv-lock/newest.txt
+	cp $< constraints.txt
+	.venv-lock/bin/python tests/lock.py
+
+# With the lower bounds of pyproject.toml. Their torch is a CUDA build on Linux, 3 GB; TORCH chooses another one.
+test-oldest: .venv-lock/ready
+	$(RESOLVE) --no-config --extra dev --resolution lowest-direct --output-file .venv-lock/resolved.txt
+	$(WITHOUT_CUDA) .venv-lock/resolved.txt | $(WITH_TORCH) > .venv-lock/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -qq --no-compile --constraint .venv-lock/oldest.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest $(CONTRACTS)
+
+# With what `make lock` would write now, so with the locked torch, as the newest is 3 GB on Linux: TORCH="torch" takes it.
+test-newest: .venv-lock/newest.txt
+	@$(WITH_TORCH) $< > .venv-lock/asked.txt; \
+	if cmp -s constraints.txt .venv-lock/asked.txt; then echo "constraints.txt holds the newest versions: nothing to test"; \
+	else $(MAKE) --no-print-directory test-asked; fi
+
+.PHONY: test-asked
+test-asked:
+	-diff constraints.txt .venv-lock/asked.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -qq --no-compile --constraint .venv-lock/asked.txt --editable ".[dev]"
+	.venv-newest/bin/python -m pytest $(CONTRACTS)
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-* runs build *.egg-info

@@ -173,7 +173,6 @@ def _run(
     from moe_evo.criteria.observer import Observer
     from moe_evo.driver import run_search
     from moe_evo.models.loading import alignment_digest
-    from moe_evo.report.figure import kept_figure, search_figure
 
     if config.search.algorithm != "random" and space.can_prune:
         merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
@@ -193,6 +192,8 @@ def _run(
             provenance = {key: result[key] for key in ("model", "router", "tasks")}
             provenance |= {"alignment": alignment_digest(config.model), "row": row.to_json()}
             save_individual(folder.winners[row.key], individual, space, provenance)
+    from moe_evo.report.figure import kept_figure, search_figure  # Matplotlib: not before there is something to draw
+
     search_figure(
         folder.figure,
         journal.individuals(MAIN),

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ADVICE = "install the tested versions (README, 'Two commands'), or a newer moe_evo"
@@ -39,10 +40,11 @@ def needed_packages() -> Mapping[str, str | None]:
     needed: dict[str, str | None] = {}
     for line in requires("moe_evo") or ():
         requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            needed[requirement.name] = None
-        elif extra := re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker)):
-            needed.setdefault(requirement.name, extra[1])
+            needed[name] = None
+        elif extra := re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker)):
+            needed.setdefault(name, extra[1].replace("-", "_"))
     return {package: extra for package, extra in needed.items() if package in tested_versions()["locked"]}
 
 

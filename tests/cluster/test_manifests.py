@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lock import locked_versions
 from stub_programs import CLUSTER
 
 from moe_evo.config import RunConfig
@@ -196,10 +197,12 @@ def test_the_image_holds_the_package_with_deepspeed_and_any_torch(instructions: 
     assert ignore[0] == "*" and {line.lstrip("!") for line in ignore if line.startswith("!")} == copied
 
 
-def test_one_version_of_ray_stands_in_all_files(instructions: list[tuple[str, str]], job: dict[str, Any]) -> None:
-    texts = [path.read_text() for path in (CLUSTER / "Dockerfile", CLUSTER / "ray-up-aws.yaml")]
-    versions = {version for text in texts for version in re.findall(r"ray\[[a-z,]+\]==([0-9.]+)", text)}
-    assert versions == {job["rayClusterSpec"]["rayVersion"]}
+def test_image_nodes_and_ray_job_have_the_locked_ray(instructions: list[tuple[str, str]], job: dict[str, Any]) -> None:
+    nodes = (CLUSTER / "ray-up-aws.yaml").read_text()
+    installs = [rest for name, rest in instructions if name == "RUN" and "pip install" in rest]
+    installs += [line for line in nodes.splitlines() if "pip install" in line]
+    assert len(installs) == 3 and all(re.search(r"(-c|--constraint) \S+/constraints\.txt", one) for one in installs)
+    assert job["rayClusterSpec"]["rayVersion"] == locked_versions()["ray"]
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
