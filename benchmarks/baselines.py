@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from models import loaded
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.models.export import export_checkpoint
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
+from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.prompt import PromptFormat
 

@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from shots import few_shot_task
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.genome import Genome
-from moe_evo.operators import random_pruning, swap_mutation
-from moe_evo.search_config import EEPConfig
-from moe_evo.space import SearchSpace
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.search import EEPConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning, swap_mutation
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.tasks.data import check_tasks
 
 EXAMPLES = {"embedded": 100, "mixtral": 20, "qwen3": 20}

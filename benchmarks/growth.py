@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from moe_evo.config import EvaluationConfig, TaskConfig
-from moe_evo.operators import random_pruning
-from moe_evo.space import SearchSpace
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.tasks.data import TaskData, check_tasks
 
 TOLERANCE = 0.1

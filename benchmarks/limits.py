@@ -34,14 +34,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_evo.config import EvaluationConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.operators import random_pruning, swap_mutation
-from moe_evo.population import Individual
-from moe_evo.search import build_search
-from moe_evo.search_config import EEPConfig, SearchConfig
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning, swap_mutation
+from moe_evo.genomes.population import Individual
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.registry import build_search
 from moe_evo.tasks.data import TaskData, check_tasks
 
 GENOMES = {"embedded": 8, "mixtral": 2, "qwen3": 2}  # of each kind

@@ -27,8 +27,9 @@ from models import KEPT, loaded, model_path
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.config import EvaluationConfig, TaskConfig
-from moe_evo.genome import Matrix
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.genome import Matrix
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.merged_cache import MergedCache, MergedTensors, merged_key
 from moe_evo.tasks.data import check_tasks

@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_evo
-from moe_evo import evaluators
-from moe_evo.config import Dtype, EvaluationConfig, ModelConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import Dtype, ModelConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.models.library import quiet
-from moe_evo.population import Evaluation
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
+from moe_evo.models.transformers_border import quiet
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.data import TaskData
 from moe_evo.tracking.terminal import TerminalTracker
@@ -65,7 +66,7 @@ def loaded(
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
         model = ModelConfig(path=path, self_check=self_check, dtype=dtype, merged_cache_gib=merged_cache_gib)
-        return evaluators.load_evaluator(model, tasks, config, tracker)
+        return load_evaluator(model, tasks, config, tracker)
 
 
 def evaluate(evaluator: Evaluator, genomes: Sequence[Genome]) -> None:

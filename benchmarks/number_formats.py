@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from moe_evo.config import EvaluationConfig, TaskConfig
-from moe_evo.operators import random_pruning
-from moe_evo.space import SearchSpace
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.tasks.data import check_tasks
 
 BEST = 10

@@ -27,10 +27,11 @@ from models import KEPT, loaded, model_path
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.config import EvaluationConfig, TaskConfig
-from moe_evo.criteria.answers import answer
-from moe_evo.criteria.observation import prompts
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.criteria.answering import answer
 from moe_evo.criteria.questions import GateRatios, Outputs, Question, Routed, Trials
+from moe_evo.criteria.routed import prompts
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.tasks.data import check_tasks
 

@@ -28,17 +28,19 @@ from models import KEPT, loaded, model_path
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.config import EvaluationConfig, TaskConfig
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.packing import ALL, MeasuredPacking, Packing, packing_for
-from moe_evo.evaluation.states import StateCache
-from moe_evo.genome import Genome
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.packing import ALL, MeasuredPacking, Packing, packing_for
+from moe_evo.evaluation.engine.states import StateCache
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.models.view import MoEModel
-from moe_evo.operators import random_pruning
-from moe_evo.space import SearchSpace
 from moe_evo.tasks.base import ForwardBatch
+from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.data import check_tasks
-from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
+from moe_evo.tasks.rows import BatchLimits, Row
 
 TOGETHER = (1, 2, 4, 8, 16)
 TOKENS = (32, 128, 512, 2048)

@@ -17,16 +17,19 @@ from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, TaskConfig
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.questions import Weights
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.gangs.connection import connected
 from moe_evo.gangs.ray_pool import ray_pool
-from moe_evo.genome import Genome
-from moe_evo.models.loading import model_hash, read_shape
-from moe_evo.operators import random_pruning
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.load import model_hash, read_shape
 from moe_evo.tasks.data import check_tasks
 
 

@@ -25,20 +25,21 @@ from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ScoringConfig, TaskConfig
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
-from moe_evo.driver import Run
 from moe_evo.evaluation.pool import Listener, Pool, Request
 from moe_evo.gangs.dispatcher import Batch, Dispatcher, Job, Key
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_pool import ray_pool
-from moe_evo.genome import Genome
-from moe_evo.journal import MAIN, Journal
-from moe_evo.population import Evaluation, Outcome
-from moe_evo.search.random_search import RandomSearch
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, Outcome
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.records.journal import MAIN, Journal
+from moe_evo.runs.loop import Run
+from moe_evo.searches.random_search import RandomSearch
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.task import TaskConfig
 
 
 def few_shot_task(name: str, shots: int, folder: Path, **options: Any) -> TaskConfig:

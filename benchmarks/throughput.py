@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from shots import few_shot_task
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.population import Individual
-from moe_evo.search import build_search
-from moe_evo.search_config import SearchConfig
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Individual
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.registry import build_search
 from moe_evo.tasks.data import check_tasks
 
 EXAMPLES = {"embedded": 200, "mixtral": 40, "qwen3": 40}

@@ -27,16 +27,17 @@ from models import loaded
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.config import EvaluationConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.evaluation.pool import Request
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, Individual, Population
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation, Individual, Population
-from moe_evo.search import build_search
-from moe_evo.search_config import EEPConfig, SearchConfig
-from moe_evo.space import SearchSpace
+from moe_evo.searches.registry import build_search
 from moe_evo.tasks.data import TaskData, check_tasks
 from moe_evo.tasks.registry import build_task
 

@@ -28,15 +28,18 @@ from figures import print_figures
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo import commands
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig, TrackingConfig
-from moe_evo.journal import MAIN
-from moe_evo.models.loading import load_model
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig, TrackingConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.population import Individual
+from moe_evo.models.load import load_model
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Individual
+from moe_evo.records.journal import MAIN
 from moe_evo.report.terminal import print_whole
-from moe_evo.search_config import SearchConfig
-from moe_evo.tracking import wandb  # noqa: F401 - what its import takes is no part of a search
+from moe_evo.tracking import wandb_log  # noqa: F401 - what its import takes is no part of a search
 from moe_evo.tracking.terminal import TerminalTracker
 
 ARMS = {
@@ -78,7 +81,7 @@ def measured(config: RunConfig, model: MoEModel) -> Seconds:
         clock = Clock(Console(file=nowhere))
         with clock:
             started, used_s = time.perf_counter(), cpu_s()
-            commands.search(replace(config, folder=str(Path(folder) / "run")), clock, model)
+            search_command(replace(config, folder=str(Path(folder) / "run")), clock, model)
             whole_s, used_s = time.perf_counter() - started, cpu_s() - used_s
         assert len(clock.times) == config.search.evaluations
         evaluations_s = clock.times[-1] - clock.times[0]

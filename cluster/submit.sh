@@ -129,7 +129,7 @@ runtime_env=$temporary/runtime_env.yaml
 excludes=(
   .git .venv venv .env __pycache__ '.*_cache' .hypothesis '*.egg-info' build dist node_modules
   runs wandb mlruns '*.safetensors' '*.gguf' '*.bin' '*.pt' '*.ckpt' '*.sqlite*'
-  '!/moe_evo/data/**/*.safetensors'
+  '!/moe_evo/data/**/*.safetensors' '!/moe_evo/runs' '!/moe_evo/runs/*.py'
 )
 (umask 077 && : >"$runtime_env")
 (

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
+from moe_evo.genomes.space import ModelShape, SearchSpace
 
 __all__ = [
     "Candidate",
@@ -27,7 +27,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "load_pruned":
-        from moe_evo.models.pruned import load_pruned
+        from moe_evo.models.export.pruned import load_pruned
 
         return load_pruned
     raise AttributeError(f"module 'moe_evo' has no attribute {name!r}")

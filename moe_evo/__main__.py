@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from moe_evo.cli import main
+from moe_evo.cli.main import main
 
 
 def run() -> int:

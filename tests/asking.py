@@ -9,13 +9,15 @@ from typing import Any
 import tiny_tasks as tiny
 from tiny_models import tiny_model
 
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import Routed
 from moe_evo.criteria.sums import LayerObservation, Observation
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
-from moe_evo.models.loading import load_model
+from moe_evo.models.load import load_model
 from moe_evo.models.ranks import Ranks
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task

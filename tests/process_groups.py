@@ -22,7 +22,7 @@ GROUP_TIMEOUT_S = 40.0
 
 # forks of a server that has imported the libraries once start in milliseconds
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["moe_evo.models.loading", "moe_evo.evaluation.evaluator"])
+_CONTEXT.set_forkserver_preload(["moe_evo.models.load", "moe_evo.evaluation.evaluator"])
 
 
 def run_gang(function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 150.0) -> list[Any]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from moe_evo.cli import main
+from moe_evo.cli.main import main
 
 
 def refusal(

@@ -9,7 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import sys
 from moe_evo import driver
-from moe_evo.cli import main
+from moe_evo.cli.main import main
 
 HEAVY = {"wandb", "bokeh", "ray", "deepspeed", "sklearn", "matplotlib", "pandas", "pyarrow", "lm_eval"}
 run_search = driver.run_search

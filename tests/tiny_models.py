@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import ModelShape
 from moe_evo.models.tiny import CONFIGS, tiny_model
-from moe_evo.space import ModelShape
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in sorted(CONFIGS)},

@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moe_evo.config import TaskConfig
-from moe_evo.evaluation.generate import generate_greedily
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.token_trees import attention_masks
-from moe_evo.space import ModelShape
+from moe_evo.config.task import TaskConfig
+from moe_evo.evaluation.engine.generate import generate_greedily
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.tree_masks import attention_masks
 from moe_evo.tasks.base import Batch, ForwardBatch, TaskScores
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task

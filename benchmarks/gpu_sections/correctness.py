@@ -14,8 +14,8 @@ from gpu_sections.bench import Bench
 from gpu_sections.made_models import batch_of, genomes_in_words, prunings
 from gpu_sections.record import Record
 from gpu_sections.running import applied_logits, engine_of, engine_run
-from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.sharing import sharing_for
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.models.agreement import TOLERANCES, relative_difference
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.self_check import self_check

@@ -16,15 +16,16 @@ from gpu_sections.made_models import prunings
 from gpu_sections.record import Record
 from gpu_sections.running import counted_experts, experts_of
 from gpu_sections.timing import peak_gib, timed
-from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.generate import generate_greedily, generate_together
-from moe_evo.evaluation.packing import ALL
-from moe_evo.evaluation.sharing import sharing_for
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.generate import generate_greedily, generate_together
+from moe_evo.evaluation.engine.packing import ALL
+from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.models.placement import GROUPED_MM
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
-from moe_evo.tasks.rows import BatchLimits, Row, generate_batches
+from moe_evo.tasks.batches import generate_batches
+from moe_evo.tasks.rows import BatchLimits, Row
 
 ROWS = (32, 8, 128)  # what tells most comes first
 PROMPT, NEW_TOKENS = 64, 64

@@ -18,20 +18,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from gpu_sections.record import free_memory
-from moe_evo.config import TaskConfig
-from moe_evo.genome import Genome, Matrix
+from moe_evo.config.search import EEPConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.genome import Genome, Matrix
+from moe_evo.genomes.operators import gaussian_mutation, random_pruning, swap_mutation
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.models.free_memory import free_bytes
-from moe_evo.models.library import quiet
 from moe_evo.models.placement import suit_device
+from moe_evo.models.transformers_border import quiet
 from moe_evo.models.view import MoEModel
-from moe_evo.operators import gaussian_mutation, random_pruning, swap_mutation
-from moe_evo.search_config import EEPConfig
-from moe_evo.space import SearchSpace
 from moe_evo.tasks.base import ForwardBatch
+from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.choice import ChoiceScorer
 from moe_evo.tasks.data import TaskData, check_tasks
 from moe_evo.tasks.prompt import PromptFormat
-from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
+from moe_evo.tasks.rows import BatchLimits, Row
 from moe_evo.tasks.task import Task
 
 OLMOE = {

@@ -13,11 +13,11 @@ import torch
 from gpu_sections.bench import Bench
 from gpu_sections.made_models import choice_task, dense_merge, made_up_data, prunings
 from gpu_sections.record import Record, free_memory
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 from moe_evo.tasks.task import Task
 
 LIMITS_GIB = (4.0, 1.5)  # beside the model

@@ -13,7 +13,7 @@ from gpu_sections.made_models import batch_of, dense_matrix, dense_merge, prunin
 from gpu_sections.record import Record
 from gpu_sections.running import engine_of, engine_run
 from gpu_sections.timing import kernels_of, median_s, seconds_of
-from moe_evo.genome import Genome, Matrix
+from moe_evo.genomes.genome import Genome, Matrix
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
 

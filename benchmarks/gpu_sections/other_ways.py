@@ -19,11 +19,11 @@ from gpu_sections.bench import Bench
 from gpu_sections.made_models import choice_task, empty_model, made_up_data, merging_family, pruning_family
 from gpu_sections.record import Record, free_memory
 from gpu_sections.timing import seconds_of, timed
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 from moe_evo.tasks.data import TaskData
 
 BATCH_SIZES = (32, 128)  # rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_evo.errors import MoeEvoError
-from moe_evo.models.library import LIBRARY_ERRORS, one_line
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line
 
 POINT_ERRORS = (*LIBRARY_ERRORS, MoeEvoError, AssertionError, ArithmeticError, MemoryError)
 """What a point may raise without ending its section; CUDA's errors are RuntimeErrors."""

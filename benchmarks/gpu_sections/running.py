@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.states import StateCache
-from moe_evo.genome import Genome
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.states import StateCache
+from moe_evo.genomes.genome import Genome
 from moe_evo.models.placement import GROUPED_MM
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch

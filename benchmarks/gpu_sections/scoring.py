@@ -12,7 +12,7 @@ from gpu_sections.made_models import batch_of, genomes_in_words, needed_flops, p
 from gpu_sections.record import Record
 from gpu_sections.running import applied_logits, engine_of, engine_run, experts_of, stock_logits
 from gpu_sections.timing import host_syncs, kernels_of, median_s
-from moe_evo.evaluation.engine import Engine
+from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.models.free_memory import free_bytes
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch

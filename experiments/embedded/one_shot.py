@@ -24,19 +24,22 @@ import numpy.typing as npt
 from quality import write_between_marks
 from rich.console import Console
 
-from moe_evo import aligning, evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.commands.align import align
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.merges import MERGES
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import CRITERIA, METHODS
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
-from moe_evo.genome import Genome
-from moe_evo.genome_file import load_genome
-from moe_evo.population import Evaluation, ExampleScores
-from moe_evo.run_folder import RunFolder
-from moe_evo.space import SearchSpace
-from moe_evo.statistics import paired_difference
+from moe_evo.genomes.file import load_genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, ExampleScores
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.statistics import paired_difference
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -81,7 +84,7 @@ def one_shot_scores(task: str, tracker: TerminalTracker) -> dict[tuple[str, int]
     for (way, number), genome in genomes.items():
         if way.is_aligned:  # which permutes the neurons of a model that is loaded for it alone
             other = _evaluator(task, tracker)
-            aligning.align(other, genome, "embedded", tracker)
+            align(other, genome, "embedded", tracker)
             found |= _scores(other, {(way.label, number): genome})
     return found
 
@@ -108,7 +111,7 @@ def _winner(folder: RunFolder, key: str) -> Genome:
 
 def _evaluator(task: str, tracker: TerminalTracker) -> Evaluator:
     data = check_tasks([TaskConfig(data=task, num_search=NUM_SEARCH)])
-    return evaluators.load_evaluator(ModelConfig(self_check=False), data, EvaluationConfig(), tracker)
+    return load_evaluator(ModelConfig(self_check=False), data, EvaluationConfig(), tracker)
 
 
 def _scores(evaluator: Evaluator, genomes: dict[tuple[str, int], Genome]) -> dict[tuple[str, int], ExampleScores]:

@@ -18,19 +18,21 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from moe_evo import evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import Trials
 from moe_evo.criteria.registry import CRITERIA
 from moe_evo.criteria.subsets import subsets
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation
-from moe_evo.search.random_search import RandomSearch
-from moe_evo.space import SearchSpace
-from moe_evo.statistics import RankCorrelation, rank_correlation
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.statistics import RankCorrelation, rank_correlation
+from moe_evo.runs.open_pool import load_evaluator
+from moe_evo.searches.random_search import RandomSearch
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -61,7 +63,7 @@ def proxies(task: str, tracker: TerminalTracker) -> tuple[dict[str, Scores], Sco
 
 
 def _evaluator(task: TaskConfig, tracker: TerminalTracker) -> Evaluator:
-    return evaluators.load_evaluator(ModelConfig(self_check=False), check_tasks([task]), EvaluationConfig(), tracker)
+    return load_evaluator(ModelConfig(self_check=False), check_tasks([task]), EvaluationConfig(), tracker)
 
 
 def _evaluations(

@@ -24,12 +24,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before tor
 import numpy as np
 from rich.console import Console
 
-from moe_evo import commands, evaluators
-from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig, TaskConfig
-from moe_evo.journal import RANDOM
-from moe_evo.population import Evaluation
-from moe_evo.run_folder import RunFolder, write_whole
-from moe_evo.search_config import SearchConfig
+from moe_evo.commands.search import search
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.population import Evaluation
+from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.records.journal import RANDOM
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -71,7 +74,7 @@ def run_cell(cell: Cell) -> dict[str, float]:
         tracker = TerminalTracker(Console(file=nowhere))
         folder = RunFolder(Path(cell.config.folder or ""))
         if not folder.result.is_file():
-            folder = commands.search(cell.config, tracker)
+            folder = search(cell.config, tracker)
         scores = {row["key"]: row["scores"]["test"]["fitness"] for row in folder.read_result()["rows"]}
         scores["random_mean"] = float(np.mean(_random_scores(cell.config, folder, tracker)))
     return scores
@@ -84,7 +87,7 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
         with folder.open_journal() as journal:
             genomes = [one.genome for one in journal.candidates(RANDOM)[:10]]
         data = check_tasks(config.tasks)
-        evaluator = evaluators.load_evaluator(config.model, data, config.evaluation, tracker)
+        evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
         write_whole(path, json.dumps(scores))

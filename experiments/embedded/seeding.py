@@ -24,13 +24,17 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from moe_evo import commands, evaluators
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
+from moe_evo.commands.search import search
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.journal import MAIN
-from moe_evo.population import Evaluation, Individual, Population
-from moe_evo.run_folder import RunFolder
-from moe_evo.search_config import SearchConfig
+from moe_evo.genomes.population import Evaluation, Individual, Population
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -73,12 +77,10 @@ def curve(cell: Cell) -> Curve:
         tracker = TerminalTracker(Console(file=nowhere))
         folder = RunFolder(Path(cell.config.folder or ""))
         if not folder.result.is_file():
-            folder = commands.search(cell.config, tracker)
+            folder = search(cell.config, tracker)
         with folder.open_journal() as journal:
             individuals = journal.individuals(MAIN)
-        evaluator = evaluators.load_evaluator(
-            cell.config.model, check_tasks(cell.config.tasks), cell.config.evaluation, tracker
-        )
+        evaluator = load_evaluator(cell.config.model, check_tasks(cell.config.tasks), cell.config.evaluation, tracker)
     return _validated(evaluator, individuals)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from moe_evo.config import RunConfig, ScoringConfig, TrackingConfig
-from moe_evo.config_file import config_parser, plain_parser
-from moe_evo.sweep_config import SweepConfig
+from moe_evo.config.file import config_parser, plain_parser
+from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
+from moe_evo.config.sweep import SweepConfig
 
 
 def search_parser() -> ArgumentParser:

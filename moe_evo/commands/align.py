@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import ModelConfig
+from moe_evo.commands.named_genome import GENOME_IN_CHECKPOINT
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.named_genome import GENOME_IN_CHECKPOINT
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.criteria.merges import Merge
     from moe_evo.criteria.observer import Observer
     from moe_evo.evaluation.evaluator import Evaluator
-    from moe_evo.models.alignment import Permutations
-    from moe_evo.models.alignment_file import Alignment
+    from moe_evo.models.experts.alignment import Permutations
+    from moe_evo.models.experts.alignment_file import Alignment
 
 
 def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
@@ -43,7 +43,7 @@ def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracke
 
     model_hash: of the model as it was loaded.
     """
-    from moe_evo.models.alignment_file import Alignment
+    from moe_evo.models.experts.alignment_file import Alignment
 
     tracker.message("aligning the neurons of experts that are merged")
     of = f"of {evaluator.model.shape.num_layers}"
@@ -58,7 +58,7 @@ def aligned_progressively(
 
     Leaves the loaded model with its neurons reordered, as `align` does.
     """
-    from moe_evo.models.alignment_file import Alignment
+    from moe_evo.models.experts.alignment_file import Alignment
 
     orders = []
 
@@ -73,7 +73,7 @@ def aligned_progressively(
 
 
 def _align(evaluator: Evaluator, genome: Genome, done: Callable[[int], None] = lambda layer: None) -> Permutations:
-    from moe_evo.models.alignment import align_neurons, alignment_of
+    from moe_evo.models.experts.alignment import align_neurons, alignment_of
 
     found = alignment_of(evaluator.model, genome, done)
     align_neurons(evaluator.model, found)
@@ -89,8 +89,8 @@ def save_beside(
 
     alignment: as it was found, or the file of `model.alignment`.
     """
-    from moe_evo.genome_file import save_genome
-    from moe_evo.models.alignment_file import save_alignment
+    from moe_evo.genomes.file import save_genome
+    from moe_evo.models.experts.alignment_file import save_alignment
 
     files = {"genome": checkpoint / GENOME_IN_CHECKPOINT}
     folder = files["genome"].parent

@@ -10,20 +10,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import ScoringConfig
-from moe_evo.config_check import require
+from moe_evo.commands.shared import provenance, require_one_process, scored_on_test
+from moe_evo.config.check import require
+from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import ConfigError
-from moe_evo.evaluators import load_evaluator
-from moe_evo.run_folder import with_absolute_paths
+from moe_evo.records.folder import with_absolute_paths
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.base import Tracker
-from moe_evo.transforms import provenance, require_one_process, scored_on_test
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
-    from moe_evo.models.compression import CompressedExperts, Compression
-    from moe_evo.models.model_card import Treatment
-    from moe_evo.models.size import ModelSize
+    from moe_evo.models.compress.compression import CompressedExperts, Compression
+    from moe_evo.models.export.model_card import Treatment
+    from moe_evo.models.size.size import ModelSize
 
 _OPTIONS = {"moe_pruner": ("sparsity", "pattern"), "mc_smoe": ("rank", "columns")}
 """Methods, and what each of them reads."""
@@ -64,8 +64,8 @@ class CompressOptions:
 
     def compression(self) -> Compression:
         """Raises ConfigError for a pattern that is none."""
-        from moe_evo.models.low_rank import LowRankPlusColumns
-        from moe_evo.models.sparsity import Pattern, RouterWeightedPruning
+        from moe_evo.models.compress.low_rank import LowRankPlusColumns
+        from moe_evo.models.compress.sparsity import Pattern, RouterWeightedPruning
 
         if self.method == "mc_smoe":
             assert self.rank is not None, "checked when it was made"
@@ -89,11 +89,11 @@ def compress(
     require(sharding == "single", "model.sharding", sharding, "'single': whole matrices are compressed")
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
-    from moe_evo.models.compression import experts_replaced
-    from moe_evo.models.export import export_checkpoint
-    from moe_evo.models.loading import model_hash, resolve_device
-    from moe_evo.models.size import read_size
-    from moe_evo.models.target_folder import check_target
+    from moe_evo.models.compress.compression import experts_replaced
+    from moe_evo.models.export.export import export_checkpoint
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.load import model_hash, resolve_device
+    from moe_evo.models.size.size import read_size
 
     compression = options.compression()
     resolve_device(config.model.device)
@@ -134,7 +134,7 @@ def compress(
 
 def _check_fits(options: CompressOptions, size: ModelSize) -> None:
     """Raise ConfigError where a rank or pattern does not fit the experts' matrices."""
-    from moe_evo.models.sparsity import Pattern
+    from moe_evo.models.compress.sparsity import Pattern
 
     hidden, inner = next(one.shape[1:] for one in size.weights if one.is_expert and one.name == "down_proj")
     if isinstance(options.rank, int):
@@ -148,7 +148,7 @@ def _check_fits(options: CompressOptions, size: ModelSize) -> None:
 
 def _compressed(evaluator: Evaluator, compression: Compression, tracker: Tracker) -> CompressedExperts:
     from moe_evo.criteria.input_norms import observe_input_norms
-    from moe_evo.models.compression import LayerChange, compressed_experts
+    from moe_evo.models.compress.compression import LayerChange, compressed_experts
 
     model = evaluator.model
     norms = None
@@ -187,7 +187,7 @@ def _how(options: CompressOptions, compression: Compression, experts: Compressed
 
 
 def _treatment(options: CompressOptions, compression: Compression) -> Treatment:
-    from moe_evo.models.model_card import Treatment
+    from moe_evo.models.export.model_card import Treatment
 
     is_low_rank = options.method == "mc_smoe"
     title = "experts of low rank" if is_low_rank else "sparse experts"

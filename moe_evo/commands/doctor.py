@@ -17,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moe_evo.config import EvaluationConfig, ModelConfig, TrackingConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import TrackingConfig
 from moe_evo.errors import ConfigError
 from moe_evo.versions import ADVICE, installed_version, needed_packages, release, tested_versions
 
@@ -154,7 +156,7 @@ def _ray() -> Finding:
 
 
 def _wandb() -> Finding:
-    from moe_evo.tracking.wandb_thread import wandb_mode
+    from moe_evo.tracking.wandb_run import wandb_mode
 
     key = "set" if os.environ.get("WANDB_API_KEY") else "not set"
     return "ok", f"{wandb_mode(TrackingConfig())} (WANDB_MODE {os.environ.get('WANDB_MODE', 'not set')}, key {key})"
@@ -177,7 +179,7 @@ def _chromium() -> Finding:
 
 def _embedded_model() -> Finding:
     """The self-check at load, and what of sharing holds on the device that a run would take."""
-    from moe_evo.models.loading import load_model
+    from moe_evo.models.load import load_model
 
     return _sharing(load_model(ModelConfig()))
 
@@ -190,9 +192,9 @@ def _families() -> Sequence[str]:
 
 def _family(family: str) -> Finding:
     """The same of a tiny random model."""
-    from moe_evo.models.library import quiet
     from moe_evo.models.self_check import self_check
     from moe_evo.models.tiny import tiny_model
+    from moe_evo.models.transformers_border import quiet
     from moe_evo.models.view import MoEModel
 
     with quiet():
@@ -202,7 +204,7 @@ def _family(family: str) -> Finding:
 
 
 def _sharing(model: MoEModel) -> Finding:
-    from moe_evo.evaluation.sharing import sharing_for
+    from moe_evo.evaluation.engine.sharing import sharing_for
 
     switched_off = (*model.switched_off, *sharing_for(model, EvaluationConfig()).switched_off)
     if switched_off:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import Offload, RunConfig, Sharding
-from moe_evo.space import SearchSpace
+from moe_evo.config.model import Offload, Sharding
+from moe_evo.config.run import RunConfig
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.runs.workload import merges
 from moe_evo.tasks.data import TaskData
-from moe_evo.workload import merges
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
-    from moe_evo.models.size import ModelSize
+    from moe_evo.models.size.size import ModelSize
 
 MODES: tuple[tuple[Sharding, Offload], ...] = (
     ("single", "none"),
@@ -64,7 +65,7 @@ def _batch_bytes(config: RunConfig, data: Sequence[TaskData], size: ModelSize) -
 
     A row longer than the batch's limit is a batch of its own.
     """
-    from moe_evo.tasks.rows import MAX_LOGITS
+    from moe_evo.tasks.batches import MAX_LOGITS
 
     longest = max(task.max_length for task in config.tasks)
     tokens = max(config.evaluation.batch_tokens, longest)
@@ -84,7 +85,7 @@ def _mode(
     batch: Mapping[str, int],
     device_bytes: int | None,
 ) -> dict[str, Any]:
-    from moe_evo.models.memory import memory_per_rank, merged_bytes
+    from moe_evo.models.size.memory import memory_per_rank, merged_bytes
 
     memory = memory_per_rank(size, sharding, offload)
     is_merged = space is not None and merges(config.search, can_prune=space.can_prune)

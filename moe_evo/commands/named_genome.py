@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_evo.config import RouterMode
+from moe_evo.config.model import RouterMode
 from moe_evo.errors import GenomeError
-from moe_evo.genome import Genome
-from moe_evo.genome_file import genome_from_kept_json, load_genome, load_metadata
-from moe_evo.run_folder import RunFolder
-from moe_evo.space import ModelShape
+from moe_evo.genomes.file import genome_from_kept_json, load_genome, load_metadata
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import ModelShape
+from moe_evo.records.folder import RunFolder
 
 GENOME_IN_CHECKPOINT = Path("moe_evo") / "genome.safetensors"
 """In the folder of a checkpoint that `moe-evo prune` made: where no loader looks for weights."""
@@ -30,7 +30,7 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: st
     if path.suffix == ".json":
         return genome_from_kept_json(path, shape)
     if path.suffix == ".pth":
-        from moe_evo.models.eep_coefficients import load_eep_coefficients
+        from moe_evo.models.experts.eep_coefficients import load_eep_coefficients
 
         return load_eep_coefficients(path, shape)
     if len(path.name) > 255 or not path.exists():

@@ -15,23 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_evo.commands import build_space
-from moe_evo.config import RunConfig, num_ranks
+from moe_evo.commands.memory import planned_memory
+from moe_evo.config.cluster import num_ranks
+from moe_evo.config.run import RunConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
-from moe_evo.evaluators import open_pool
-from moe_evo.memory_plan import planned_memory
-from moe_evo.operators import random_pruning
-from moe_evo.room import ClusterRoom, gangs_that_fit
-from moe_evo.run_folder import RunFolder, default_folder, with_absolute_paths
-from moe_evo.search.enumeration import num_prunings
-from moe_evo.search_config import SearchConfig
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.gangs.capacity import ClusterRoom, gangs_that_fit
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths
+from moe_evo.runs.open_pool import open_pool
+from moe_evo.runs.workload import estimate, evaluations_by_split, merges
+from moe_evo.searches.enumeration import num_prunings
+from moe_evo.searches.registry import build_space
 from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, read_task
 from moe_evo.tracking.terminal import TerminalTracker
-from moe_evo.workload import estimate, evaluations_by_split, merges
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
-    from moe_evo.models.size import ModelSize
+    from moe_evo.models.size.size import ModelSize
 
 _CALIBRATIONS = 3
 
@@ -107,7 +108,7 @@ def _stopwatch(config: RunConfig, tracker: TerminalTracker) -> Callable[[], floa
 
     def measure() -> float:
         from moe_evo.evaluation.pool import Request
-        from moe_evo.models.loading import read_shape
+        from moe_evo.models.load import read_shape
 
         space = build_space(read_shape(config.model), config.search)
         is_local = config.cluster.address is None
@@ -161,7 +162,7 @@ def _tasks(config: RunConfig, problems: list[str]) -> list[TaskData]:
         check_tasks([one.config for one in data])
     if not data:
         return data
-    from moe_evo.models.loading import load_tokenizer
+    from moe_evo.models.load import load_tokenizer
     from moe_evo.tasks.registry import build_task
 
     with _Noted(problems):
@@ -173,12 +174,12 @@ def _tasks(config: RunConfig, problems: list[str]) -> list[TaskData]:
 
 
 def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
-    from moe_evo.models.loading import model_hash
-    from moe_evo.models.meo import check_experts
+    from moe_evo.models.load import model_hash
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
-    from moe_evo.models.size import read_config, read_size
-    from moe_evo.models.skipping import check_skipping
+    from moe_evo.models.size.size import read_config, read_size
+    from moe_evo.models.variants.meo import check_experts
+    from moe_evo.models.variants.skipping import check_skipping
 
     size = None
     with _Noted(problems):
@@ -223,7 +224,7 @@ def _space(shape: ModelShape, config: SearchConfig, problems: list[str]) -> Sear
 def _device_bytes(config: RunConfig, memory_gib: float | None, problems: list[str]) -> int | None:
     """Memory of one rank's device: what is given, or, for a run in this process, what is free."""
     from moe_evo.models.free_memory import free_bytes
-    from moe_evo.models.loading import resolve_device
+    from moe_evo.models.load import resolve_device
 
     free = None
     if config.cluster.address is None:  # a cluster's devices are not those of this machine
@@ -294,7 +295,7 @@ def _search_facts(config: RunConfig, space: SearchSpace) -> dict[str, Any]:
 
 
 def _checkpoint(size: ModelSize, space: SearchSpace) -> dict[str, Any]:
-    from moe_evo.models.memory import exported_size
+    from moe_evo.models.size.memory import exported_size
 
     parameters, total = exported_size(size, space.num_kept)
     is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1

@@ -7,21 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_evo.aligning import align, aligned_progressively, aligns, save_beside
-from moe_evo.commands import observed_names
-from moe_evo.config import ScoringConfig
-from moe_evo.config_check import require
+from moe_evo.commands.align import align, aligned_progressively, aligns, save_beside
+from moe_evo.commands.shared import provenance, require_one_process, scored_on_test
+from moe_evo.config.check import require
+from moe_evo.config.run import ScoringConfig
+from moe_evo.criteria.observation_file import observed_names
 from moe_evo.errors import ConfigError
-from moe_evo.evaluators import load_evaluator
-from moe_evo.run_folder import with_absolute_paths
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.folder import with_absolute_paths
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.base import Tracker
-from moe_evo.transforms import provenance, require_one_process, scored_on_test
 
 if TYPE_CHECKING:  # not needed for the help texts
     from moe_evo.criteria.observer import Observer
-    from moe_evo.genome import Genome
+    from moe_evo.genomes.genome import Genome
 
 Allocation = Literal["uniform", "global"]
 
@@ -81,10 +81,10 @@ def prune(
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     _check_blend(blend or {}, [one.name for one in data])
-    from moe_evo.models.export import export_checkpoint
-    from moe_evo.models.loading import alignment_digest, model_hash, read_shape, resolve_device
+    from moe_evo.models.export.export import export_checkpoint
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.load import alignment_digest, model_hash, read_shape, resolve_device
     from moe_evo.models.router_rows import check_comparable
-    from moe_evo.models.target_folder import check_target
 
     resolve_device(config.model.device)
     shape = read_shape(config.model)

@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import ScoringConfig
-from moe_evo.config_check import require
+from moe_evo.config.check import require
+from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import GenomeError
-from moe_evo.population import EvaluationFailure
-from moe_evo.result import Score
+from moe_evo.genomes.population import EvaluationFailure
+from moe_evo.records.result import Score
 from moe_evo.tasks.data import TaskData, is_share
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
-    from moe_evo.genome import Genome
+    from moe_evo.genomes.genome import Genome
 
 Scores = dict[str, dict[str, Any]]
 """By what was scored, a `Score` as plain data."""

@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moe_evo import commands
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import RunConfig, TaskConfig
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.run import RunConfig
+from moe_evo.config.sweep import SweepConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
-from moe_evo.run_folder import RunFolder, asdict_plain, with_absolute_paths, write_whole
-from moe_evo.space import ModelShape
-from moe_evo.sweep_config import SweepConfig
+from moe_evo.genomes.space import ModelShape
+from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
+from moe_evo.runs.checks import check_methods_of
+from moe_evo.searches.registry import build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # Ray is imported when a sweep begins
-    from moe_evo.gangs.trials import Report, RunEvent
+    from moe_evo.gangs.tune_runs import Report, RunEvent
 
 
 class SweepFolder:
@@ -76,7 +79,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         search = replace(config.search, algorithm=algorithm, num_kept=kept, seed=seed)
         if search.top_k is None and isinstance(kept, int) and kept < max(shape.top_k):
             search = replace(search, top_k=kept)
-        space = commands.build_space(shape, search)
+        space = build_space(shape, search)
         label = kept if isinstance(kept, int) else "-".join(map(str, kept))
         parts = [f"keep{label}", f"seed{seed}"]
         if len(swept.algorithms) > 1:
@@ -87,7 +90,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         if name in runs:
             raise ConfigError(f"sweep.tasks: two tasks have the name {task_name(tasks[0])!r}; rename a file or folder")
         run = RunConfig(**{**plain, "tasks": tasks, "search": search, "folder": str(folder.run(name).path)})
-        commands.check_methods_of(run, space)
+        check_methods_of(run, space)
         runs[name] = with_absolute_paths(run)
     return _linked(runs) if swept.warm_start else runs
 
@@ -121,8 +124,8 @@ def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> S
 
     Everything that can be wrong with any of the runs is found before the first begins.
     """
-    from moe_evo.evaluators import check_model
-    from moe_evo.models.loading import read_shape
+    from moe_evo.models.load import read_shape
+    from moe_evo.runs.checks import check_model
 
     folder = SweepFolder(Path(config.folder or _default_folder(config)).absolute())
     runs = grid(config, read_shape(config.model), folder)
@@ -147,8 +150,8 @@ def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> S
 
 def _missing(runs: Mapping[str, RunConfig], folder: SweepFolder) -> dict[str, RunConfig]:
     """The runs that are not finished; raises where a run's folder holds another run, or its data are wrong."""
-    from moe_evo.evaluators import check_examples
-    from moe_evo.models.loading import model_hash
+    from moe_evo.models.load import model_hash
+    from moe_evo.runs.open_pool import check_examples
 
     missing = {}
     hashed = model_hash(next(iter(runs.values())).model)
@@ -162,7 +165,7 @@ def _missing(runs: Mapping[str, RunConfig], folder: SweepFolder) -> dict[str, Ru
         if folder.run(name).config.is_file() and folder.run(name).journal.is_file():
             with folder.run(name).open_journal() as journal:
                 state = folder.run(name).state(run, journal)
-                commands.check_inputs(journal, {"model": hashed, **commands.task_hashes(checked[key])})
+                check_inputs(journal, {"model": hashed, **task_hashes(checked[key])})
         if state != "finished":
             missing[name] = run
     return missing
@@ -217,7 +220,7 @@ def _one_by_one(
     progress: _Progress,
 ) -> None:
     """In this process, with the model loaded once where there is no cluster."""
-    from moe_evo.models.loading import load_model
+    from moe_evo.models.load import load_model
 
     with ExitStack() as stack:
         model = cluster = None
@@ -230,7 +233,7 @@ def _one_by_one(
             progress(name, "started")
             folder.logs.mkdir(exist_ok=True)
             try:
-                commands.search(run, tracker, model, cluster)
+                search_command(run, tracker, model, cluster)
             except ClusterError:
                 raise
             except MoeEvoError as error:
@@ -247,7 +250,7 @@ def _with_tune(
 ) -> None:
     """As trials of Ray Tune that share one service of gangs."""
     with _service(config, folder, tracker) as cluster:
-        from moe_evo.gangs.trials import run_trials
+        from moe_evo.gangs.tune_runs import run_trials
 
         for wave in _waves(runs, config):
             run_trials(
@@ -264,7 +267,7 @@ def _with_tune(
 def _service(config: SweepConfig, folder: SweepFolder, tracker: TerminalTracker) -> Iterator[ClusterConfig]:
     """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
     from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
-    from moe_evo.models.loading import model_hash
+    from moe_evo.models.load import model_hash
 
     cluster = config.cluster
     address = cluster.address or "local"
@@ -299,7 +302,7 @@ def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) 
     log = folder.log(run.path.name)
     with log.open("a", encoding="utf-8") as stream, TerminalTracker(Console(file=stream)) as tracker:
         try:
-            commands.search(config, tracker, cluster=cluster)
+            search_command(config, tracker, cluster=cluster)
         except ClusterError:
             raise  # another try may fare better
         except MoeEvoError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config_check import require
+from moe_evo.config.check import require
+from moe_evo.config.model import ModelConfig
 
 PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 
@@ -72,3 +73,8 @@ class ClusterConfig:
                     option == "address" or value == getattr(defaults, option), f"cluster.{option}", value,
                     "none without cluster.address; add --cluster.address auto (or local)",
                 )  # fmt: skip
+
+
+def num_ranks(model: ModelConfig, cluster: ClusterConfig) -> int:
+    """Processes that hold one model together; device_map has one, with gang_size devices."""
+    return cluster.gang_size if model.sharding in ("tensor_parallel", "zero3") else 1

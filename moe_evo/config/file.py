@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_evo.config import RunConfig, ScoringConfig, TaskConfig
+from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.config.sweep import SweepConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError
-from moe_evo.sweep_config import SweepConfig
 
 Config = TypeVar("Config", bound=ScoringConfig)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config_check import require
+from moe_evo.config.check import require
 
 Algorithm = Literal["eep", "eep_release", "random"]
 RANDOM = "random"

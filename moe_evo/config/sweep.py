@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe_evo.config import RunConfig
-from moe_evo.config_check import require
-from moe_evo.search_config import Algorithm
+from moe_evo.config.check import require
+from moe_evo.config.run import RunConfig
+from moe_evo.config.search import Algorithm
 
 
 @dataclass(frozen=True)

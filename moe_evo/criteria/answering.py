@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_evo.criteria.likeness import observe_answers, observe_logits
-from moe_evo.criteria.observation import observe_gate_ratios, observe_outputs, observe_routed
-from moe_evo.criteria.observed import Observed
 from moe_evo.criteria.questions import (
     AllAnswers,
     GateRatios,
@@ -19,8 +17,9 @@ from moe_evo.criteria.questions import (
     Trials,
     Weights,
 )
+from moe_evo.criteria.routed import Observed, observe_gate_ratios, observe_outputs, observe_routed
+from moe_evo.criteria.subset_trials import observe_trials
 from moe_evo.criteria.sums import LayerRouters, LayerWeights, Observation
-from moe_evo.criteria.trials import observe_trials
 from moe_evo.criteria.weights import expert_weights
 from moe_evo.models.router_rows import router_lengths
 

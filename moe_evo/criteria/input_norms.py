@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_evo.criteria.observation import prompts
+from moe_evo.criteria.routed import prompts
 from moe_evo.errors import ModelError
-from moe_evo.models.compression import InputNorms
-from moe_evo.models.expert_matrices import expert_matrices, observed_inputs
+from moe_evo.models.compress.compression import InputNorms
+from moe_evo.models.experts.matrices import expert_matrices, observed_inputs
 from moe_evo.models.view import MoEModel
 
 if TYPE_CHECKING:
-    from moe_evo.criteria.observed import Observed
+    from moe_evo.criteria.routed import Observed
 
 
 def observe_input_norms(evaluator: Observed, split: str = "search") -> tuple[InputNorms, ...]:

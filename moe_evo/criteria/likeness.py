@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_evo.criteria.observation import counting, observe
-from moe_evo.criteria.observed import Observed
 from moe_evo.criteria.questions import AllAnswers, OfPrompts, RouterLogits
+from moe_evo.criteria.routed import Observed, counting, observe
 from moe_evo.criteria.sums import LayerAnswers, LayerLogits, Observation, Sums
-from moe_evo.models.all_answers import Answers, observed_answers, observed_logits
+from moe_evo.models.experts.all_outputs import Answers, observed_answers, observed_logits
 from moe_evo.models.view import MoEModel
 
 

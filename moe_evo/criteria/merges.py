@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from moe_evo.criteria.activations import reap
 from moe_evo.criteria.grouping import Group, agglomerated, centroid_groups, dominant_groups, spectral_groups
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.pruning import pruning_globally
 from moe_evo.criteria.questions import AllAnswers, Routed, RouterLogits
+from moe_evo.criteria.scores import reap
 from moe_evo.criteria.sums import LayerAnswers, LayerLogits, LayerObservation, LayerSums, Sums
 from moe_evo.errors import ModelError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import SearchSpace
 
 MSMOE_PAPER = "Li et al. 2024, arXiv 2310.01334; UNITES-Lab/MC-SMoE"
 

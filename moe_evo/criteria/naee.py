@@ -12,8 +12,8 @@ from moe_evo.criteria.pruning import checked, chosen_progressively
 from moe_evo.criteria.questions import Trials
 from moe_evo.criteria.subsets import subsets
 from moe_evo.criteria.sums import LayerRatios, LayerTrials, Observation
-from moe_evo.genome import Genome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import SearchSpace
 
 
 @dataclass(frozen=True)

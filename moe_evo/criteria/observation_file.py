@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.sums import KINDS, Observation
 from moe_evo.errors import ObservationError
-from moe_evo.stamped_file import FileKind
+from moe_evo.genomes.stamped_file import FileKind
+from moe_evo.tasks.data import TaskData
 
 FILE = FileKind(
     "moe_evo.observations",
@@ -24,7 +27,7 @@ FILE = FileKind(
 
 @dataclass(frozen=True, eq=False)
 class StoredObservations:
-    """answers: by the key of the question. model_hash: as `moe_evo.models.loading.model_hash` tells models apart."""
+    """answers: by the key of the question. model_hash: as `moe_evo.models.load.model_hash` tells models apart."""
 
     model_hash: str
     answers: Mapping[str, Observation[Any]] = field(default_factory=dict)
@@ -80,3 +83,20 @@ def load_observations(path: str | os.PathLike[str], model_hash: str | None = Non
             f"{path}: observations of the model {stored.model_hash}, this one is {model_hash}; observe again"
         )
     return stored
+
+
+_PROMPT_OPTIONS = (
+    "split_shares", "num_search", "num_validation", "num_test", "prefix", "chat_template", "max_length",
+    "max_new_tokens",
+)  # fmt: skip
+"""Options of a task on which its prompts depend, beside its data."""
+
+
+def observed_names(model: ModelConfig, data: Sequence[TaskData]) -> dict[str, str]:
+    """Tasks, and under which names observations of them are kept: others where prompts or numbers are others."""
+    names = {}
+    for one in data:
+        prompts = [one.hash, one.kind, *(getattr(one.config, option) for option in _PROMPT_OPTIONS)]
+        told = json.dumps([*prompts, model.dtype, model.experts, model.dynamic_skipping])
+        names[one.name] = f"{one.name}@{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+    return names

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import SearchSpace
 
 Scores = npt.NDArray[np.float64]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
-from moe_evo.config import ModelConfig
-from moe_evo.genome import Genome
+from moe_evo.config.model import ModelConfig
+from moe_evo.genomes.genome import Genome
 
 
 class Question(Protocol):

@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from moe_evo.config import ModelConfig
-from moe_evo.criteria import activations
-from moe_evo.criteria.aimer import aimer
-from moe_evo.criteria.leave_one_out import leave_one_out
+from moe_evo.config.model import ModelConfig
+from moe_evo.criteria import scores as scores_module
 from moe_evo.criteria.merges import MERGES
 from moe_evo.criteria.naee import Naee
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.pruning import Scores, pruning_by, pruning_globally, pruning_progressively
 from moe_evo.criteria.questions import OfPrompts, Outputs, Question, Routed, Routers, Trials, Weights
-from moe_evo.criteria.router_norm import router_norm, router_norm_absolute
+from moe_evo.criteria.scores import aimer, leave_one_out, router_norm, router_norm_absolute
 from moe_evo.criteria.subsets import check_spares_one
 from moe_evo.criteria.task_specific import TaskSpecific
 from moe_evo.errors import ConfigError
-from moe_evo.genome import Genome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import SearchSpace
 
 REAP_PAPER = "Lasby et al. 2025, arXiv 2510.13999; CerebrasResearch/reap"
 CHOWDHURY = "Chowdhury et al. 2024, arXiv 2405.16646; nowazrabbani/MoE_Pruning"
@@ -105,28 +103,32 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {
     one.name: one
     for one in (
-        Criterion("frequency", "tokens routed to the expert", REAP_PAPER, Routed(), activations.frequency),
-        Criterion("soft_frequency", "sum of its gate weights", REAP_PAPER, Routed(), activations.soft_frequency),
-        Criterion("ean", "sum of the norms of its outputs", REAP_PAPER, Routed(), activations.ean),
-        Criterion("mean_ean", "mean norm of its outputs", REAP_PAPER, Routed(), activations.mean_ean),
+        Criterion("frequency", "tokens routed to the expert", REAP_PAPER, Routed(), scores_module.frequency),
+        Criterion("soft_frequency", "sum of its gate weights", REAP_PAPER, Routed(), scores_module.soft_frequency),
+        Criterion("ean", "sum of the norms of its outputs", REAP_PAPER, Routed(), scores_module.ean),
+        Criterion("mean_ean", "mean norm of its outputs", REAP_PAPER, Routed(), scores_module.mean_ean),
         Criterion(
-            "weighted_ean", "sum of its gate weights times output norms", REAP_PAPER, Routed(), activations.weighted_ean
+            "weighted_ean",
+            "sum of its gate weights times output norms",
+            REAP_PAPER,
+            Routed(),
+            scores_module.weighted_ean,
         ),
-        Criterion("reap", "mean of its gate weights times output norms", REAP_PAPER, Routed(), activations.reap),
-        Criterion("msan", "mean squared norm of its outputs", "arXiv 2606.15716", Routed(), activations.msan),
+        Criterion("reap", "mean of its gate weights times output norms", REAP_PAPER, Routed(), scores_module.reap),
+        Criterion("msan", "mean squared norm of its outputs", "arXiv 2606.15716", Routed(), scores_module.msan),
         Criterion(
             "easy_ep",
             "sum of its gate weights times output norms times how far its tokens' hidden states turn",
             "Dong et al. 2025, arXiv 2504.06792; RUCAIBox/EASYEP",
             Routed(),
-            activations.easy_ep,
+            scores_module.easy_ep,
         ),
         Criterion(
             "mone",
             "how much its outputs vary times its gate weights",
             "Zhang et al. 2025, arXiv 2507.00390; zxgx/mode-pd",
             Outputs(),
-            activations.mone,
+            scores_module.mone,
         ),
         Criterion(
             "leave_one_out",

@@ -1,4 +1,4 @@
-"""Observing what experts do on the prompts of a task.
+"""Observing what experts do with the tokens that the router sends them, on the prompts of a task.
 
 The gates and indices are the model's own and only routed tokens are computed, so observing costs about
 one forward pass. Sums add across batches, ranks and tasks.
@@ -6,7 +6,7 @@ one forward pass. Sums add across batches, ranks and tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, reduce
 from operator import add
@@ -17,13 +17,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moe_evo.criteria.observed import Observed
 from moe_evo.criteria.questions import GateRatios, OfPrompts, Outputs, Routed
 from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, LayerSums, Observation
-from moe_evo.models.observation import observed_experts, residual_streams
+from moe_evo.models.experts.outputs import observed_experts, residual_streams
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
-from moe_evo.tasks.share import share_of
+from moe_evo.tasks.rank_share import share_of
+from moe_evo.tasks.task import Task
+
+T = TypeVar("T")
+
+
+class Observed(Protocol):
+    """A loaded model and tasks that it can be run on."""
+
+    @property
+    def model(self) -> MoEModel: ...
+
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+
+    @property
+    def batch_tokens(self) -> int: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor: ...
+
+    def within_memory(self, compute: Callable[[], T]) -> T: ...
+
 
 L = TypeVar("L", bound=LayerSums)
 NUM_RATIOS = 4096

@@ -1,15 +1,17 @@
-"""Criteria on what experts do: the scores (E,) of one layer's experts from its observation, higher is kept.
+"""Criteria: the scores (E,) of one layer's experts from its observation; higher is kept.
 
-The formulas are those of the REAP paper (arXiv 2510.13999) and its baselines, and others that their
-functions name. A_j are the tokens routed to expert j, g_j its gate, f_j its answer before it is weighed.
-Means over no tokens are 0, so that experts without a single token are the first to go.
+On what experts do: the formulas of the REAP paper (arXiv 2510.13999) and its baselines, and others that
+their functions name. A_j are the tokens routed to expert j, g_j its gate, f_j its answer before it is
+weighed. Means over no tokens are 0, so that experts without a single token are the first to go. AIMER and
+the change of router norms (Chowdhury et al. 2024, arXiv 2405.16646) look at weights alone and need no data.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from moe_evo.criteria.sums import LayerObservation, LayerOutputs, Sums
+from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRouters, LayerTrials, LayerWeights, Sums
 
 
 def frequency(layer: LayerObservation) -> Sums:
@@ -69,3 +71,32 @@ def mone(layer: LayerOutputs) -> Sums:
 
 def _mean(sums: Sums, tokens: Sums) -> Sums:
     return np.divide(sums, tokens, out=np.zeros_like(sums), where=tokens > 0)
+
+
+def aimer(layer: LayerWeights) -> npt.NDArray[np.float64]:
+    """- (||W||_1 / N) / sqrt(||W||_2^2 / N), -1 to 0, for the experts (E,) of one layer.
+
+    An expert of zeros, which answers nothing, scores -1 as the worst do.
+    """
+    mean = layer.absolute / layer.num_weights
+    root_mean_square = np.sqrt(layer.squared / layer.num_weights)
+    return -np.divide(mean, root_mean_square, out=np.ones_like(mean), where=root_mean_square > 0)
+
+
+def leave_one_out(layer: LayerTrials) -> Sums:
+    """sum over all T tokens of ||y - y^(-j)||_2^2 / T, (E,), from the trials that each leave out one expert.
+
+    y is what the routed experts of a token add up to, y^(-j) the same when expert j is masked and its tokens
+    are routed anew by the model's own router. As NVIDIA's Model-Optimizer scores experts.
+    """
+    return layer.errors / max(float(layer.num_tokens), 1.0)
+
+
+def router_norm(layer: LayerRouters) -> Sums:
+    """||w_j tuned||_2 - ||w_j base||_2, (E,)"""
+    return layer.tuned - layer.base
+
+
+def router_norm_absolute(layer: LayerRouters) -> Sums:
+    """| ||w_j tuned||_2 - ||w_j base||_2 |, (E,)"""
+    return np.abs(layer.tuned - layer.base)

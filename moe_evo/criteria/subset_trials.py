@@ -16,14 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_evo.criteria.observation import counting, observe
-from moe_evo.criteria.observed import Observed
 from moe_evo.criteria.questions import Trials
+from moe_evo.criteria.routed import Observed, counting, observe
 from moe_evo.criteria.subsets import all_but_one, check_spares_one, subsets
 from moe_evo.criteria.sums import LayerTrials, Observation
-from moe_evo.models.all_answers import Answers, observed_answers, observed_logits
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.experts.all_outputs import Answers, observed_answers, observed_logits
 from moe_evo.models.view import MoEModel
-from moe_evo.space import ModelShape
 
 _ROUTED = 2**20  # logits of all trials that are routed at once
 

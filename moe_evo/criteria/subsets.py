@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.errors import ModelError
-from moe_evo.space import ModelShape
+from moe_evo.genomes.space import ModelShape
 
 
 def subsets(

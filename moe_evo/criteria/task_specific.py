@@ -15,8 +15,8 @@ from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import Routed
 from moe_evo.criteria.sums import LayerObservation, Observation, Sums
 from moe_evo.errors import ConfigError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import SearchSpace
 
 Mask = npt.NDArray[np.bool_]
 

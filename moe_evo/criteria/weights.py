@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_evo.criteria.sums import LayerWeights, Observation
-from moe_evo.models.observation import see_expert_weights
-from moe_evo.models.slices import whole_shape
+from moe_evo.models.experts.outputs import see_expert_weights
 from moe_evo.models.view import MoEModel
+from moe_evo.models.weight_shapes import whole_shape
 
 
 def expert_weights(moe: MoEModel) -> Observation[LayerWeights]:

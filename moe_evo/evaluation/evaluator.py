@@ -20,20 +20,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.generate import generate_together
-from moe_evo.evaluation.packing import Clock, most_tokens, packing_for, size_class
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.generate import generate_together
+from moe_evo.evaluation.engine.packing import Clock, most_tokens, packing_for, size_class
+from moe_evo.evaluation.engine.sharing import sharing_for
+from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
-from moe_evo.evaluation.sharing import sharing_for
-from moe_evo.evaluation.states import StateCache
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
-from moe_evo.space import check_fits
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
-from moe_evo.tasks.share import share_of
+from moe_evo.tasks.rank_share import share_of
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 

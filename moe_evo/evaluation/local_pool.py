@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_evo.criteria.answers import answer
+from moe_evo.criteria.answering import answer
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Listener, Request
-from moe_evo.population import Outcome
-from moe_evo.space import ModelShape
+from moe_evo.genomes.population import Outcome
+from moe_evo.genomes.space import ModelShape
 
 
 class LocalPool:

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
-from moe_evo.genome import Genome
-from moe_evo.population import ExampleScores, Outcome
-from moe_evo.space import ModelShape
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import ExampleScores, Outcome
+from moe_evo.genomes.space import ModelShape
 
 
 @dataclass(frozen=True)

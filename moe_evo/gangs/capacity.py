@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_evo.cluster_config import PlacementStrategy
+from moe_evo.config.cluster import PlacementStrategy
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig, num_ranks
+from moe_evo.config.cluster import ClusterConfig, num_ranks
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ClusterError
+from moe_evo.gangs.capacity import ClusterRoom, NodeRoom
 from moe_evo.gangs.gang import remove_groups
-from moe_evo.gangs.library import ActorHandle, free_by_node, ray
+from moe_evo.gangs.ray_border import ActorHandle, free_by_node, ray
 from moe_evo.gangs.service import GangService, ServiceSpec
-from moe_evo.room import ClusterRoom, NodeRoom
 
 NAMESPACE = "moe_evo"
 _START_S = 300.0

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 
 Answer: TypeAlias = Outcome | Observation[Any]
 

@@ -20,12 +20,12 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, MoeEvoError, OutOfMemory, RowOutOfMemory
 from moe_evo.gangs.dispatcher import Answer, Batch
-from moe_evo.gangs.library import ActorHandle, ray
 from moe_evo.gangs.rank import Rank, Work
+from moe_evo.gangs.ray_border import ActorHandle, ray
 
 _GRACE_S = 2.0  # one broken rank breaks the others; so long they may take to say which was the first
 _REASON_LENGTH = 300

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ModelError
-from moe_evo.genome import Genome
-from moe_evo.population import ExampleScores, Outcome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import ExampleScores, Outcome
 from moe_evo.tasks.data import TaskData
 
 if TYPE_CHECKING:  # torch is imported when a rank loads its model
@@ -71,8 +72,8 @@ class Rank:
         timeout_s: longest wait of one rank for another.
         Raises ModelError, also where the checkpoint is not the one that `model_hash` names.
         """
-        from moe_evo.models.loading import load_model, load_tokenizer
-        from moe_evo.models.loading import model_hash as hash_of
+        from moe_evo.models.load import load_model, load_tokenizer
+        from moe_evo.models.load import model_hash as hash_of
         from moe_evo.models.ranks import Ranks, join_ranks
 
         found = hash_of(model)
@@ -108,7 +109,7 @@ class Rank:
 
     def ask(self, key: str, question: Question) -> Observation[Any]:
         """See `answer`."""
-        from moe_evo.criteria.answers import answer
+        from moe_evo.criteria.answering import answer
 
         return answer(question, self._evaluators[key])
 

@@ -13,19 +13,20 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from moe_evo.config import SPEED_ONLY, EvaluationConfig, ScoringConfig
+from moe_evo.config.evaluation import SPEED_ONLY, EvaluationConfig
+from moe_evo.config.run import ScoringConfig
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
+from moe_evo.gangs.capacity import ClusterRoom, gangs_that_fit
 from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
 from moe_evo.gangs.dispatcher import Answer, Job
-from moe_evo.gangs.library import ActorHandle, ray
 from moe_evo.gangs.rank import Rank, Work
+from moe_evo.gangs.ray_border import ActorHandle, ray
 from moe_evo.gangs.service import News, ServiceSpec
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
-from moe_evo.room import ClusterRoom, gangs_that_fit
-from moe_evo.space import ModelShape
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.genomes.space import ModelShape
 from moe_evo.tasks.data import TaskData
 
 _NEWS_S = 1.0

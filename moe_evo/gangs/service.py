@@ -14,15 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig, num_ranks
+from moe_evo.config.cluster import ClusterConfig, num_ranks
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ClusterError, MoeEvoError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
 from moe_evo.gangs.gang import Gang, GangBroken
-from moe_evo.gangs.library import ActorHandle, ray
 from moe_evo.gangs.metrics import PoolMetrics
 from moe_evo.gangs.rank import Rank, Work
+from moe_evo.gangs.ray_border import ActorHandle, ray
 
 _TICK_S = 1.0
 _PATIENCE_S = 10.0  # for room on the cluster, before the run is told that there is none

@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other output begins with
 
 import ray.tune as _tune
 
-from moe_evo.config import RunConfig
+from moe_evo.config.run import RunConfig
 
 tune: Any = _tune
 Report = Callable[[dict[str, Any]], None]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from moe_evo.errors import GenomeError
-from moe_evo.genome import Genome, LayerGenome, Matrix
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
-from moe_evo.space import ModelShape, SearchSpace, check_fits
-from moe_evo.stamped_file import FileKind
+from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
+from moe_evo.genomes.stamped_file import FileKind
 
 FILE = FileKind(
     "moe_evo.genome",

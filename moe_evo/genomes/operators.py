@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.genome import Genome, LayerGenome, Matrix
-from moe_evo.population import Individual, Population
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
+from moe_evo.genomes.population import Individual, Population
+from moe_evo.genomes.space import SearchSpace
 
 MarginUnit = Literal["standard_errors", "fitness"]
 Mask = npt.NDArray[np.bool_]

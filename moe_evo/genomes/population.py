@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.population import Evaluation, Individual, Population
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Evaluation, Individual, Population
 
 
 def greedy_soup(validated: Population, score: Callable[[Genome], Individual]) -> tuple[Individual, int]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from moe_evo.errors import ConfigError, GenomeError
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.space import ModelShape
+from moe_evo.genomes.space import ModelShape
 
 Scoring = Literal["softmax", "top_k_softmax", "sigmoid"]
 Renormalisation = Literal["always", "norm_topk_prob", "never"]

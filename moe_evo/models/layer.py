@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_evo.config import RouterMode
-from moe_evo.genome import LayerGenome, Matrix
+from moe_evo.config.model import RouterMode
+from moe_evo.genomes.genome import LayerGenome, Matrix
 from moe_evo.models.families import Family
-from moe_evo.models.library import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, eager_experts
 from moe_evo.models.merged_cache import KeptRow, MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
-from moe_evo.models.slices import local_shape, whole_shape
+from moe_evo.models.transformers_border import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, eager_experts
+from moe_evo.models.weight_shapes import local_shape, whole_shape
 
 IMPLEMENTATION = "moe_evo"
 _HOOK = "moe_evo_forward"

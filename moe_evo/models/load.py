@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.models.alignment import align_neurons
-from moe_evo.models.alignment_file import Alignment, load_alignment
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.experts.alignment import align_neurons
+from moe_evo.models.experts.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
-from moe_evo.models.library import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
-from moe_evo.models.meo import MEO, check_experts
 from moe_evo.models.placement import (
     check_device,
     check_placement,
@@ -34,10 +33,11 @@ from moe_evo.models.placement import (
 )
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.self_check import self_check
-from moe_evo.models.skipping import check_skipping
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
+from moe_evo.models.variants.meo import MEO, check_experts
+from moe_evo.models.variants.skipping import check_skipping
 from moe_evo.models.view import MoEModel
 from moe_evo.models.zero3 import load_zero3
-from moe_evo.space import ModelShape
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")

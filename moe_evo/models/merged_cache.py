@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from moe_evo.genome import Matrix
+from moe_evo.genomes.genome import Matrix
 
 MergedKey = tuple[int, tuple[bytes, ...]]
 MergedTensors = dict[str, Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_evo.genome import Matrix
+from moe_evo.genomes.genome import Matrix
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of a float32 working copy: what a core's cache holds; 256 MiB
 _ROWS, _COLUMNS = 8, 16  # least sizes of a multiplication: below, some CPUs' kernels give a row other last bits

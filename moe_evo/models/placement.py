@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError
 from moe_evo.models.families import Family
-from moe_evo.models.library import ALL_EXPERTS_FUNCTIONS, DistributedConfig, ExpertsInterface
 from moe_evo.models.ranks import Ranks
-from moe_evo.models.slices import local_shape, local_slice, whole_shape
+from moe_evo.models.transformers_border import ALL_EXPERTS_FUNCTIONS, DistributedConfig, ExpertsInterface
+from moe_evo.models.weight_shapes import local_shape, local_slice, whole_shape
 from moe_evo.models.zero3 import check_deepspeed
 
 GROUPED_MM = "moe_evo_grouped_mm"

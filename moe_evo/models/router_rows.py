@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
-from moe_evo.models.library import LIBRARY_ERRORS, cached_file, one_line, quiet
-from moe_evo.models.loading import checkpoint_source, read_shape
+from moe_evo.models.load import checkpoint_source, read_shape
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet
 
 # of every family in its own checkpoints, and as transformers names it; not a shared expert's gate
 _ROUTER = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.(?:gate|router)(?:\.layer)?\.weight$")

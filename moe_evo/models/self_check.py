@@ -12,7 +12,13 @@ from torch import Tensor
 from moe_evo.errors import ModelError
 from moe_evo.models.agreement import SwitchedOff, disagreement
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.library import LIBRARY_ERRORS, attention_implementation, is_own_defect, one_line, transformers
+from moe_evo.models.transformers_border import (
+    LIBRARY_ERRORS,
+    attention_implementation,
+    is_own_defect,
+    one_line,
+    transformers,
+)
 from moe_evo.models.view import MoEModel
 from moe_evo.versions import ADVICE
 

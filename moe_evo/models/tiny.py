@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_evo.models.library import transformers
+from moe_evo.models.transformers_border import transformers
 
 COMMON = {
     "vocab_size": 96,

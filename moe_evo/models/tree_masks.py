@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_evo.models.library import attention_implementation
+from moe_evo.models.transformers_border import attention_implementation
 
 _MASKED_ATTENTION = ("sdpa", "eager")
 

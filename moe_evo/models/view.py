@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from moe_evo.config import RouterMode
+from moe_evo.config.model import RouterMode
 from moe_evo.errors import ModelError
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import check_fits
 from moe_evo.models.agreement import SwitchedOff
 from moe_evo.models.families import family_of
 from moe_evo.models.free_memory import half_of_free_gib
 from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
-from moe_evo.models.library import transformers
-from moe_evo.models.meo import MEO
 from moe_evo.models.merged_cache import MergedCache
 from moe_evo.models.ranks import ALONE, Ranks
-from moe_evo.models.skipping import Thresholds, skip_dynamically
-from moe_evo.models.slices import whole_shape
-from moe_evo.models.token_trees import attention_masks, takes_any_mask
-from moe_evo.space import check_fits
+from moe_evo.models.transformers_border import transformers
+from moe_evo.models.tree_masks import attention_masks, takes_any_mask
+from moe_evo.models.variants.meo import MEO
+from moe_evo.models.variants.skipping import Thresholds, skip_dynamically
+from moe_evo.models.weight_shapes import whole_shape
 
 
 class MoEModel:
@@ -148,7 +148,7 @@ class MoEModel:
     def attention_masks(
         self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, trunk: int = 0
     ) -> Any:
-        """The language model's `attention_mask` for token trees; each (P, T), see `token_trees`."""
+        """The language model's `attention_mask` for token trees; each (P, T), see `tree_masks`."""
         if not self.reads_trees:
             assert not trunk, "a model that knows no trees reads no trunks"
             return (counts > 0).long()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.models.library import LIBRARY_ERRORS, HfDeepSpeedConfig, one_line, transformers
 from moe_evo.models.ranks import join_ranks
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, HfDeepSpeedConfig, one_line, transformers
 from moe_evo.versions import ADVICE
 
 _ALONE_TIMEOUT_S = 60.0  # nobody to wait for

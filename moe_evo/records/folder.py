@@ -12,11 +12,13 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from moe_evo.config import SPEED_ONLY, ModelConfig, RunConfig, ScoringConfig, difference
-from moe_evo.config_file import read_config
+from moe_evo.config.evaluation import SPEED_ONLY
+from moe_evo.config.file import read_config
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, ScoringConfig, difference
 from moe_evo.errors import MoeEvoError, RunError
-from moe_evo.journal import Journal
-from moe_evo.tasks.data import embedded_task_names, task_name
+from moe_evo.records.journal import Journal
+from moe_evo.tasks.data import TaskData, embedded_task_names, task_name
 
 RESULT_VERSION = 1
 
@@ -224,3 +226,31 @@ def _absolute(path: str, names: Sequence[str]) -> str:
     """Absolute where it exists here; names that are no paths stay."""
     local = Path(path).expanduser()
     return path if path in names or len(local.name) > _NAME_LENGTH or not local.exists() else str(local.absolute())
+
+
+def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:
+    """What `check_inputs` knows of tasks."""
+    return {f"task {one.name}": one.hash for one in data}
+
+
+def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
+    """A run goes on only with the very model and data that it began with; answers what is new to its journal.
+
+    Raises RunError where something has changed.
+    """
+    new = {}
+    for name, found in hashes.items():
+        known = journal.meta(f"hash/{name}")
+        if known is None:
+            new[f"hash/{name}"] = found
+        elif known != found:
+            raise RunError(
+                f"{journal.path.parent}: {name} has changed since this run began; bring back the old files, "
+                "or start anew with another --folder"
+            )
+    return new
+
+
+def resumed_config(folder: str) -> RunConfig:
+    """The config of the run in `folder`, wherever the folder lies now."""
+    return replace(read_config(RunFolder.existing(folder).config), folder=folder)

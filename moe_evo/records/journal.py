@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moe_evo.errors import GenomeError, JournalError
-from moe_evo.genome import Genome
-from moe_evo.genome_file import genome_from_bytes, genome_to_bytes
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.genomes.file import genome_from_bytes, genome_to_bytes
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 
 SCHEMA_VERSION = "3"
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.errors import TaskError
-from moe_evo.population import ExampleScores
+from moe_evo.genomes.population import ExampleScores
 
 _NUM_RESAMPLES = 9999
 _BATCH_NUMBERS = 2**18  # drawn at once: what fits in a cache is several times faster than all together

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, Individual
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.report.table import expert_weights
 
 _COLOURS = {

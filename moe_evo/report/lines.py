@@ -1,7 +1,4 @@
-"""The final tables of several runs as one list of lines, and their winners against the first of them, in pairs.
-
-What `moe-evo compare` prints and reports sort.
-"""
+"""The final tables of several runs as one list of lines, which `moe-evo compare` prints and reports sort."""
 
 from __future__ import annotations
 
@@ -17,12 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_evo.population import Evaluation, ExampleScores
+from moe_evo.genomes.population import Evaluation
 from moe_evo.report.plan import count_label
 from moe_evo.report.record import Record
-from moe_evo.report.table import plain_table
 from moe_evo.report.terminal import print_whole
-from moe_evo.statistics import exact_mcnemar, paired_difference
 
 SPLITS = ("search", "validation", "test")
 
@@ -185,95 +180,6 @@ def as_csv(lines: Sequence[Line]) -> str:
     return output.getvalue()
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """The winner of a run against that of the run `against`, on the same test examples.
-
-    difference: its score minus the other's, mean over tasks, with its 95 % interval. won, lost: examples that one of
-    the two alone got right, and the p-value of the exact McNemar test; None where scores are not 0 or 1.
-    reason: why the two cannot be paired, and then there are no numbers; None where they can.
-    """
-
-    run: str
-    folder: str
-    against: str
-    reason: str | None = None
-    num_examples: int | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    won: int | None = None
-    lost: int | None = None
-    p_value: float | None = None
-
-
-def pairings(records: Sequence[Record]) -> list[Pairing]:
-    """Every run but the first against the first, in the given order; the same runs give the same numbers."""
-    return [_pairing(one, records[0]) for one in records[1:]]
-
-
-def _pairing(record: Record, first: Record) -> Pairing:
-    between = Pairing(record.label, str(record.folder), first.label)
-    own, others = _winner_scores(record), _winner_scores(first)
-    if isinstance(others, str):
-        return replace(between, reason=f"{first.label}: {others}")
-    if isinstance(own, str):
-        return replace(between, reason=own)
-    reason = _other_examples(record, first)
-    if reason is not None:
-        return replace(between, reason=reason)
-    difference = paired_difference(own, others, np.random.default_rng(0))
-    mcnemar = exact_mcnemar(own, others)
-    return replace(
-        between,
-        num_examples=difference.num_examples,
-        difference=difference.value,
-        difference_low=difference.low,
-        difference_high=difference.high,
-        **({} if mcnemar is None else asdict(mcnemar)),
-    )
-
-
-def _winner_scores(record: Record) -> ExampleScores | str:
-    """Scores of the winner's test examples by task, or why there are none."""
-    if record.result is None or record.best is None:
-        return "not finished"
-    outcome = record.test.get(record.best)
-    if outcome is None:
-        return "no test scores of its winner in its journal"
-    if not isinstance(outcome, Evaluation) or not outcome.scores:
-        return "its winner could not be scored on the test split"
-    return outcome.scores
-
-
-def _other_examples(record: Record, first: Record) -> str | None:
-    """In what the test examples of two finished runs differ; None where they are the same."""
-    own, others = _tasks_by_name(record), _tasks_by_name(first)
-    if set(own) != set(others):
-        return f"other tasks: {', '.join(sorted(own))}, not {', '.join(sorted(others))}"
-    for name, task in own.items():
-        other = others[name]
-        if task["metric"] != other["metric"]:
-            return f"another metric of task {name}: {task['metric']}, not {other['metric']}"
-        if task["hash"] != other["hash"]:
-            return f"other data of task {name}"
-        sizes = task["examples"]["test"], other["examples"]["test"]
-        if sizes[0] != sizes[1]:
-            return f"other test examples of task {name}: {sizes[0]}, not {sizes[1]}"
-        # of one file that is split by hash, the share says which examples are left for the test
-        shares = task["split_shares"][2], other["split_shares"][2]
-        if abs(shares[0] - shares[1]) > 1e-9:
-            return f"another test share of task {name}: {shares[0]:g}, not {shares[1]:g}"
-    return None
-
-
-def _tasks_by_name(record: Record) -> dict[str, dict[str, Any]]:
-    """The tasks of a finished run: what result.json and the config tell of each."""
-    assert record.result is not None
-    configs = dict(zip(record.task_names, record.config["tasks"], strict=True))
-    return {task["name"]: {**configs[task["name"]], **task} for task in record.result["tasks"]}
-
-
 def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
     """Print for people; winners are bold."""
     console = console or Console()
@@ -285,47 +191,6 @@ def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
     for folder in unfinished:
         console.print(f"not finished, go on with: moe-evo search --resume {folder}",
                       highlight=False, markup=False, soft_wrap=True)  # fmt: skip
-
-
-def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> None:
-    """Print for people: a table of the runs that can be paired, and a line for each reason why others cannot."""
-    console = console or Console()
-    paired = [one for one in found if one.reason is None]
-    if paired:
-        # not as the table's title, which would be broken to the width of the table
-        console.print(f"\ntest score of the winner minus that of {paired[0].against}, on the same examples",
-                      style="table.title", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
-        print_whole(console, _paired_table(paired))
-    runs_of: dict[str, list[str]] = {}
-    for one in found:
-        if one.reason is not None:
-            runs_of.setdefault(one.reason, []).append(one.run)
-    for reason, runs in runs_of.items():
-        console.print(f"not paired with {found[0].against}: {', '.join(runs)} ({reason})",
-                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
-
-
-def _paired_table(paired: Sequence[Pairing]) -> Table:
-    table = plain_table()
-    table.add_column("run", no_wrap=True)
-    for heading in ("difference [95 % interval]", "examples", "won", "lost", "McNemar p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in paired:
-        numbers = (one.difference, one.difference_low, one.difference_high)
-        table.add_row(
-            Text(one.run),
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers),
-            str(one.num_examples),
-            *("" if count is None else str(count) for count in (one.won, one.lost)),
-            _p_label(one.p_value),
-        )
-    return table
-
-
-def _p_label(p_value: float | None) -> str:
-    if p_value is None:
-        return ""
-    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
 def _table(tasks: str, lines: Sequence[Line], *, has_parameters: bool) -> Table:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, Outcome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.report.lines import Line
 from moe_evo.report.record import Record
 

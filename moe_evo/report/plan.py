@@ -15,7 +15,7 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(plan: Mapping[str, Any], next_command: str, console: Console | None = None) -> None:
-    """Print what `moe_evo.plan.plan` answered. next_command: the search that was planned for."""
+    """Print what `moe_evo.commands.plan.plan` answered. next_command: the search that was planned for."""
     console = console or Console()
     for line in _lines(plan, {"model": _model, "tasks": _tasks, "search": _search}):
         _line(console, line)

@@ -13,15 +13,15 @@ from typing import Any
 
 import yaml
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, RunError
-from moe_evo.genome import Genome
-from moe_evo.genome_file import load_genome
-from moe_evo.journal import MAIN, RANDOM, REFERENCE
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
-from moe_evo.run_folder import RunFolder
-from moe_evo.search.eep import eep_config, schedule
-from moe_evo.search_config import EEPConfig, SearchConfig
+from moe_evo.genomes.file import load_genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.searches.eep import eep_config, schedule
 from moe_evo.tasks.data import task_name
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from moe_evo.population import Evaluation
+from moe_evo.genomes.population import Evaluation
+from moe_evo.records.result import Score, runs_stock_experts
 from moe_evo.report.lines import SPLITS, Line, kept_label, lines_of, parameters_label
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import Record
 from moe_evo.report.table import experts_label
-from moe_evo.result import Score, runs_stock_experts
 from moe_evo.tasks.examples import UNITS
 
 _MOST_EVENTS = 100

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
 
 _SHADES = " ░▒▓█"
 

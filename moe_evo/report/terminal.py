@@ -11,10 +11,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from moe_evo.genome_file import load_genome
+from moe_evo.genomes.file import load_genome
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.result import runs_stock_experts
 from moe_evo.report.table import experts_label, final_table, kept_picture
-from moe_evo.result import runs_stock_experts
-from moe_evo.run_folder import RunFolder
 from moe_evo.tasks.data import SPLITS
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_evo.errors import RunError
-from moe_evo.report.lines import Line, Pairing, pairings, sorted_lines
+from moe_evo.records.folder import write_whole
+from moe_evo.report.lines import Line, sorted_lines
 from moe_evo.report.page import is_report, render_page
+from moe_evo.report.pairing import Pairing, pairings
 from moe_evo.report.record import read_records
-from moe_evo.run_folder import write_whole
 
 
 def compare(folders: Sequence[str], *, in_pairs: bool = True) -> tuple[list[Line], list[Pairing]]:

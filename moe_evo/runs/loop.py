@@ -1,4 +1,4 @@
-"""A run from its config to its final table: ask, write down, submit, collect, write down, tell.
+"""The evaluations of a run: ask, write down, submit, collect, write down, tell.
 
 The journal is written before anybody hears of an outcome, so whenever this process dies the next one
 goes on from where the journal stands.
@@ -9,30 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from moe_evo.config import RunConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS
-from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
-from moe_evo.genome import Genome
-from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.population import (
-    Candidate,
-    Evaluation,
-    EvaluationFailure,
-    ExampleScores,
-    Individual,
-    Outcome,
-    Population,
-)
-from moe_evo.result import Row, Score
-from moe_evo.search import build_search
-from moe_evo.search.base import Search
-from moe_evo.search.random_search import RandomSearch
-from moe_evo.soup import alike, greedy_soup
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, ExampleScores, Individual, Outcome, Population
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.searches.base import Search
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
@@ -191,126 +177,3 @@ class Run:
             events = [(one.at, one.gang, one.kind, one.detail) for one in news.events]
             self._journal.record_pool(events, asdict(news.status))
         self._tracker.pool(news)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An individual that gets a row in the final table; `evaluations` were spent to find it."""
-
-    search: str
-    key: str
-    title: str
-    candidate: Candidate
-    evaluations: int = 0
-
-
-def run_search(
-    config: RunConfig,
-    space: SearchSpace,
-    journal: Journal,
-    pool: Pool,
-    tracker: Tracker,
-    *,
-    is_share: bool,
-    observer: Observer,
-    wider: Sequence[Genome] = (),
-) -> list[Row]:
-    """Search, choose on the validation split, report on the test split.
-
-    is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: of the pool's model and tasks.
-    wider: see `build_search`.
-    """
-    assert pool.shape == space.shape, "the pool serves another model than the space was built for"
-    run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
-    baselines, seeds = config.selection.baselines, config.search.init_methods
-    references = run.references(space, observer, [*baselines, *seeds])
-    _require_success(run.score("full model", [(REFERENCE, references[FULL])], "search")[0])
-    genomes = {name: references[name].genome for name in seeds if name in references}
-    for name, genome in genomes.items():
-        assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
-    search = build_search(space, config.search, wider, genomes)
-    population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
-    contenders = [
-        Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])
-        for name in (FULL, *baselines)
-        if name in references
-    ]
-    if config.selection.random_search and config.search.algorithm != "random":
-        search = RandomSearch(space, config.search.seed)
-        random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
-        title = f"random, best of {len(random)}"
-        contenders.append(_winner(run, config, RANDOM, "random_search", title, random))
-    contenders += _winners(run, config, population, can_prune=space.can_prune)
-    return _rows(run, contenders, is_share=is_share)
-
-
-def _require_success(full: Individual) -> None:
-    if isinstance(full.outcome, EvaluationFailure):
-        raise ModelError(
-            f"the full model has no fitness ({full.outcome.reason}); check the checkpoint, and try model.dtype float32"
-        )
-
-
-def _winners(run: Run, config: RunConfig, population: Population, *, can_prune: bool) -> list[Contender]:
-    """The best pruning, where merging came after it, and the best of all that were validated."""
-    number = len(population)
-    if config.search.algorithm == "random":
-        return [_winner(run, config, MAIN, "best", f"random, best of {number}", population)]
-    prunings = population.prunings
-    if not can_prune or len(prunings) in (0, number):
-        title = "EEP prune" if can_prune and len(prunings) else "EEP merge"
-        winners = _validated(run, config, MAIN, title, population)
-        return [
-            *_soups(run, config, winners, number),
-            Contender(MAIN, "best", title, winners.best.candidate, number),
-        ]
-    validated = _validated(run, config, MAIN, "EEP prune", prunings)
-    pruning = Contender(MAIN, "best_pruning", "EEP prune", validated.best.candidate, len(prunings))
-    more = _validated(run, config, MAIN, "EEP prune + merge", population)
-    validated = validated.with_outcomes(one for one in more if one not in validated.individuals)
-    contenders = [pruning, Contender(MAIN, "best", "EEP prune + merge", validated.best.candidate, number)]
-    return [*_soups(run, config, validated, number), *contenders]
-
-
-def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> list[Contender]:
-    """The soup of the finalists, where one is wanted and better than each of them."""
-    if not config.selection.soup:
-        return []
-
-    run.stage("validation: soups", len(alike(validated)))
-
-    def score(genome: Genome) -> Individual:
-        return run.score("", [(REFERENCE, run.refer(genome, "soup"))], "validation")[0]
-
-    soup, num_ingredients = greedy_soup(validated, score)
-    title = f"soup of {num_ingredients}"
-    return [Contender(REFERENCE, "soup", title, soup.candidate, number)] if num_ingredients > 1 else []
-
-
-def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, population: Population) -> Contender:
-    best = _validated(run, config, name, title, population).best
-    return Contender(name, key, title, best.candidate, len(population))
-
-
-def _validated(run: Run, config: RunConfig, name: str, title: str, population: Population) -> Population:
-    """The best few by search fitness, with what they reach on the validation split."""
-    if not len(population):
-        raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
-    finalists = [(name, one.candidate) for one in population.complete.ranked[: config.selection.finalists]]
-    scored = Population().with_outcomes(run.score(f"validation: {title}", finalists, "validation"))
-    if not len(scored):
-        raise RunError(f"{title}: no finalist could be scored on the validation split")
-    return scored
-
-
-def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[Row]:
-    entries = [(one.search, one.candidate) for one in contenders]
-    scores: list[dict[str, Score]] = [{} for _ in contenders]
-    for split in SPLITS:
-        for found, individual in zip(scores, run.score(f"{split} split, final table", entries, split), strict=True):
-            if isinstance(individual.outcome, Evaluation):
-                found[split] = Score.of(individual.outcome, is_share=is_share)
-    return [
-        Row(one.key, one.title, one.candidate, one.evaluations, found)
-        for one, found in zip(contenders, scores, strict=True)
-    ]

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, num_ranks
-from moe_evo.genome import Genome
-from moe_evo.operators import gaussian_mutation, random_pruning
-from moe_evo.space import SearchSpace
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import gaussian_mutation, random_pruning
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.runs.checks import check_model
 from moe_evo.tasks.data import TaskData
 from moe_evo.tracking.base import Tracker
 
@@ -50,7 +53,7 @@ def open_pool(
         yield LocalPool(evaluator)
     else:
         from moe_evo.gangs.ray_pool import ray_pool
-        from moe_evo.models.loading import model_hash, read_shape
+        from moe_evo.models.load import model_hash, read_shape
 
         check_model(config)
         check_examples(config, data)  # or ranks would find what is wrong with them
@@ -69,32 +72,16 @@ def load_evaluator(
     model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: Tracker
 ) -> Evaluator:
     """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
-    from moe_evo.models.loading import load_model, load_tokenizer
+    from moe_evo.models.load import load_model, load_tokenizer
 
     tasks = _built(data, load_tokenizer(model), evaluation)
     tracker.message(f"loading {model.path}")
     return _evaluator(load_model(model), tasks, evaluation, tracker)
 
 
-def check_model(config: ScoringConfig) -> None:
-    """Raise ConfigError where the model cannot compute or be shared among ranks as is asked, from config.json alone."""
-    from moe_evo.models.meo import check_experts
-    from moe_evo.models.placement import check_placement
-    from moe_evo.models.ranks import Ranks
-    from moe_evo.models.size import read_config
-    from moe_evo.models.skipping import check_skipping
-
-    family, transformers_config = read_config(config.model)
-    check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
-    check_experts(config.model.experts, family, transformers_config)
-    if config.model.router == "eep":
-        family.check_eep_router(transformers_config)
-    check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
-
-
 def check_examples(config: ScoringConfig, data: Sequence[TaskData]) -> None:
     """Tokenise every example, without weights; raises TaskError or ModelError."""
-    from moe_evo.models.loading import load_tokenizer
+    from moe_evo.models.load import load_tokenizer
 
     _built(data, load_tokenizer(config.model), config.evaluation)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_evo.config import RunConfig
-from moe_evo.search.eep import eep_config, schedule
-from moe_evo.search_config import SearchConfig
+from moe_evo.config.run import RunConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.searches.eep import eep_config, schedule
 
 
 def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from moe_evo.genome import Genome
-from moe_evo.population import Candidate, Individual, Population
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Individual, Population
 
 
 class Search(Protocol):

@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moe_evo.genome import Genome
-from moe_evo.operators import (
+from moe_evo.config.search import EEP_RELEASE, RANDOM, EEPConfig, SearchConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import (
     gaussian_mutation,
     layer_crossover,
     narrowed,
@@ -22,11 +23,10 @@ from moe_evo.operators import (
     row_crossover,
     swap_mutation,
 )
-from moe_evo.population import Candidate, Individual, Population
-from moe_evo.search.base import Archive
-from moe_evo.search.enumeration import num_prunings, unseen_pruning
-from moe_evo.search_config import EEP_RELEASE, RANDOM, EEPConfig, SearchConfig
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.base import Archive
+from moe_evo.searches.enumeration import num_prunings, unseen_pruning
 
 _TRIES = 16
 

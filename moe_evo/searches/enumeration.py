@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.operators import random_pruning
-from moe_evo.search.base import Archive
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.base import Archive
 
 
 def num_prunings(space: SearchSpace) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe_evo.operators import random_pruning
-from moe_evo.population import Candidate, Individual, Population
-from moe_evo.search.base import Archive
-from moe_evo.search.enumeration import unseen_pruning
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.base import Archive
+from moe_evo.searches.enumeration import unseen_pruning
 
 _TRIES = 32
 

@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from moe_evo.tasks.base import IGNORED, Batch, ForwardBatch, Scores, target_log_probs
+from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.prompt import PromptFormat, Tokens
-from moe_evo.tasks.rows import Row, forward_batches
+from moe_evo.tasks.rows import Row
 
 
 def choice_rows(number: int, context: Tokens, choices: Sequence[Tokens]) -> list[Row]:

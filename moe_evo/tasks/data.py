@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, TaskError
 from moe_evo.tasks.examples import METRICS, UNITS, Example, kind_of, parse_row
 

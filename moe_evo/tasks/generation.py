@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from moe_evo.tasks.answers import ANSWER_METRICS
+from moe_evo.tasks.answer_metrics import ANSWER_METRICS
 from moe_evo.tasks.base import Batch, GenerateBatch, Scores
+from moe_evo.tasks.batches import generate_batches
 from moe_evo.tasks.examples import Example, numbers_in
 from moe_evo.tasks.prompt import PromptFormat
-from moe_evo.tasks.rows import BatchLimits, Row, generate_batches
+from moe_evo.tasks.rows import BatchLimits, Row
 
 
 class GenerationScorer:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moe_evo.errors import TaskError
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, target_log_probs
+from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.prompt import PromptFormat
-from moe_evo.tasks.rows import Row, forward_batches
+from moe_evo.tasks.rows import Row
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import TaskError
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.examples import Example

@@ -10,9 +10,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_log_probs
+from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.examples import Example
-from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits, forward_batches
+from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
 
 class Scorer(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_evo.evaluation.pool import PoolNews
-from moe_evo.population import Individual
+from moe_evo.genomes.population import Individual
 
 
 class Tracker(Protocol):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from moe_evo.population import Evaluation, Individual, RankKey
+from moe_evo.genomes.population import Evaluation, Individual, RankKey
 
 _BEST = 20
 _FAILED: RankKey = (False, -np.inf, 0.0)

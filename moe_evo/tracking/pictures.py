@@ -9,7 +9,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moe_evo.genome import Genome, Matrix
+from moe_evo.genomes.genome import Genome, Matrix
 
 _MOST_INCHES = 14.0
 

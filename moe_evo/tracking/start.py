@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from moe_evo.config import RunConfig
+from moe_evo.config.run import RunConfig
 from moe_evo.errors import ConfigError, RunError
-from moe_evo.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.population import Individual
-from moe_evo.result import software_versions
-from moe_evo.run_folder import RunFolder
-from moe_evo.search.eep import eep_config
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.population import Individual
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.records.result import software_versions
+from moe_evo.searches.eep import eep_config
 from moe_evo.tasks.data import SPLITS, task_name
 from moe_evo.tracking.base import Tracker, Trackers
-from moe_evo.tracking.wandb_thread import Mode, WandbRun, wandb_mode, wandb_tracker
+from moe_evo.tracking.wandb_run import Mode, WandbRun, wandb_mode
+from moe_evo.tracking.wandb_tracker import wandb_tracker
 
 _META_ID = "wandb/id"
 _NAME_LENGTH = 120

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
-from moe_evo.population import Evaluation, Individual
+from moe_evo.genomes.population import Evaluation, Individual
 
 _PLAIN_INTERVAL_S = 5.0
 _LOADING_INTERVAL_S = 30.0

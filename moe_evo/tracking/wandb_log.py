@@ -20,13 +20,13 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from moe_evo.evaluation.pool import PoolStatus
-from moe_evo.genome import Genome
-from moe_evo.journal import MAIN, RANDOM
-from moe_evo.population import Evaluation, EvaluationFailure, Individual
-from moe_evo.tracking.statistics import SearchStatistics
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
+from moe_evo.records.journal import MAIN, RANDOM
+from moe_evo.tracking.curves import SearchStatistics
 
 if TYPE_CHECKING:
-    from moe_evo.tracking.wandb_thread import WandbRun
+    from moe_evo.tracking.wandb_run import WandbRun
 
 _INIT_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 5.0

@@ -1,4 +1,4 @@
-"""Weights & Biases beside a search: which run of it, in which mode, and the thread that speaks to it.
+"""Weights & Biases beside a search: the thread that speaks to it.
 
 A search never waits for W&B; whatever goes wrong there is one line on the terminal.
 """
@@ -13,56 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from moe_evo.config import TrackingConfig
 from moe_evo.evaluation.pool import PoolNews
-from moe_evo.population import Individual
+from moe_evo.genomes.population import Individual
 from moe_evo.tracking.base import Tracker
+from moe_evo.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:  # wandb is imported where a search is tracked, not before
-    from moe_evo.tracking.wandb import SearchLog
+    from moe_evo.tracking.wandb_log import SearchLog
 
-Mode = Literal["online", "offline", "disabled"]
 
-_FINISH_TIMEOUT_S = 15.0
 _GRACE_S = 5.0  # for what W&B does beside what it has a time limit for
 _POOL_INTERVAL_S = 5.0
-_MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
-
-
-def wandb_mode(config: TrackingConfig) -> Mode:
-    """What `tracking.wandb` comes to: 'auto' is what WANDB_MODE says, else online if WANDB_API_KEY is set."""
-    if config.wandb != "auto":
-        return config.wandb
-    mode = os.environ.get("WANDB_MODE")
-    if mode is not None:
-        return _MODES.get(mode, "disabled")
-    return "online" if os.environ.get("WANDB_API_KEY") else "disabled"
-
-
-@dataclass(frozen=True)
-class WandbRun:
-    """Which run of W&B a search is.
-
-    folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: of the table of individuals,
-    at most. finish_timeout_s: how long the end of the search waits for what is not uploaded yet.
-    begin_timeout_s: the same where the service has not answered at all yet.
-    """
-
-    config: TrackingConfig
-    mode: Mode
-    id: str
-    name: str
-    folder: Path
-    settings: Mapping[str, Any]
-    num_rows: int
-    tags: Sequence[str] = ()
-    finish_timeout_s: float = field(default_factory=lambda: _FINISH_TIMEOUT_S)
-    begin_timeout_s: float = 0.0
 
 
 @contextmanager
@@ -119,7 +84,7 @@ class WandbTracker:
             self._fail("no key: set WANDB_API_KEY, or use --tracking.wandb offline")
         else:
             try:  # in this thread, as it is about to import torch: imports in two threads can see half a module
-                import moe_evo.tracking.wandb  # noqa: F401
+                import moe_evo.tracking.wandb_log  # noqa: F401
             except ImportError as error:
                 self._fail(f"cannot be imported ({error})")
             else:
@@ -161,7 +126,7 @@ class WandbTracker:
                 limit_s += self._run.finish_timeout_s if self._has_begun else self._run.begin_timeout_s
             self._thread.join(limit_s)
             if self._thread.is_alive():
-                from moe_evo.tracking.wandb import teardown
+                from moe_evo.tracking.wandb_log import teardown
 
                 self._fail(f"no answer for {limit_s:.0f} s")
                 with suppress(Exception):  # it may have ended by itself
@@ -193,7 +158,7 @@ class WandbTracker:
             )
 
     def _work(self) -> None:
-        from moe_evo.tracking.wandb import teardown
+        from moe_evo.tracking.wandb_log import teardown
 
         try:
             self._write()
@@ -203,7 +168,7 @@ class WandbTracker:
             teardown()
 
     def _write(self) -> None:
-        from moe_evo.tracking.wandb import SearchLog, begin, end
+        from moe_evo.tracking.wandb_log import SearchLog, begin, end
 
         run = begin(self._run, lambda: self._fail("the upload was stopped, by the service or in its pages"))
         if self._run.mode == "online":

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe_evo import cli, commands
-from moe_evo.genome import Genome
-from moe_evo.genome_file import save_individual
-from moe_evo.population import Candidate, Evaluation, Individual
-from moe_evo.space import ModelShape, SearchSpace
+import moe_evo
+from moe_evo.cli.main import main
+from moe_evo.genomes.file import save_individual
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, Individual
+from moe_evo.genomes.space import ModelShape, SearchSpace
 
 BadInput = Callable[[Path], list[str]]
 
@@ -46,7 +47,7 @@ def _llama(folder: Path) -> list[str]:
 
 
 def _pickled_model(folder: Path) -> list[str]:
-    shutil.copy(Path(commands.__file__).parent / "data" / "model" / "config.json", folder / "config.json")
+    shutil.copy(Path(moe_evo.__file__).parent / "data" / "model" / "config.json", folder / "config.json")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     return ["search", "--model.path", str(folder)]
 
@@ -232,12 +233,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_two_before_any_model_is_loade
     def refuse(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("moe_evo.models.loading.load_model", refuse)
+    monkeypatch.setattr("moe_evo.models.load.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     prepare, expected = BAD_INPUTS[case]
     argv = prepare(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code = cli.main(argv)
+    code = main(argv)
     err = capsys.readouterr().err
     assert code == 2, err
     assert len(err.splitlines()) == 1, err

@@ -19,12 +19,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from moe_evo import cli, commands
-from moe_evo.config import TaskConfig
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.genome_file import save_individual
-from moe_evo.population import Candidate, Evaluation, Individual
-from moe_evo.space import ModelShape, SearchSpace
+import moe_evo as package
+from moe_evo.cli.main import main
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.file import save_individual
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, Individual
+from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.tasks.data import embedded_task_names
 
 FAST = [
@@ -34,7 +35,7 @@ FAST = [
 
 
 def moe_evo(*argv: str) -> int:
-    return cli.main(argv)
+    return main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from moe_evo.cli import main as m; m(['--help']); m(['search', '--help']); print(*sys.modules)"
+        "import sys; from moe_evo.cli.main import main as m; "
+        "m(['--help']); m(['search', '--help']); print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     modules = done.stdout.splitlines()[-1]
@@ -121,7 +123,7 @@ def test_export_loads_with_stock_transformers_and_generates(
     assert len(set(modes.values())) == 1, modes  # weights as readable as the config
     card = (tmp_path / "small" / "README.md").read_text()
     assert "syll: choice, accuracy, 12 / 8 / 8 examples" in card
-    assert str(Path(commands.__file__).parent) not in card
+    assert str(Path(package.__file__).parent) not in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
     assert model.config.num_local_experts == 4
@@ -204,7 +206,7 @@ def moe_evo_json(*argv: str) -> dict[str, Any]:
 @pytest.fixture
 def nan_model(tmp_path: Path) -> Path:
     """The embedded model with one weight that is not a number."""
-    source = Path(commands.__file__).parent / "data" / "model"
+    source = Path(package.__file__).parent / "data" / "model"
     folder = tmp_path / "nan"
     shutil.copytree(source, folder)
     weights = load_file(folder / "model.safetensors")
@@ -316,7 +318,7 @@ def test_what_router_mode_eep_merged_is_not_exported_and_not_recommended(
     capsys.readouterr()
     assert moe_evo("show", str(run)) == 0
     assert "--which best_pruning" in capsys.readouterr().out
-    monkeypatch.setattr("moe_evo.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("moe_evo.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert moe_evo("export", str(run), "--to", str(tmp_path / "x")) == 2
     assert "no stock architecture can hold" in capsys.readouterr().err
 
@@ -325,7 +327,7 @@ def test_export_below_a_file_is_refused_before_the_model_is_loaded(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("moe_evo.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("moe_evo.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert moe_evo("export", str(finished), "--to", str(tmp_path / "file" / "x")) == 2
     assert "file is not a folder" in capsys.readouterr().err
 
@@ -365,7 +367,7 @@ def test_a_long_kept_list_may_stand_on_the_command_line(capsys: pytest.CaptureFi
 def test_export_refuses_a_base_model_that_changed_since_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = shutil.copytree(Path(commands.__file__).parent / "data" / "model", tmp_path / "model")
+    model = shutil.copytree(Path(package.__file__).parent / "data" / "model", tmp_path / "model")
     run = tmp_path / "run"
     assert moe_evo("search", *FAST, "--model.path", str(model), "--folder", str(run), "--json") == 0
     weights = load_file(model / "model.safetensors")

@@ -17,8 +17,8 @@ import yaml
 from lock import locked_versions
 from stub_programs import CLUSTER
 
-from moe_evo.config import RunConfig
-from moe_evo.config_file import read_config
+from moe_evo.config.file import read_config
+from moe_evo.config.run import RunConfig
 
 SCRIPTS = sorted(CLUSTER.glob("*.sh"))
 

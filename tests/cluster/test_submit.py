@@ -184,7 +184,14 @@ def test_checkpoints_and_caches_are_not_uploaded_but_data_and_package_are(
         "moe_evo/__pycache__/a.pyc", ".ruff_cache/x", "wandb/run", "a.gguf", "build/lib/x.py", "pytorch_model.bin",
         "other/moe_evo/data/model.safetensors",
     ]  # fmt: skip
-    goes = ["search.yaml", "data/mine.jsonl", "moe_evo/cli.py", "moe_evo/data/model/model.safetensors", "few.jsonl"]
+    goes = [
+        "search.yaml",
+        "data/mine.jsonl",
+        "moe_evo/cli/main.py",
+        "moe_evo/runs/loop.py",
+        "moe_evo/data/model/model.safetensors",
+        "few.jsonl",
+    ]
 
     def is_uploaded(path: str) -> bool:
         parts = Path(path).parts

@@ -14,11 +14,11 @@ from tiny_models import logits, tiny_model, tokens
 from tiny_tasks import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from moe_evo import compress as command
-from moe_evo.cli import main
-from moe_evo.config import ModelConfig
+from moe_evo.cli.main import main
+from moe_evo.commands import compress as command
+from moe_evo.config.model import ModelConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.models.loading import load_model
+from moe_evo.models.load import load_model
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 OPTIONS = ("--model.self_check", "false", "--tasks", TASK)

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_evo import doctor, versions
-from moe_evo.cli import main
-from moe_evo.doctor import Check, checks, require_nothing_broken
+from moe_evo import versions
+from moe_evo.cli.main import main
+from moe_evo.commands import doctor
+from moe_evo.commands.doctor import Check, checks, require_nothing_broken
 from moe_evo.errors import ConfigError
-from moe_evo.models import halves
 from moe_evo.models.families import FAMILIES
+from moe_evo.models.forward import layer_halves
 
 TESTED = {"locked": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "oldest": {"torch": "2.9", "deepspeed": "0.19"}}
 
@@ -71,8 +72,8 @@ def test_what_the_self_check_switches_off_is_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only(monkeypatch, "_embedded_model")
-    mix = halves.Halves.mix
-    monkeypatch.setattr(halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    mix = layer_halves.Halves.mix
+    monkeypatch.setattr(layer_halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for name in ("embedded model", "family mixtral"):

@@ -13,13 +13,13 @@ from tiny_models import logits, tokens
 from transformers import AutoModelForCausalLM
 
 import moe_evo
-from moe_evo import one_shot
-from moe_evo.cli import main
-from moe_evo.config import ModelConfig
+from moe_evo.cli.main import main
+from moe_evo.commands import prune as prune_module
+from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.merges import MERGES
-from moe_evo.genome_file import load_genome, load_metadata
-from moe_evo.models.alignment_file import load_alignment
-from moe_evo.models.loading import load_model, model_hash
+from moe_evo.genomes.file import load_genome, load_metadata
+from moe_evo.models.experts.alignment_file import load_alignment
+from moe_evo.models.load import load_model, model_hash
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 WORDS = ("--model.self_check", "false", "--tasks", TASK)
@@ -42,7 +42,7 @@ def test_every_merge_ends_with_a_smaller_checkpoint_that_stock_transformers_load
     assert report["aligned"] == MERGES[method].aligns and report["loader"] == "transformers"
     assert report["parameters_after"] < 0.6 * report["parameters_before"]
     full_size = sum(
-        file.stat().st_size for file in (Path(one_shot.__file__).parent / "data/model").glob("*.safetensors")
+        file.stat().st_size for file in (Path(moe_evo.__file__).parent / "data/model").glob("*.safetensors")
     )
     assert (tmp_path / "small" / "model.safetensors").stat().st_size < 0.6 * full_size
     assert any(len(members) > 1 for slots in report["made_of"] for members in slots)
@@ -146,4 +146,4 @@ def test_wrong_input_is_one_line_before_a_model_is_loaded(
     words = [word.replace("FILE", file) for word in words]
     method = [] if "--method" in words else ["--method", "m_smoe"]
     argv = ["prune", *WORDS, *method, "--num_kept", "4", "--to", str(tmp_path / "small"), *words]
-    assert message.replace("FILE", file) in refusal(argv, tmp_path / "small", one_shot, capsys, monkeypatch)
+    assert message.replace("FILE", file) in refusal(argv, tmp_path / "small", prune_module, capsys, monkeypatch)

@@ -18,17 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moe_evo import commands
-from moe_evo.cluster_config import ClusterConfig, PlacementStrategy
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
-from moe_evo.driver import MAIN, RANDOM, REFERENCE
+from moe_evo.commands.plan import plan, require_no_problems
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.cluster import ClusterConfig, PlacementStrategy
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError
-from moe_evo.plan import plan, require_no_problems
-from moe_evo.room import ClusterRoom, NodeRoom, gangs_that_fit
-from moe_evo.run_folder import RunFolder
-from moe_evo.search_config import EEPConfig, SearchConfig
+from moe_evo.gangs.capacity import ClusterRoom, NodeRoom, gangs_that_fit
+from moe_evo.records.folder import RunFolder
+from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
+from moe_evo.runs.workload import estimate
 from moe_evo.tracking.terminal import TerminalTracker
-from moe_evo.workload import estimate
 
 GPU = {"GPU": 1.0}
 
@@ -120,7 +123,7 @@ def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_p
     told = plan(run)
     assert told["problems"] == []
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
-        commands.search(run, tracker)
+        search_command(run, tracker)
     with RunFolder(tmp_path / "run").open_journal() as journal:
         made = {
             split: sum(len(journal.outcomes(name, split)) for name in (MAIN, RANDOM, REFERENCE))
@@ -193,7 +196,7 @@ def test_an_unknown_model_leaves_tasks_and_folder_checked(tmp_path: Path) -> Non
 def test_a_folder_is_told_as_free_held_by_another_run_or_resumed(tmp_path: Path) -> None:
     config = small(tmp_path)
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
-        commands.search(config, tracker)
+        search_command(config, tracker)
     assert "finished" in plan(config)["notes"][0]
     other = replace(config, search=SearchConfig(evaluations=7))
     assert "another config (search.evaluations: 6 -> 7)" in plan(other)["problems"][0]
@@ -287,5 +290,7 @@ def test_speed_is_measured_only_where_nothing_is_wrong(tmp_path: Path) -> None:
 
 
 def test_torch_and_ray_are_not_imported_before_a_model_is_looked_at() -> None:
-    code = "import sys, moe_evo.plan, moe_evo.report.plan; sys.exit(bool({'torch', 'ray'} & sys.modules.keys()))"
+    code = (
+        "import sys, moe_evo.commands.plan, moe_evo.report.plan; sys.exit(bool({'torch', 'ray'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

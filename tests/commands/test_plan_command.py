@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_evo import cli
+from moe_evo.cli.main import main
 
 FAST = [
     "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',
@@ -16,7 +16,7 @@ FAST = [
 
 
 def test_plan_tells_of_a_search_and_ends_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *FAST, "--memory_gib", "4"]) == 0
+    assert main(["plan", *FAST, "--memory_gib", "4"]) == 0
     text = capsys.readouterr().out
     assert "device memory 4.0 GiB" in text
     command = text.splitlines()[-1]
@@ -25,14 +25,14 @@ def test_plan_tells_of_a_search_and_ends_with_its_command(capsys: pytest.Capture
 
 
 def test_plan_can_measure_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *FAST, "--calibrate", "--json"]) == 0
+    assert main(["plan", *FAST, "--calibrate", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["problems"] == []
     assert told["estimate"]["evaluation_s"] > 0
 
 
 def test_plan_lists_everything_that_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--tasks", "[nowhere.jsonl]", "--search.num_kept", "9"]) == 2
+    assert main(["plan", "--tasks", "[nowhere.jsonl]", "--search.num_kept", "9"]) == 2
     shown = capsys.readouterr()
     assert "nowhere.jsonl" in shown.out
     assert "search.num_kept: got 9" in shown.out
@@ -41,7 +41,7 @@ def test_plan_lists_everything_that_is_wrong_and_exits_with_2(capsys: pytest.Cap
 
 @pytest.mark.parametrize("size", ["0", "-4"])
 def test_plan_refuses_a_device_without_memory(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *FAST, "--memory_gib", size]) == 2
+    assert main(["plan", *FAST, "--memory_gib", size]) == 2
     assert f"memory_gib: got {size}, expected more than 0" in capsys.readouterr().err
 
 
@@ -51,6 +51,6 @@ def test_ranks_that_cannot_share_a_model_are_refused_before_a_cluster_is_asked(
     gang = ["--cluster.address", "auto", "--model.sharding", "tensor_parallel", "--cluster.gang_size", "3"]
     for command in (["search", "--folder", str(tmp_path / "run")], ["evaluate", "--genome", "full"]):
         tasks = FAST[:2]
-        assert cli.main([*command[:1], *tasks, *command[1:], *gang]) == 2
+        assert main([*command[:1], *tasks, *command[1:], *gang]) == 2
         assert "which 3 does not divide" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

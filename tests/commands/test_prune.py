@@ -10,8 +10,9 @@ import torch
 from refusals import refusal, taken_folder
 from transformers import AutoModelForCausalLM
 
-from moe_evo import one_shot
-from moe_evo.cli import main
+import moe_evo
+from moe_evo.cli.main import main
+from moe_evo.commands import prune as prune_module
 from moe_evo.criteria.merges import MERGES
 from moe_evo.criteria.observation_file import load_observations
 from moe_evo.criteria.registry import CRITERIA, METHODS
@@ -40,7 +41,7 @@ def test_every_pruning_ends_with_a_checkpoint_that_stock_transformers_loads(
     assert report["max_logit_difference"] < 1e-5
     assert report["scores"]["full"]["num_examples"] == report["scores"]["smaller"]["num_examples"] == 16
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    full = AutoModelForCausalLM.from_pretrained(Path(one_shot.__file__).parent / "data" / "model")
+    full = AutoModelForCausalLM.from_pretrained(Path(moe_evo.__file__).parent / "data" / "model")
     for layer, kept in enumerate(report["kept"]):
         router = full.model.layers[layer].mlp.gate.weight
         assert torch.equal(small.model.layers[layer].mlp.gate.weight, router[kept])
@@ -180,5 +181,5 @@ def test_wrong_input_is_one_line_before_a_model_is_loaded(
     usual = {"--method": "reap", "--num_kept": "4", "--to": str(tmp_path / "small")}
     usual |= dict(zip(words[::2], words[1::2], strict=True))
     argv = [*WORDS, *(word for pair in usual.items() for word in pair)]
-    assert message.replace("TAKEN", str(taken)) in refusal(argv, tmp_path / "small", one_shot, capsys, monkeypatch)
+    assert message.replace("TAKEN", str(taken)) in refusal(argv, tmp_path / "small", prune_module, capsys, monkeypatch)
     assert (taken / "file").read_text() == "something else"

@@ -17,19 +17,22 @@ import pytest
 import yaml
 from rich.console import Console
 
-from moe_evo import cli, commands
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig, RunConfig, SelectionConfig, TaskConfig
-from moe_evo.config_file import config_parser, parse_config
+from moe_evo.cli.main import main
+from moe_evo.commands.search import search as search_command
+from moe_evo.commands.sweep import SweepFolder, grid, sweep
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.file import config_parser, parse_config
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.sweep import GridConfig, SweepConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, RunError, TaskError
 from moe_evo.gangs.connection import connected
-from moe_evo.gangs.trials import Report, trainable, tune
-from moe_evo.journal import Journal
-from moe_evo.models.loading import read_shape
+from moe_evo.gangs.tune_runs import Report, trainable, tune
+from moe_evo.models.load import read_shape
+from moe_evo.records.journal import Journal
 from moe_evo.report.sweep import print_sweep, sweep_result
-from moe_evo.search_config import SearchConfig
-from moe_evo.sweep import SweepFolder, grid, sweep
-from moe_evo.sweep_config import GridConfig, SweepConfig
 from moe_evo.tracking.terminal import TerminalTracker
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
@@ -113,13 +116,13 @@ def test_a_search_says_that_it_leaves_a_sweep_out(tmp_path: Path, capsys: pytest
     file = tmp_path / "own.yaml"
     wrong = ["--tasks", "nowhere.jsonl"]  # so that neither command begins
     file.write_text("sweep: {seeds: [0, 1]}\n")
-    assert cli.main(["search", str(file), *wrong]) == 2
+    assert main(["search", str(file), *wrong]) == 2
     note, _ = capsys.readouterr().err.splitlines()
     assert note.startswith(f"moe-evo: note: {file}: has a sweep: section; `moe-evo sweep {file}` runs it")
-    assert cli.main(["sweep", str(file), *wrong]) == 2
+    assert main(["sweep", str(file), *wrong]) == 2
     assert "note" not in capsys.readouterr().err
     file.write_text("sweep: {}\n")
-    assert cli.main(["search", str(file), *wrong]) == 2
+    assert main(["search", str(file), *wrong]) == 2
     assert "note" not in capsys.readouterr().err
 
 
@@ -330,7 +333,7 @@ def test_tune_restores_a_sweep_that_was_killed(tmp_path: Path) -> None:
     runs = runs_of(parse_config(parser, [str(folder.config)], SweepConfig)[1], folder.path)
 
     def search(config: RunConfig, report: Report) -> None:
-        commands.search(config, TerminalTracker(Console(quiet=True)), cluster=ClusterConfig())
+        search_command(config, TerminalTracker(Console(quiet=True)), cluster=ClusterConfig())
 
     with connected("local"):
         trials = tune.Tuner.restore(str(folder.tune), trainable(runs, search)).fit()

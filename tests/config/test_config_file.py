@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_evo import cli
-from moe_evo.config import RunConfig, SelectionConfig
-from moe_evo.config_file import parse, parse_config, read_config
+from moe_evo.cli.main import main
+from moe_evo.cli.parsers import PARSERS
+from moe_evo.config.file import parse, parse_config, read_config
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.sweep import SweepConfig
 from moe_evo.errors import ConfigError
-from moe_evo.journal import MAIN, Journal
-from moe_evo.parsers import PARSERS
-from moe_evo.population import Candidate
-from moe_evo.run_folder import RunFolder
-from moe_evo.space import ModelShape
-from moe_evo.sweep_config import SweepConfig
+from moe_evo.genomes.population import Candidate
+from moe_evo.genomes.space import ModelShape
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, Journal
 
 PRUNE = ("--method", "reap", "--num_kept", "4", "--to", "x")
 TO = ("--to", "x")
@@ -99,7 +99,7 @@ def test_true_or_false_of_a_config_may_stand_alone_too() -> None:
 def test_the_flags_of_all_commands_are_like_the_others(
     words: list[str], is_json: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*words, "criteria"]) == cli.main(["criteria", *words, "--debug", "false"]) == 0
+    assert main([*words, "criteria"]) == main(["criteria", *words, "--debug", "false"]) == 0
     first, _, second = capsys.readouterr().out.partition("\n" if is_json else "\nmethod ")
     assert first and second
     assert not is_json or json.loads(first) == json.loads(second)
@@ -108,7 +108,7 @@ def test_the_flags_of_all_commands_are_like_the_others(
 
 def test_plan_ends_with_the_search_without_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--memory_gib", "80", "--search.seed", "3", "--calibrate", "false", "--search.evaluations", "40"]
-    assert cli.main(["plan", *words, "--model.self_check", "false"]) == 0
+    assert main(["plan", *words, "--model.self_check", "false"]) == 0
     expected = "moe-evo search --search.seed 3 --search.evaluations 40 --model.self_check false"
     assert expected in capsys.readouterr().out
 

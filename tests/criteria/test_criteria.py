@@ -11,7 +11,7 @@ from asking import observed, observer_of
 from tiny_models import CONFIGS, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.criteria.naee import median_gate_ratio
 from moe_evo.criteria.pruning import pruning_by
 from moe_evo.criteria.questions import GateRatios, Routed
@@ -19,8 +19,8 @@ from moe_evo.criteria.registry import CRITERIA
 from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, LayerWeights
 from moe_evo.errors import ModelError
 from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.models.view import MoEModel
-from moe_evo.space import ModelShape, SearchSpace
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(24)]

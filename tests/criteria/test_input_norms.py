@@ -9,13 +9,13 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import CONFIGS, logits, tiny_model, tokens
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.criteria.input_norms import observe_input_norms
 from moe_evo.errors import ModelError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.models.compression import compressed_experts
-from moe_evo.models.expert_matrices import expert_matrices
-from moe_evo.models.sparsity import RouterWeightedPruning
+from moe_evo.models.compress.compression import compressed_experts
+from moe_evo.models.compress.sparsity import RouterWeightedPruning
+from moe_evo.models.experts.matrices import expert_matrices
 from moe_evo.models.view import MoEModel
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]

@@ -11,7 +11,8 @@ from asking import gang_evaluators, observer_of, write_gang_files
 from process_groups import run_gang
 from tiny_models import CONFIGS, EXPERT_FIELDS, tiny_model
 
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.grouping import Group
 from moe_evo.criteria.merges import MERGES, merged_layer
 from moe_evo.criteria.questions import AllAnswers, RouterLogits
@@ -19,13 +20,13 @@ from moe_evo.criteria.registry import METHODS
 from moe_evo.criteria.sums import LayerLogits, LayerObservation, Observation
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.models.alignment import align_neurons, alignment_of
-from moe_evo.models.export import export_checkpoint
-from moe_evo.models.loading import load_model
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.models.experts.alignment import align_neurons, alignment_of
+from moe_evo.models.export.export import export_checkpoint
+from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE
 from moe_evo.models.view import MoEModel
-from moe_evo.space import ModelShape, SearchSpace
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(12)]

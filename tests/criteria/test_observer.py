@@ -13,7 +13,7 @@ from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import GateRatios, Outputs, Question, Routed, Routers, Trials, Weights
 from moe_evo.criteria.sums import LayerObservation, LayerWeights, Observation
 from moe_evo.errors import ObservationError
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
 
 TASKS = {"maths": "maths@1", "code": "code@2", "nli": "nli@3"}
 NUMBERS = {"": 5.0, "maths": 1.0, "code": 10.0, "nli": 100.0}

@@ -10,15 +10,15 @@ import tiny_tasks as tiny
 from asking import observer_of
 from tiny_models import tiny_model
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.criteria.pruning import pruning_by, pruning_globally, pruning_progressively
 from moe_evo.criteria.questions import Routed
 from moe_evo.criteria.registry import CRITERIA
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.models.view import MoEModel
-from moe_evo.space import ModelShape, SearchSpace
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 ROWS = [

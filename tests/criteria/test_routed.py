@@ -14,14 +14,14 @@ from asking import gang_evaluators, observed, observer_of, write_gang_files
 from process_groups import run_gang
 from tiny_models import logits, random_merge, random_pruning, tiny_model, tokens
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.criteria.observation import _GateRatios, _Routed, counting
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.criteria.questions import GateRatios, OfPrompts, Outputs, Routed, Trials, Weights
+from moe_evo.criteria.routed import _GateRatios, _Routed, counting
 from moe_evo.criteria.sums import LayerObservation, Observation, together
 from moe_evo.criteria.weights import expert_weights
 from moe_evo.errors import ObservationError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.models.observation import observed_experts, residual_streams
+from moe_evo.models.experts.outputs import observed_experts, residual_streams
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.view import MoEModel
 

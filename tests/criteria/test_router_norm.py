@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny_model
 
-from moe_evo.config import ModelConfig
-from moe_evo.criteria.answers import answer
+from moe_evo.config.model import ModelConfig
+from moe_evo.criteria.answering import answer
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import CRITERIA, check_methods
 from moe_evo.errors import ConfigError, ModelError

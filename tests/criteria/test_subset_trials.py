@@ -13,18 +13,18 @@ import tiny_tasks as tiny
 from asking import observer_of
 from tiny_models import tiny_model
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.criteria import trials
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.criteria import subset_trials
 from moe_evo.criteria.naee import Naee
 from moe_evo.criteria.questions import Trials
 from moe_evo.criteria.registry import CRITERIA, METHODS, check_methods
 from moe_evo.criteria.subsets import all_but_one, subsets
 from moe_evo.errors import ModelError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.models.view import MoEModel
-from moe_evo.operators import random_pruning
-from moe_evo.space import SearchSpace
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) for n in range(8)]
@@ -160,7 +160,7 @@ def test_trials_that_are_routed_a_few_at_a_time_find_the_same(mixtral, monkeypat
     _, observer = mixtral
     question = Trials(num_kept=(4, 4, 4))
     expected = observer.about(question)
-    monkeypatch.setattr(trials, "_ROUTED", 64)
+    monkeypatch.setattr(subset_trials, "_ROUTED", 64)
     for one, other in zip(observer.about(replace(question, seed=1)).layers, expected.layers, strict=True):
         np.testing.assert_allclose(one.errors, other.errors, rtol=1e-9)
 

@@ -10,15 +10,15 @@ import tiny_tasks as tiny
 from asking import observer_of
 from tiny_models import tiny_model
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.criteria.registry import METHODS, check_methods
 from moe_evo.criteria.task_specific import TaskSpecific
 from moe_evo.errors import ConfigError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.models.observation import observed_experts
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.experts.outputs import observed_experts
 from moe_evo.models.view import MoEModel
-from moe_evo.space import SearchSpace
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 PROMPTS = [" ".join(WORDS[n % 4 : n % 4 + 1 + (3 * n) % 7]) + (f" {n}" if n % 3 else "") for n in range(24)]

@@ -9,12 +9,12 @@ import pytest
 import tiny_tasks as tiny
 import torch
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.errors import GenomeError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation, EvaluationFailure
 from moe_evo.tasks.task import Task
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]

@@ -14,14 +14,16 @@ import torch
 from asking import observed
 from process_groups import run_gang
 
-from moe_evo.config import EvaluationConfig, ModelConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import GenomeError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.models.loading import load_model
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE, Ranks
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
-from moe_evo.space import ModelShape
 from moe_evo.tasks.base import TaskScores
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task

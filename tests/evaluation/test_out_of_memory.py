@@ -16,13 +16,13 @@ import tiny_tasks as tiny
 import torch
 from asking import observed
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.errors import OutOfMemory
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 
 PRUNED = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
 PROMPTS = [{"prompt": f"{n} one two"} for n in range(8)]
@@ -36,7 +36,7 @@ import tiny_tasks as tiny
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.errors import OutOfMemory
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.models.view import MoEModel

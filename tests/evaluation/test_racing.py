@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.errors import ConfigError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, ExampleScores, Individual, Population
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, ExampleScores, Individual, Population
 from moe_evo.report.figure import draw_curve
 from moe_evo.report.payload import rises
 from moe_evo.tasks.base import TaskScores
-from moe_evo.tracking.statistics import SearchStatistics
+from moe_evo.tracking.curves import SearchStatistics
 
 GENOME = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
 OTHER = Genome.from_kept([[0, 1], [1, 2]], 4, 2)

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from moe_evo.config import RunConfig
-from moe_evo.config_file import config_parser, parse_config, read_config
-from moe_evo.sweep_config import SweepConfig
+from moe_evo.config.file import config_parser, parse_config, read_config
+from moe_evo.config.run import RunConfig
+from moe_evo.config.sweep import SweepConfig
 from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -17,16 +17,18 @@ import numpy as np
 import ray
 from stand_ins import StandIn, outcome_of
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig, ScoringConfig, TaskConfig
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.pool import Pool, PoolEvent, PoolNews, PoolStatus, Request
 from moe_evo.gangs.rank import Rank
 from moe_evo.gangs.ray_pool import RayPool, ray_pool
-from moe_evo.genome import Genome
-from moe_evo.models.loading import model_hash, read_shape
-from moe_evo.operators import random_pruning
-from moe_evo.population import Outcome
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning
+from moe_evo.genomes.population import Outcome
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.load import model_hash, read_shape
 from moe_evo.tasks.data import check_tasks
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)

@@ -21,8 +21,8 @@ from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import LayerObservation, Observation
 from moe_evo.errors import OutOfMemory, RowOutOfMemory
 from moe_evo.gangs.rank import Rank, Work
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, Outcome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, Outcome
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks' processes cannot import tests
 

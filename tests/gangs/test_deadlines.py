@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_evo.gangs.dispatcher import Dispatcher, Job
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
 
 
 def test_the_longest_time_is_that_of_jobs_on_the_same_examples() -> None:

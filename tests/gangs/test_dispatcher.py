@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moe_evo.criteria.questions import Routed
 from moe_evo.gangs.dispatcher import Dispatcher, Job
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, EvaluationFailure
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure
 
 GENOMES = [
     Genome.from_kept([[first, second]], 12, 1) for first in range(12) for second in range(first + 1, 12)

@@ -40,9 +40,9 @@ from stand_ins import (
     slow,
 )
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.gangs import ray_pool
-from moe_evo.population import EvaluationFailure
+from moe_evo.genomes.population import EvaluationFailure
 
 TENSOR_PARALLEL = ModelConfig(self_check=False, sharding="tensor_parallel")
 

@@ -17,16 +17,18 @@ import pytest
 from ray.cluster_utils import Cluster
 from request_runs import MODEL, TASK, complete, genomes, requests
 
-from moe_evo import commands, evaluators
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
-from moe_evo.criteria.answers import answer
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.criteria.answering import answer
 from moe_evo.criteria.questions import Routed, Weights
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Pool, Request
-from moe_evo.journal import Journal
-from moe_evo.population import Evaluation, Outcome
-from moe_evo.search_config import SearchConfig
+from moe_evo.genomes.population import Evaluation, Outcome
+from moe_evo.records.journal import Journal
+from moe_evo.runs import open_pool
 from moe_evo.tasks.data import SPLITS, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -46,7 +48,7 @@ CLUSTERS = {
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return evaluators.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +56,11 @@ def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.Tem
     """Folders of finished runs of CONFIG, one a pool. They start the services, so they hear all that happens."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         for name, where in CLUSTERS.items():
             folder = tmp_path_factory.mktemp("run") / "run"
             with TerminalTracker() as tracker:
-                commands.search(replace(CONFIG, cluster=where, folder=str(folder)), tracker)
+                search_command(replace(CONFIG, cluster=where, folder=str(folder)), tracker)
             found[name] = folder
     return found
 
@@ -66,9 +68,9 @@ def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.Tem
 @pytest.fixture(params=CLUSTERS)
 def pool(request: pytest.FixtureRequest, folders: dict[str, Path], evaluator: Evaluator) -> Iterator[Pool]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         config = replace(CONFIG, cluster=CLUSTERS[request.param])
-        with evaluators.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
+        with open_pool.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
             yield pool
 
 

@@ -22,18 +22,20 @@ from request_runs import LIMIT_S, MODEL, TASK, free_cpus, is_gone, wait_until
 from stand_ins import always, die, outcome_of, unable_to_load, unable_to_start
 
 import moe_evo
-from moe_evo import commands
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import EvaluationConfig, RunConfig, SelectionConfig
+from moe_evo.commands.search import search as search_command
+from moe_evo.commands.show import show
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.errors import ClusterError, JournalError, ModelError
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.gangs import ray_pool
 from moe_evo.gangs.rank import Rank
-from moe_evo.journal import Journal
-from moe_evo.population import Evaluation, EvaluationFailure
+from moe_evo.genomes.population import Evaluation, EvaluationFailure
+from moe_evo.records.folder import RunFolder, asdict_plain
+from moe_evo.records.journal import Journal
 from moe_evo.report.terminal import print_run
-from moe_evo.run_folder import RunFolder, asdict_plain
-from moe_evo.search_config import SearchConfig
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -74,7 +76,7 @@ def search(
 ) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch, Watch(react) as tracker:
         patch.setattr(ray_pool, "ray_pool", partial(ray_pool.ray_pool, rank=rank))
-        return commands.search(replace(config, folder=str(folder)), tracker)
+        return search_command(replace(config, folder=str(folder)), tracker)
 
 
 def outcomes(folder: Path) -> dict[tuple[str, int, str], tuple[str, Evaluation | EvaluationFailure]]:
@@ -106,7 +108,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Scores:
     """The scores of CONFIG in one process, without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with TerminalTracker() as tracker:
-        commands.search(replace(CONFIG, cluster=ClusterConfig(), folder=str(folder)), tracker)
+        search_command(replace(CONFIG, cluster=ClusterConfig(), folder=str(folder)), tracker)
     return without_times(folder)
 
 
@@ -126,7 +128,7 @@ def test_a_poisonous_genome_is_in_the_journal_and_in_show_with_what_it_did(
     for (name, number, split), (_, one) in found.items():
         assert (name, number, split) in failed or one == outcome_of(genomes[name, number], split)
     assert any(poison[:8] in detail for detail in events(folder.path, "quarantined"))
-    print_run(folder, commands.show(folder))
+    print_run(folder, show(folder))
     assert "broke 3 gangs: rank 0 died" in capsys.readouterr().out
 
 
@@ -151,7 +153,7 @@ def test_truncated_weights_end_the_run_with_the_same_message_as_without_a_cluste
     os.truncate(weights, weights.stat().st_size // 2)
     config = replace(CONFIG, model=replace(MODEL, path=str(model)), cluster=replace(CONFIG.cluster, num_gangs=1))
     with pytest.raises(ModelError) as alone:
-        commands.search(replace(config, cluster=ClusterConfig(), folder=str(tmp_path / "alone")), TerminalTracker())
+        search_command(replace(config, cluster=ClusterConfig(), folder=str(tmp_path / "alone")), TerminalTracker())
     with pytest.raises(ModelError) as error:
         search(tmp_path / "run", config)
     assert str(error.value) == str(alone.value)

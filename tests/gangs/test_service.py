@@ -200,7 +200,7 @@ NO_CLUSTER = """
 import functools, sys
 from ray._private import services
 services.find_gcs_addresses = functools.cache(lambda: set())  # as if nobody's Ray were running on this machine
-from moe_evo.cli import main
+from moe_evo.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_evo.errors import GenomeError
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
 
 
 def _merged(seed: int = 0, num_kept: int = 2, num_experts: int = 4) -> LayerGenome:

@@ -9,8 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from moe_evo.errors import GenomeError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.genome_file import (
+from moe_evo.genomes.file import (
     genome_from_bytes,
     genome_from_kept_json,
     genome_to_bytes,
@@ -21,8 +20,9 @@ from moe_evo.genome_file import (
     outcome_to_json,
     save_individual,
 )
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.space import ModelShape, SearchSpace
 
 SHAPE = ModelShape("mixtral", (4, 4), (2, 2), (0, 1))
 SPACE = SearchSpace.build(SHAPE, num_kept=2)

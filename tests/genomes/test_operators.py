@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.operators import (
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.operators import (
     gaussian_mutation,
     layer_crossover,
     narrowed,
@@ -18,8 +18,8 @@ from moe_evo.operators import (
     row_crossover,
     swap_mutation,
 )
-from moe_evo.population import Candidate, Evaluation, Individual, Population
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.genomes.population import Candidate, Evaluation, Individual, Population
+from moe_evo.genomes.space import ModelShape, SearchSpace
 
 many = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 RATES = st.floats(0.01, 1.0)

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
 
 PRUNING = Genome.from_kept([[0, 1]], 4, 1)
 MERGED = Genome((LayerGenome(np.ones((2, 4)), np.ones((2, 4)), 1),))

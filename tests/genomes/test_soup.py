@@ -11,12 +11,12 @@ import torch
 from tiny_models import logits, random_merge, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from moe_evo.cli import main
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.cli.main import main
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
+from moe_evo.genomes.soup import averaged, greedy_soup
 from moe_evo.models.merging import mix_rows
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
-from moe_evo.soup import averaged, greedy_soup
 
 KEPT = np.eye(4, dtype=np.float32)[[0, 2]]
 

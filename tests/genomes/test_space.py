@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe_evo.errors import ConfigError, GenomeError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.space import ModelShape, SearchSpace, check_fits
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
 
 
 def _shape(num_layers: int = 4, num_experts: int = 8, top_k: int = 2, **limits: int) -> ModelShape:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny_model
 
-from moe_evo.config import ModelConfig
-from moe_evo.models.loading import load_model
+from moe_evo.config.model import ModelConfig
+from moe_evo.models.load import load_model
 from moe_evo.models.view import MoEModel
 
 torch.set_num_threads(1)

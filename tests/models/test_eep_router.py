@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import largest_difference, logits, random_merge, random_pruning, tiny_model, tokens
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.eep_coefficients import load_eep_coefficients
-from moe_evo.models.loading import load_model
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.models.experts.eep_coefficients import load_eep_coefficients
+from moe_evo.models.load import load_model
 from moe_evo.models.routing import eep_route
 from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel

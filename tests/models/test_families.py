@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tiny_models import CONFIGS, tiny_model
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
+from moe_evo.genomes.space import ModelShape
 from moe_evo.models.families import FAMILIES, PRUNED_TYPE, family_of
-from moe_evo.models.loading import load_model, read_shape
-from moe_evo.space import ModelShape
+from moe_evo.models.load import load_model, read_shape
 
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:

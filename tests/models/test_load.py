@@ -15,10 +15,10 @@ from tiny_models import largest_difference, logits, random_merge, tiny_model, to
 from transformers import MixtralForCausalLM
 
 import moe_evo
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models import view
-from moe_evo.models.loading import load_model, load_tokenizer, model_hash, read_shape, resolve_device
+from moe_evo.models.load import load_model, load_tokenizer, model_hash, read_shape, resolve_device
 from moe_evo.models.placement import GROUPED_MM, suit_device
 from moe_evo.models.view import MoEModel
 

@@ -9,12 +9,14 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import VARIANTS, tiny_model, variant
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.errors import ModelError
 from moe_evo.evaluation.evaluator import Evaluator
+from moe_evo.genomes.population import Evaluation
 from moe_evo.models import self_check as self_check_module
 from moe_evo.models.agreement import disagreement
-from moe_evo.models.library import (
+from moe_evo.models.self_check import self_check
+from moe_evo.models.transformers_border import (
     attention_implementation,
     eager_experts,
     gated,
@@ -22,9 +24,7 @@ from moe_evo.models.library import (
     kept_in_float32,
     undivided_modules,
 )
-from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_trees_that_attention_reads_otherwise_are_switched_off_and_scores_stay(
 
 
 def test_attention_that_takes_no_masks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_evo.models.token_trees._MASKED_ATTENTION", ())
+    monkeypatch.setattr("moe_evo.models.tree_masks._MASKED_ATTENTION", ())
     moe = MoEModel(tiny_model("mixtral"))
     self_check(moe)
     assert [str(one) for one in moe.switched_off] == [
@@ -113,7 +113,7 @@ def test_attention_that_takes_no_masks_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_slip_of_our_own_is_no_property_of_the_model(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_evo.models.token_trees.torch", None)
+    monkeypatch.setattr("moe_evo.models.tree_masks.torch", None)
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'arange'"):
         self_check(mixtral)
 

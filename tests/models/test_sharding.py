@@ -18,16 +18,16 @@ from process_groups import run_gang
 from tiny_models import CONFIGS, largest_difference, logits, random_merge, random_pruning, tiny_model, tokens
 from transformers import MixtralConfig
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ExportError
 from moe_evo.models import zero3
-from moe_evo.models.export import export_checkpoint
+from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.families import FAMILIES
-from moe_evo.models.loading import load_model
+from moe_evo.models.load import load_model
 from moe_evo.models.placement import placement_options
 from moe_evo.models.ranks import ALONE, Ranks
-from moe_evo.models.slices import is_whole, local_shape
 from moe_evo.models.view import MoEModel
+from moe_evo.models.weight_shapes import is_whole, local_shape
 
 MATCH = 2e-6
 STEPS = ("base", "pruned", "merged", "base again")
@@ -155,8 +155,8 @@ ALONE_WITH_ZERO3 = """
 import sys, torch
 sys.path.append(sys.argv[1])
 from tiny_models import logits, tokens
-from moe_evo.config import ModelConfig
-from moe_evo.models.loading import load_model
+from moe_evo.config.model import ModelConfig
+from moe_evo.models.load import load_model
 config = ModelConfig(path=sys.argv[2], device="cpu", sharding="zero3", offload="cpu")
 moe = load_model(config)
 assert not moe.splits_examples

@@ -16,14 +16,14 @@ from tiny_models import (
 )
 
 from moe_evo.errors import ConfigError, GenomeError
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.models import merging
+from moe_evo.models.experts.outputs import observed_experts
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.observation import observed_experts
 from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
-from moe_evo.space import SearchSpace
 
 MATCH = 2e-6
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from moe_evo.errors import JournalError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.journal import Journal
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.records.journal import Journal
 
 PRUNING = Candidate(0, Genome.from_kept([[0, 3], [1, 2]], 4, 2), "random_pruning")
 MERGED = Candidate(
@@ -93,7 +93,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path: Path) -> None:
 
 def test_the_lock_dies_with_a_killed_writer(tmp_path: Path) -> None:
     program = (
-        "import sys, time, pathlib; from moe_evo.journal import Journal\n"
+        "import sys, time, pathlib; from moe_evo.records.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     path = tmp_path / "journal.sqlite"
@@ -176,7 +176,7 @@ def test_a_reader_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_reader_sees_the_last_whole_transaction_of_a_writer_that_was_killed_within_one(tmp_path: Path) -> None:
     program = (
-        "import os, sys, pathlib; from moe_evo.journal import Journal\n"
+        "import os, sys, pathlib; from moe_evo.records.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "journal.set_meta({'key': 'whole'})\n"
         "database = journal._database\n"

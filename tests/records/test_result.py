@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import binomtest
 
 from moe_evo.errors import RunError
-from moe_evo.population import Evaluation
-from moe_evo.result import Score
-from moe_evo.run_folder import RunFolder
+from moe_evo.genomes.population import Evaluation
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.result import Score
 
 
 def share_of(right: int, number: int) -> Evaluation:

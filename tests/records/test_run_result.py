@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
-from moe_evo import commands, evaluators
-from moe_evo.cli import main
-from moe_evo.config import ModelConfig, RunConfig, SelectionConfig, TaskConfig
+from moe_evo.cli.main import main
+from moe_evo.commands.search import search
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.population import EvaluationFailure, Outcome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import EvaluationFailure, Outcome
+from moe_evo.records.folder import RunFolder
 from moe_evo.report.terminal import print_run
-from moe_evo.run_folder import RunFolder
-from moe_evo.search_config import SearchConfig
+from moe_evo.runs import open_pool
 from moe_evo.tracking.terminal import TerminalTracker
 
 
@@ -49,7 +52,7 @@ def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
         folder=str(tmp_path / "run"),
     )
     with TerminalTracker() as tracker:
-        folder = commands.search(config, tracker)
+        folder = search(config, tracker)
     result = folder.read_result()
     assert {name: result[name] for name in option} == option
     print_run(folder, result)
@@ -61,8 +64,8 @@ def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
 def test_a_winner_without_a_test_score_still_ends_with_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = evaluators.load_evaluator
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *parts: FailingOnTest(load(*parts)))
+    load = open_pool.load_evaluator
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *parts: FailingOnTest(load(*parts)))
     config = RunConfig(
         model=ModelConfig(self_check=False),
         tasks=[TaskConfig(data="syll", num_search=8, num_validation=8, num_test=8)],
@@ -71,7 +74,7 @@ def test_a_winner_without_a_test_score_still_ends_with_a_result(
         folder=str(tmp_path / "run"),
     )
     with TerminalTracker() as tracker:
-        folder = commands.search(config, tracker)
+        folder = search(config, tracker)
     result = folder.read_result()
     assert result["winners_curse"] is None and "test" not in result["rows"][-1]["scores"]
     print_run(RunFolder(tmp_path / "run"), result)

@@ -13,8 +13,8 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import spearmanr
 
 from moe_evo.errors import TaskError
-from moe_evo.population import ExampleScores
-from moe_evo.statistics import (
+from moe_evo.genomes.population import ExampleScores
+from moe_evo.records.statistics import (
     Difference,
     McNemar,
     exact_mcnemar,
@@ -77,7 +77,7 @@ def bca_by_brute_force(samples: list[Array]) -> tuple[float, float]:
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to count over hundreds of pairs how often an interval covers the truth."""
-    monkeypatch.setattr("moe_evo.statistics._NUM_RESAMPLES", 999)
+    monkeypatch.setattr("moe_evo.records.statistics._NUM_RESAMPLES", 999)
 
 
 def test_the_difference_is_the_mean_over_tasks_and_not_over_examples() -> None:

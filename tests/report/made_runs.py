@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from moe_evo.config import RunConfig, TaskConfig
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.genome_file import save_individual
-from moe_evo.journal import Journal
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
-from moe_evo.result import Row, Score
-from moe_evo.run_folder import RunFolder, asdict_plain
-from moe_evo.search_config import SearchConfig
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.config.run import RunConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.file import save_individual
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.records.folder import RunFolder, asdict_plain
+from moe_evo.records.journal import Journal
+from moe_evo.records.result import Row, Score
 
 LAYERS, EXPERTS = 4, 8
 

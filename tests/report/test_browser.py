@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from made_runs import make_run, shape_of
 
-from moe_evo import reporting
+from moe_evo.report.write import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -112,7 +112,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def written(*folders: Path) -> Path:
         target = tmp_path_factory.mktemp("page") / "report.html"
-        reporting.write_report([str(one) for one in folders], str(target), overwrite=False)
+        write_report([str(one) for one in folders], str(target), overwrite=False)
         return target
 
     return written

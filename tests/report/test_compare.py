@@ -17,13 +17,14 @@ import yaml
 from made_runs import make_run
 from rich.console import Console
 
-from moe_evo import cli
-from moe_evo.journal import Journal
-from moe_evo.population import Evaluation, EvaluationFailure, Outcome
-from moe_evo.report.lines import Line, Pairing, pairings, print_lines, print_pairings, sorted_lines
+from moe_evo.cli.main import main as main_cli
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import Journal
+from moe_evo.records.statistics import exact_mcnemar, paired_difference
+from moe_evo.report.lines import Line, print_lines, sorted_lines
+from moe_evo.report.pairing import Pairing, pairings, print_pairings
 from moe_evo.report.record import read_records
-from moe_evo.run_folder import RunFolder
-from moe_evo.statistics import exact_mcnemar, paired_difference
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def printed(lines: list[Line], width: int = 80) -> str:
 
 
 def test_csv_has_a_line_for_every_contender_of_every_run(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", *runs, "--format", "csv"]) == 0
+    assert main_cli(["compare", *runs, "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 4 + 4 + 2
     for name in ("four", "two"):
@@ -61,7 +62,7 @@ def test_csv_has_a_line_for_every_contender_of_every_run(runs: list[str], capsys
 
 
 def test_parameters_are_empty_where_the_run_has_none(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", *runs, "--format", "json"]) == 0
+    assert main_cli(["compare", *runs, "--format", "json"]) == 0
     lines = {(line["run"], line["key"]): line for line in json.loads(capsys.readouterr().out)["lines"]}
     assert lines["four", "best"]["parameters_share"] == 0.5
     assert lines["four", "full"]["parameters_share"] == 1.0
@@ -113,7 +114,7 @@ def test_markup_in_names_is_printed_as_it_is(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", str(tmp_path)]) == 2
+    assert main_cli(["compare", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"moe-evo: error: {tmp_path}: not the folder of a run")
 
 
@@ -143,7 +144,7 @@ def test_every_other_winner_is_paired_with_that_of_the_first_run(
 ) -> None:
     scores = {"first": answers(1), "better": answers(2, 0.9), "twin": answers(1)}
     runs = [record_test(make_run(tmp_path / name, seed=n), one) for n, (name, one) in enumerate(scores.items())]
-    assert cli.main(["compare", *(str(run.path) for run in runs), "--format", "json"]) == 0
+    assert main_cli(["compare", *(str(run.path) for run in runs), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["lines"]) == 3 * 4
     assert [(one["run"], one["against"], one["reason"]) for one in found["paired"]] == [
@@ -165,7 +166,7 @@ def test_the_terminal_shows_the_pairs_under_the_table(tmp_path: Path, capsys: py
     first, second = answers(1), answers(1)
     second[np.flatnonzero(first == 0)[:20]] = 1.0
     runs = [record_test(make_run(tmp_path / name), one) for name, one in (("[b]one", first), ("[red]two", second))]
-    assert cli.main(["compare", *(str(run.path) for run in runs)]) == 0
+    assert main_cli(["compare", *(str(run.path) for run in runs)]) == 0
     text = capsys.readouterr().out
     main, pairs = text.split("\ntest score of the winner minus that of [b]one, on the same examples\n")
     assert "higher is better" in main
@@ -247,9 +248,9 @@ def test_runs_that_cannot_be_paired_stand_in_one_line_for_each_reason(tmp_path: 
 def test_one_run_has_nobody_to_be_paired_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = record_test(make_run(tmp_path / "one"), answers(1))
     for twice in ([run.path], [run.path, run.path]):
-        assert cli.main(["compare", *map(str, twice), "--json"]) == 0
+        assert main_cli(["compare", *map(str, twice), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["paired"] == []
-    assert cli.main(["compare", str(run.path)]) == 0
+    assert main_cli(["compare", str(run.path)]) == 0
     assert "pair" not in capsys.readouterr().out
 
 
@@ -261,9 +262,9 @@ def test_real_runs_are_paired_on_the_examples_of_their_test_split(
         argv = ["search", "--tasks", tasks, "--search.evaluations", "6", "--selection.finalists", "2",
                 "--search.num_kept", str(num_kept), "--evaluation.threads", "1", "--folder", str(tmp_path / name),
                 "--json"]  # fmt: skip
-        assert cli.main(argv) == 0
+        assert main_cli(argv) == 0
     capsys.readouterr()
-    assert cli.main(["compare", *(str(tmp_path / name) for name in ("four", "two", "other")), "--json"]) == 0
+    assert main_cli(["compare", *(str(tmp_path / name) for name in ("four", "two", "other")), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     two, other = found["paired"]
     test = {line["run"]: line["test"] for line in found["lines"] if line["key"] == "best"}

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from made_runs import LAYERS, make_run, shape_of, write_candidates
 
-from moe_evo import cli, reporting
+from moe_evo.cli.main import main
 from moe_evo.errors import RunError
-from moe_evo.journal import Journal
+from moe_evo.records.journal import Journal
 from moe_evo.report.page import render_page
 from moe_evo.report.payload import MOST_POINTS, curve, run_payload
 from moe_evo.report.record import read_records
+from moe_evo.report.write import write_report
 
 HOSTILE = "x'\"><img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}&lt;"
 
@@ -72,7 +73,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = ["search", "--tasks", tasks, "--search.evaluations", "8", "--selection.finalists", "2",
             "--selection.random_search", "true", "--evaluation.threads", "1", "--folder", str(folder),
             "--json"]  # fmt: skip
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     return folder
 
 
@@ -256,7 +257,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_sixty_runs_of_two_thousand_evaluations_make_less_than_five_megabytes(many: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     began = time.process_time()
-    written = reporting.write_report([str(one) for one in many], str(target), overwrite=False)
+    written = write_report([str(one) for one in many], str(target), overwrite=False)
     assert time.process_time() - began < 30
     assert written["runs"] == 60
     assert target.stat().st_size == written["bytes"] < 5_000_000
@@ -281,12 +282,12 @@ def test_the_command_says_where_the_report_is_and_replaces_an_older_one(
 ) -> None:
     run = make_run(tmp_path / "run", done=5)
     for _ in range(2):
-        assert cli.main(["report", str(run.path)]) == 0
+        assert main(["report", str(run.path)]) == 0
         out = capsys.readouterr().out
         assert str(run.path / "report.html") in out
         assert (run.path / "report.html").as_uri() in out
         assert "not finished" in out
-    assert cli.main(["report", str(run.path), "--to", str(tmp_path / "new" / "a.html"), "--json"]) == 0
+    assert main(["report", str(run.path), "--to", str(tmp_path / "new" / "a.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"] == 1
     assert not list(tmp_path.glob("**/.*.html*"))
 
@@ -296,10 +297,10 @@ def test_a_file_that_is_no_report_is_kept_unless_told_otherwise(
 ) -> None:
     run, target = make_run(tmp_path / "run", done=5), tmp_path / "thesis.html"
     target.write_text("my thesis")
-    assert cli.main(["report", str(run.path), "--to", str(target)]) == 2
+    assert main(["report", str(run.path), "--to", str(target)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert target.read_text() == "my thesis"
-    assert cli.main(["report", str(run.path), "--to", str(target), "--overwrite"]) == 0
+    assert main(["report", str(run.path), "--to", str(target), "--overwrite"]) == 0
     assert target.read_text("utf-8").startswith("<!doctype html>")
 
 
@@ -316,7 +317,7 @@ def test_wrong_input_is_one_line(
     argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {name: str(make_run(tmp_path / name, done=1).path) for name in ("run", "other")}
-    assert cli.main(["report", *(word.format(**paths) for word in argv)]) == 2
+    assert main(["report", *(word.format(**paths) for word in argv)]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -333,7 +334,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 def test_reports_and_comparisons_load_neither_torch_nor_ray(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     program = (
-        "import sys; from moe_evo.cli import main\n"
+        "import sys; from moe_evo.cli.main import main\n"
         f"for command in ('report', 'compare'): assert main([command, {str(run.path)!r}]) == 0\n"
         "print('loaded', {'torch', 'ray', 'wandb', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules))"
     )

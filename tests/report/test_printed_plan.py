@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_evo.cluster_config import ClusterConfig
-from moe_evo.config import ModelConfig, RunConfig, TaskConfig
-from moe_evo.plan import plan
+from moe_evo.commands.plan import plan
+from moe_evo.config.cluster import ClusterConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.gangs.capacity import ClusterRoom, NodeRoom
 from moe_evo.report.plan import count_label, print_plan, size_label, time_label
-from moe_evo.room import ClusterRoom, NodeRoom
 
 ROOM = ClusterRoom((NodeRoom("a", {"GPU": 8}, {"GPU": 6}, {}),), {"GPU": 1.0})
 

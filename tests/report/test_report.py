@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.report.figure import kept_figure, search_figure
 from moe_evo.report.table import expert_weights, experts_label, final_table, kept_picture
 

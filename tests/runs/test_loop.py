@@ -16,18 +16,22 @@ import numpy as np
 import pytest
 import torch
 
-from moe_evo import commands, evaluators
-from moe_evo.cli import main
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
+from moe_evo.cli.main import main
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import JournalError, ModelError, OutOfMemory, RunError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.genome_file import load_genome
-from moe_evo.journal import Journal
-from moe_evo.population import EvaluationFailure, Outcome
+from moe_evo.genomes.file import load_genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import EvaluationFailure, Outcome
+from moe_evo.records.folder import RunFolder, resumed_config
+from moe_evo.records.journal import Journal
 from moe_evo.report.terminal import print_run
-from moe_evo.run_folder import RunFolder
-from moe_evo.search_config import EEPConfig, SearchConfig
+from moe_evo.runs import open_pool
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tasks.registry import build_task
 from moe_evo.tracking.terminal import TerminalTracker
@@ -47,19 +51,19 @@ UNOBSERVED = replace(CONFIG, selection=replace(CONFIG.selection, baselines=[]))
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
     data = check_tasks(CONFIG.tasks)
-    return evaluators.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture
 def resident(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     """Runs of this test share one loaded model in place of loading it each time."""
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     return evaluator
 
 
 def run(folder: Path, config: RunConfig = CONFIG) -> RunFolder:
     with TerminalTracker() as tracker:
-        return commands.search(replace(config, folder=str(folder)), tracker)
+        return search_command(replace(config, folder=str(folder)), tracker)
 
 
 Content = dict[str, list[tuple[object, ...]]]
@@ -84,7 +88,7 @@ def content(folder: Path) -> Content:
 def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """An uninterrupted run of CONFIG."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         yield run(tmp_path_factory.mktemp("finished") / "run")
 
 
@@ -108,7 +112,7 @@ def test_a_finished_run_leaves_config_result_genomes_and_pictures(finished: RunF
 
 
 def test_the_written_config_runs_again_as_it_is(finished: RunFolder, resident: Evaluator, tmp_path: Path) -> None:
-    again = replace(commands.resumed_config(str(finished.path)), folder=str(tmp_path / "again"))
+    again = replace(resumed_config(str(finished.path)), folder=str(tmp_path / "again"))
     run(tmp_path / "again", again)
     assert content(tmp_path / "again") == content(finished.path)
 
@@ -155,13 +159,13 @@ def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
 def test_where_and_how_fast_a_run_computes_may_change_when_it_goes_on(
     evaluator: Evaluator, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: InterruptedRun(evaluator, 5))
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: InterruptedRun(evaluator, 5))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run")
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     other = replace(CONFIG.evaluation, batch_tokens=64, threads=2)
     run(tmp_path / "run", replace(CONFIG, evaluation=other, model=replace(CONFIG.model, device="cpu")))
-    assert commands.resumed_config(str(tmp_path / "run")).evaluation.batch_tokens == 64
+    assert resumed_config(str(tmp_path / "run")).evaluation.batch_tokens == 64
     assert content(tmp_path / "run") == content(finished.path)
 
 
@@ -174,7 +178,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
 
     other = Evaluator(evaluator.model, evaluator.tasks, CONFIG.evaluation)
     monkeypatch.setattr(evaluator.model.language_model, "forward", exhausted)
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: other)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: other)
     with pytest.raises(OutOfMemory, match=r"out of memory on cpu with one row in a batch: lower evaluation.batch_tok"):
         run(tmp_path / "run", replace(CONFIG, selection=SelectionConfig(baselines=baselines)))
 
@@ -182,10 +186,10 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
 def test_a_full_model_without_fitness_does_not_bind_the_folder(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
     with pytest.raises(ModelError, match=r"try model\.dtype float32"):
         run(tmp_path / "run")
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     result = run(tmp_path / "run", replace(CONFIG, model=replace(CONFIG.model, dtype="float32"))).read_result()
     assert result["search"]["evaluations"] == 24
 
@@ -207,7 +211,7 @@ def test_a_run_means_the_same_from_another_folder(
     monkeypatch.chdir(tmp_path / "here")
     run(tmp_path / "run", replace(UNOBSERVED, tasks=[TaskConfig(data="task.jsonl")]))
     monkeypatch.chdir(tmp_path / "there")
-    config = commands.resumed_config(str(tmp_path / "run"))
+    config = resumed_config(str(tmp_path / "run"))
     assert config.tasks[0].data == str(tmp_path / "here" / "task.jsonl")
     run(tmp_path / "run", config)
 
@@ -240,7 +244,7 @@ def test_changed_task_data_are_refused_on_resume(resident: Evaluator, tmp_path: 
     config = replace(UNOBSERVED, tasks=[TaskConfig(data=str(data))])
     stop = InterruptedRun(resident, after=2)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "load_evaluator", lambda *_: stop)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: stop)
         run(tmp_path / "run", config)
     data.write_text(data.read_text().replace("goed", "wented"))
     with pytest.raises(RunError, match="task has changed since this run began"):
@@ -269,10 +273,10 @@ def test_an_interrupted_run_goes_on_where_it_stood(
     finished: RunFolder, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for after in (0, 1, 10, 7, 20):
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: InterruptedRun(evaluator, n))
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_, n=after: InterruptedRun(evaluator, n))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run")
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     run(tmp_path / "run")
     assert content(tmp_path / "run") == content(finished.path)
 
@@ -285,13 +289,13 @@ def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
     config = replace(CONFIG, tasks=[task], evaluation=evaluation, search=replace(CONFIG.search, evaluations=40))
     tasks = [build_task(one, resident.model.tokenizer, 4096) for one in check_tasks([task])]
     racing = Evaluator(resident.model, tasks, evaluation)
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: racing)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: racing)
     run(tmp_path / "whole", config)
     for after in (9, 17):
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: InterruptedRun(racing, n))
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_, n=after: InterruptedRun(racing, n))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", config)
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: racing)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: racing)
     run(tmp_path / "parts", config)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     with Journal(RunFolder(tmp_path / "whole").journal, read_only=True) as journal:
@@ -368,7 +372,7 @@ class FailingEvaluator(InterruptedRun):
 def test_failed_genomes_are_kept_in_the_journal_and_never_win(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
     config = replace(CONFIG, selection=SelectionConfig(finalists=3, baselines=[]))
     result = run(tmp_path / "run", config).read_result()
     assert 0 < result["search"]["failures"] < 24
@@ -381,7 +385,7 @@ def test_failed_genomes_are_kept_in_the_journal_and_never_win(
 def test_a_full_model_without_fitness_ends_the_run_with_one_message(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 1))
     with pytest.raises(ModelError, match="the full model has no fitness"):
         run(tmp_path / "run")
 

@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 from asking import observer_of
 
-from moe_evo import commands, evaluators
-from moe_evo.cli import main
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig
+from moe_evo.cli.main import main
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.observation_file import load_observations
 from moe_evo.criteria.registry import METHODS
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
-from moe_evo.journal import MAIN, REFERENCE, Journal
-from moe_evo.population import Candidate
-from moe_evo.run_folder import RunFolder
-from moe_evo.search.eep import origins
-from moe_evo.search_config import EEPConfig, SearchConfig
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.population import Candidate
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, REFERENCE, Journal
+from moe_evo.runs import open_pool
+from moe_evo.searches.eep import origins
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -39,7 +43,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return evaluators.load_evaluator(CONFIG.model, check_tasks(CONFIG.tasks), CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(CONFIG.model, check_tasks(CONFIG.tasks), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture
@@ -53,14 +57,14 @@ def asked(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(f"{type(question).__name__} {question.task}")
             yield from ask(pool, [question])
 
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     monkeypatch.setattr(LocalPool, "ask", noting)
     return names
 
 
 def run(folder: Path, config: RunConfig = CONFIG) -> RunFolder:
     with TerminalTracker() as tracker:
-        return commands.search(replace(config, folder=str(folder)), tracker)
+        return search_command(replace(config, folder=str(folder)), tracker)
 
 
 def candidates(folder: RunFolder, search: str) -> list[Candidate]:
@@ -162,7 +166,7 @@ def test_no_initial_candidate_is_lost_between_shares() -> None:
 def test_names_that_mean_nothing_end_a_run_before_a_model_is_loaded(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluators, "load_evaluator", None)
+    monkeypatch.setattr(open_pool, "load_evaluator", None)
     assert main(["search", "--folder", str(tmp_path / "run"), *words]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from toy_fitness import ToyTask, run
 
-from moe_evo.genome import Genome
-from moe_evo.population import Evaluation, EvaluationFailure, Individual
-from moe_evo.search import build_search
-from moe_evo.search.eep import EEPSearch, schedule
-from moe_evo.search_config import EEP_RELEASE, EEPConfig, SearchConfig
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.config.search import EEP_RELEASE, EEPConfig, SearchConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.searches.eep import EEPSearch, schedule
+from moe_evo.searches.registry import build_search
 
 
 def _space(num_layers=3, num_experts=8, num_kept=4, **options) -> SearchSpace:

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_evo.genome import Genome
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
-from moe_evo.search import SEARCHES, build_search
-from moe_evo.search.base import Search
-from moe_evo.search.enumeration import next_pruning, num_prunings
-from moe_evo.search_config import EEPConfig, SearchConfig
-from moe_evo.space import ModelShape, SearchSpace
+from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.searches.base import Search
+from moe_evo.searches.enumeration import next_pruning, num_prunings
+from moe_evo.searches.registry import SEARCHES, build_search
 
 
 def _space(num_experts, num_kept, *, expert_groups=1, **options) -> SearchSpace:

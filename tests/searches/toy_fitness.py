@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_evo.genome import Genome
-from moe_evo.population import Candidate, Evaluation, Individual
-from moe_evo.search.base import Search
-from moe_evo.space import SearchSpace
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, Individual
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.base import Search
 
 NUM_EXAMPLES = 200
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_evo.tasks.answers import contains, exact_match, f1, first_option, number_match
+from moe_evo.tasks.answer_metrics import contains, exact_match, f1, first_option, number_match
 from moe_evo.tasks.examples import Example, numbers_in
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, TaskError
 from moe_evo.tasks.data import check_tasks, embedded_task_names, read_task, task_name
 
@@ -253,7 +253,7 @@ def test_embedded_tasks_are_sound(name):
 
 def test_checking_data_loads_neither_torch_nor_transformers():
     code = (
-        "import sys; from moe_evo.config import TaskConfig; from moe_evo.tasks.data import check_tasks; "
+        "import sys; from moe_evo.config.task import TaskConfig; from moe_evo.tasks.data import check_tasks; "
         "check_tasks([TaskConfig(data='sentiment')]); "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )

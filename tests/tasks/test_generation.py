@@ -6,7 +6,7 @@ import pytest
 import tiny_tasks as tiny
 import torch
 
-from moe_evo.evaluation.generate import generate_greedily
+from moe_evo.evaluation.engine.generate import generate_greedily
 
 PROMPTS = ["one two three", "yes", "the capital of france is paris and of japan", "good bad", "a cat and"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.tasks.share import Share, share_of
+from moe_evo.tasks.rank_share import Share, share_of
 from moe_evo.tasks.task import Task
 
 ROWS = [{"prompt": "one " * (1 + n % 4), "choices": [" yes", " no no"], "label": 0} for n in range(11)]

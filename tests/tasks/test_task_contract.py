@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.config import TaskConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ModelError
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import SCORERS, build_task

@@ -9,8 +9,8 @@ from rich.console import Console
 from tracked_runs import CONFIG, Record, SomeFail, search
 from wandb_stand_in import KEY
 
-from moe_evo import evaluators
-from moe_evo.run_folder import RunFolder
+from moe_evo.records.folder import RunFolder
+from moe_evo.runs import open_pool
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -19,12 +19,12 @@ from moe_evo.tracking.terminal import TerminalTracker
 def evaluator() -> SomeFail:
     data = check_tasks(CONFIG.tasks)
     quiet = TerminalTracker(Console(file=io.StringIO()))
-    return SomeFail(evaluators.load_evaluator(CONFIG.model, data, CONFIG.evaluation, quiet))
+    return SomeFail(open_pool.load_evaluator(CONFIG.model, data, CONFIG.evaluation, quiet))
 
 
 @pytest.fixture
 def resident(evaluator: SomeFail, monkeypatch: pytest.MonkeyPatch) -> SomeFail:
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     return evaluator
 
 
@@ -33,7 +33,7 @@ def finished(evaluator: SomeFail, tmp_path_factory: pytest.TempPathFactory) -> R
     """An uninterrupted offline run, with a key in the environment."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         patch.setenv("WANDB_API_KEY", KEY)
         search(folder)
     return RunFolder(folder)

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
-from moe_evo.genome import Genome
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.tracking import terminal
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -19,18 +19,19 @@ from safetensors.numpy import load_file
 from tracked_runs import WANDB, Record, SomeFail, search
 from wandb_stand_in import KEY
 
-from moe_evo import evaluators
-from moe_evo.config import TrackingConfig
+from moe_evo.config.run import TrackingConfig
 from moe_evo.errors import ConfigError
 from moe_evo.evaluation.pool import GangStatus, PoolNews, PoolStatus
-from moe_evo.genome import Genome
-from moe_evo.journal import MAIN, RANDOM, Journal
-from moe_evo.population import Candidate, Evaluation, EvaluationFailure, Individual
-from moe_evo.run_folder import RunFolder
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, RANDOM, Journal
+from moe_evo.runs import open_pool
 from moe_evo.tracking.base import Tracker, Trackers
-from moe_evo.tracking.statistics import SearchStatistics
+from moe_evo.tracking.curves import SearchStatistics
 from moe_evo.tracking.terminal import TerminalTracker
-from moe_evo.tracking.wandb_thread import WandbRun, WandbTracker, wandb_tracker
+from moe_evo.tracking.wandb_run import WandbRun
+from moe_evo.tracking.wandb_tracker import WandbTracker, wandb_tracker
 
 DOCUMENT = Path(__file__).parents[2] / "experiments" / "wandb.md"
 
@@ -161,10 +162,10 @@ def test_an_interrupted_search_ends_with_one_whole_offline_run(
     finished: RunFolder, record: Record, evaluator: SomeFail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for after in (20, 60):
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_, n=after: SomeFail(evaluator._evaluator, n))
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_, n=after: SomeFail(evaluator._evaluator, n))
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "run")
-    monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     search(tmp_path / "run")
     again = Record(tmp_path / "run")
     for key in ("fitness", "best/fitness", "population/best20_std", "phase"):

@@ -16,26 +16,26 @@ import pytest
 from tracked_runs import SMALL, Record, SomeFail, search
 from wandb_stand_in import KEY, StandIn, stand_in
 
-from moe_evo import evaluators
-from moe_evo.cli import main
-from moe_evo.config import TrackingConfig
-from moe_evo.genome import Genome
-from moe_evo.journal import Journal
-from moe_evo.population import Outcome
-from moe_evo.run_folder import RunFolder
-from moe_evo.tracking import wandb_thread
-from moe_evo.tracking.wandb_thread import wandb_mode
+from moe_evo.cli.main import main
+from moe_evo.config.run import TrackingConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Outcome
+from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import Journal
+from moe_evo.runs import open_pool
+from moe_evo.tracking import wandb_run, wandb_tracker
+from moe_evo.tracking.wandb_run import wandb_mode
 
 SLOW = """
 import sys, time
-from moe_evo import cli, evaluation
+from moe_evo.cli.main import main
 from moe_evo.evaluation.evaluator import Evaluator
 evaluate = Evaluator.evaluate
 def slow(self, *arguments, **more):
     time.sleep(0.05)
     return evaluate(self, *arguments, **more)
 Evaluator.evaluate = slow
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -115,8 +115,8 @@ def online(monkeypatch: pytest.MonkeyPatch, server: StandIn) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setattr(wandb_thread, "_FINISH_TIMEOUT_S", 2.0)
-    monkeypatch.setattr(wandb_thread, "_GRACE_S", 1.0)
+    monkeypatch.setattr(wandb_run, "_FINISH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(wandb_tracker, "_GRACE_S", 1.0)
 
 
 @pytest.mark.parametrize("behaviour", ["hangs", 500, 403, 429])
@@ -147,7 +147,7 @@ def test_a_service_that_fails_in_the_middle_costs_one_line(
                     server.behaviour = later
                 return super().evaluate(genomes, split)
 
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: Failing(evaluator._evaluator))
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: Failing(evaluator._evaluator))
         began = time.monotonic()
         shown = search(tmp_path / "run", SMALL)
         assert time.monotonic() - began < 12
@@ -162,13 +162,13 @@ def test_a_resumed_online_run_gets_what_it_lacks_and_nothing_twice(
 ) -> None:
     with stand_in("answers") as server:
         online(monkeypatch, server)
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8, pause_s=0.3))
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: SomeFail(evaluator._evaluator, 8, pause_s=0.3))
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "run", SMALL)
         ((run, lines),) = server.history.items()
         first = len([one for one in lines if "evaluation_s" in one])
         assert first > 0
-        monkeypatch.setattr(evaluators, "load_evaluator", lambda *_: evaluator)
+        monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         search(tmp_path / "run", SMALL)
         assert [one["evaluations"] for one in server.history[run] if "evaluation_s" in one] == list(range(1, 13))
         assert list(server.history) == [run]
@@ -227,7 +227,7 @@ def test_the_mode_is_what_is_asked_for_or_else_what_the_environment_says(
 
 def test_a_disabled_search_never_imports_wandb(tmp_path: Path) -> None:
     code = (
-        "import sys; from moe_evo.cli import main\n"
+        "import sys; from moe_evo.cli.main import main\n"
         "status = main(sys.argv[1:])\n"
         "sys.exit(status or ('wandb' in sys.modules))"
     )

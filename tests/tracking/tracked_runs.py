@@ -14,13 +14,16 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_evo import commands
-from moe_evo.config import EvaluationConfig, ModelConfig, RunConfig, SelectionConfig, TaskConfig, TrackingConfig
+from moe_evo.commands.search import search as search_command
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import RunConfig, SelectionConfig, TrackingConfig
+from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genome import Genome
-from moe_evo.journal import MAIN
-from moe_evo.population import EvaluationFailure, Outcome
-from moe_evo.search_config import SearchConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import EvaluationFailure, Outcome
+from moe_evo.records.journal import MAIN
 from moe_evo.tracking.terminal import TerminalTracker
 
 WANDB = str(Path(sys.executable).with_name("wandb"))
@@ -68,7 +71,7 @@ def search(folder: Path, config: RunConfig = CONFIG) -> str:
     """Run a search; answers what the terminal showed."""
     shown = io.StringIO()
     with TerminalTracker(Console(file=shown, width=500)) as tracker:
-        commands.search(replace(config, folder=str(folder)), tracker)
+        search_command(replace(config, folder=str(folder)), tracker)
     return shown.getvalue()
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from moe_evo.evaluation.packing import ALL, Packing
-from moe_evo.evaluation.stages import Stages
-from moe_evo.evaluation.states import StateCache
-from moe_evo.evaluation.walk import Walk
-from moe_evo.genome import Genome
-from moe_evo.models.past import CacheNames, KeyValues
+from moe_evo.evaluation.engine.packing import ALL, Packing
+from moe_evo.evaluation.engine.stages import Stages
+from moe_evo.evaluation.engine.states import StateCache
+from moe_evo.evaluation.engine.walk import Walk
+from moe_evo.genomes.genome import Genome
+from moe_evo.models.forward.key_values import CacheNames, KeyValues
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 

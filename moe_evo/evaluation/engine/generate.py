@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.packing import Packing
-from moe_evo.genome import Genome
-from moe_evo.models.past import KeyValues, beside_each_other, cache_of, padded_on_the_left
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.packing import Packing
+from moe_evo.genomes.genome import Genome
+from moe_evo.models.forward.key_values import KeyValues, beside_each_other, cache_of, padded_on_the_left
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
 

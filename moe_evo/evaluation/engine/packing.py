@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from moe_evo.config import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.view import MoEModel
 

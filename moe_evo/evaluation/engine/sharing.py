@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine
-from moe_evo.evaluation.states import StateCache
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.models.agreement import Part, SwitchedOff, disagreement
+from moe_evo.models.forward.key_values import cache_of
 from moe_evo.models.free_memory import half_of_free_gib
-from moe_evo.models.library import LIBRARY_ERRORS, is_own_defect, one_line
-from moe_evo.models.past import cache_of
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, is_own_defect, one_line
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 

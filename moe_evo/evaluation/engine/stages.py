@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from moe_evo.evaluation.states import State, StateCache
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.halves import Halves, Start
+from moe_evo.evaluation.engine.states import State, StateCache
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.models.forward.key_values import Past
+from moe_evo.models.forward.layer_halves import Halves, Start
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.past import Past
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_evo.models.past import KeyValues
+from moe_evo.models.forward.key_values import KeyValues
 
 Prefix = tuple[Hashable, ...]
 """The genes of the first MoE blocks."""

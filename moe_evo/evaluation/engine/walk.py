@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_evo.evaluation.packing import Packing, size_class
-from moe_evo.evaluation.stages import Stages
-from moe_evo.evaluation.states import Prefix, State
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.past import KeyValues, Past, beside_each_other, joined
+from moe_evo.evaluation.engine.packing import Packing, size_class
+from moe_evo.evaluation.engine.stages import Stages
+from moe_evo.evaluation.engine.states import Prefix, State
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.models.forward.key_values import KeyValues, Past, beside_each_other, joined
 from moe_evo.tasks.base import ForwardBatch
 
 

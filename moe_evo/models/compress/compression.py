@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_evo.models.expert_matrices import expert_matrices
+from moe_evo.models.experts.matrices import expert_matrices
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_evo.errors import ModelError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models.expert_matrices import expert_matrices
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import check_fits
+from moe_evo.models.experts.matrices import expert_matrices
 from moe_evo.models.layer import MoELayer
-from moe_evo.models.slices import is_whole
 from moe_evo.models.view import MoEModel
-from moe_evo.space import check_fits
+from moe_evo.models.weight_shapes import is_whole
 
 Permutations = tuple[npt.NDArray[np.int32], ...]
 """One (E, I) a MoE layer: neuron i of expert j was its neuron [j, i]."""

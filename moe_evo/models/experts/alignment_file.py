@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 
 from moe_evo.errors import ModelError
-from moe_evo.models.alignment import Permutations, check_permutations
-from moe_evo.stamped_file import FileKind
+from moe_evo.genomes.stamped_file import FileKind
+from moe_evo.models.experts.alignment import Permutations, check_permutations
 
 FILE = FileKind(
     "moe_evo.alignment",
@@ -22,7 +22,7 @@ FILE = FileKind(
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """model_hash: of the model as it is stored, see `moe_evo.models.loading.model_hash`."""
+    """model_hash: of the model as it is stored, see `moe_evo.models.load.model_hash`."""
 
     model_hash: str
     permutations: Permutations

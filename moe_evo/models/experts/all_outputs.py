@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_evo.models.experts.outputs import Experts, experts_computed_by, single_outputs
 from moe_evo.models.layer import MoELayer
-from moe_evo.models.observation import Experts, experts_computed_by, single_outputs
 from moe_evo.models.view import MoEModel
 
 _CHUNK_ELEMENTS = 1 << 23  # answers of 32 MiB in float32, and some copies of them

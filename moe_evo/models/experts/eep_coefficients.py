@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_evo.errors import GenomeError
-from moe_evo.genome import Genome, LayerGenome, Matrix
-from moe_evo.space import ModelShape, check_fits
+from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
+from moe_evo.genomes.space import ModelShape, check_fits
 
 _GROUP = re.compile(r"(layers|transfer)\.(?:(\d+)|\[(\d+)-(\d+)\])")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moe_evo.models.experts.outputs import Experts, experts_computed_by
 from moe_evo.models.layer import MoELayer
-from moe_evo.models.library import gated
-from moe_evo.models.observation import Experts, experts_computed_by
+from moe_evo.models.transformers_border import gated
 from moe_evo.models.view import MoEModel
 
 See = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_evo.models.layer import MoELayer, experts_function
-from moe_evo.models.library import ExpertsInterface
+from moe_evo.models.transformers_border import ExpertsInterface
 from moe_evo.models.view import MoEModel
 
 IMPLEMENTATION = "moe_evo_observed"

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_evo.config import ExpertsMode, RouterMode
+from moe_evo.config.model import ExpertsMode, RouterMode
 from moe_evo.errors import ExportError
-from moe_evo.genome import Genome, LayerGenome
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import check_fits
 from moe_evo.models.agreement import TOLERANCES, relative_difference
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.export.model_card import Treatment, model_card
+from moe_evo.models.export.pruned import load_pruned, save_pruned
+from moe_evo.models.export.target_folder import EXPORT_RECORD, check_target, written_beside
 from moe_evo.models.merging import is_selection
-from moe_evo.models.model_card import Treatment, model_card
-from moe_evo.models.pruned import load_pruned, save_pruned
-from moe_evo.models.slices import is_whole
-from moe_evo.models.target_folder import EXPORT_RECORD, check_target, written_beside
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, transformers
 from moe_evo.models.view import MoEModel
-from moe_evo.space import check_fits
+from moe_evo.models.weight_shapes import is_whole
 
 Loader = Literal["transformers", "moe_evo"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.space import ModelShape
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.genomes.space import ModelShape
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 _MOST_MEMBERS = 256

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moe_evo.errors import ModelError
-from moe_evo.genome import Genome
+from moe_evo.genomes.genome import Genome
 from moe_evo.models.families import PRUNED_TYPE, Family, family_of
-from moe_evo.models.library import LIBRARY_ERRORS, one_line, transformers
-from moe_evo.models.loading import resolve_device
+from moe_evo.models.load import resolve_device
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, transformers
 
 
 def save_pruned(language_model: Any, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:

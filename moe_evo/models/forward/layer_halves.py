@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from moe_evo.models.forward.key_values import CacheNames, Past
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.past import CacheNames, Past
 from moe_evo.models.view import MoEModel
 
 

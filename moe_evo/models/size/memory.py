@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from moe_evo.config import Offload, Sharding
-from moe_evo.models.size import ModelSize, Weight
+from moe_evo.config.model import Offload, Sharding
+from moe_evo.models.size.size import ModelSize, Weight
 
 NVME_BUFFERS = 5
 """DeepSpeed's default: so many buffers, each as large as the largest weight, between disk and device."""

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
+from moe_evo.genomes.space import ModelShape
 from moe_evo.models.families import Family
-from moe_evo.models.library import (
+from moe_evo.models.load import checkpoint_source, read_family, read_transformers_config
+from moe_evo.models.transformers_border import (
     LIBRARY_ERRORS,
     attention_implementation,
     kept_in_float32,
@@ -28,8 +30,6 @@ from moe_evo.models.library import (
     transformers,
     undivided_modules,
 )
-from moe_evo.models.loading import checkpoint_source, read_family, read_transformers_config
-from moe_evo.space import ModelShape
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moe_evo.config import ExpertsMode
+from moe_evo.config.model import ExpertsMode
 from moe_evo.errors import ConfigError
 from moe_evo.models.families import Family
-from moe_evo.models.library import ExpertsInterface, gated
+from moe_evo.models.transformers_border import ExpertsInterface, gated
 
 MEO = "moe_evo_meo"
 """The name of this experts implementation in transformers."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_evo.errors import ConfigError
+from moe_evo.genomes.space import ModelShape
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.routing import RouterOutput
-from moe_evo.space import ModelShape
 
 Thresholds = float | Sequence[float]
 """beta, the same for all MoE layers or one for each."""

@@ -12,16 +12,17 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, variant
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.states import State, StateCache
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.states import State, StateCache
-from moe_evo.genome import Genome
-from moe_evo.models import halves
+from moe_evo.genomes.genome import Genome
 from moe_evo.models.agreement import relative_difference
+from moe_evo.models.forward import layer_halves
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import IGNORED, ForwardBatch
-from moe_evo.tasks.rows import BatchLimits, Row, forward_batches
+from moe_evo.tasks.batches import forward_batches
+from moe_evo.tasks.rows import BatchLimits, Row
 
 CPU = torch.device("cpu")
 
@@ -148,18 +149,18 @@ def test_a_child_starts_where_it_differs_from_its_parent(mixtral: MoEModel, monk
     engine = Engine(mixtral, StateCache(1, CPU))
     passed: list[tuple[int, int]] = []
     attended: list[int] = []
-    mix, attend = halves.Halves.mix, halves.Halves.attend
+    mix, attend = layer_halves.Halves.mix, layer_halves.Halves.attend
 
-    def counted_mix(self: halves.Halves, stage: int, state: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted_mix(self: layer_halves.Halves, stage: int, state: torch.Tensor, *rest: Any) -> torch.Tensor:
         passed.append((stage, state[..., 0].numel()))
         return mix(self, stage, state, *rest)
 
-    def counted_attend(self: halves.Halves, stage: int, *rest: Any) -> torch.Tensor:
+    def counted_attend(self: layer_halves.Halves, stage: int, *rest: Any) -> torch.Tensor:
         attended.append(stage)
         return attend(self, stage, *rest)
 
-    monkeypatch.setattr(halves.Halves, "mix", counted_mix)
-    monkeypatch.setattr(halves.Halves, "attend", counted_attend)
+    monkeypatch.setattr(layer_halves.Halves, "mix", counted_mix)
+    monkeypatch.setattr(layer_halves.Halves, "attend", counted_attend)
     run(engine, batch, [parent])
     whole, scored = batch.input_ids.numel(), int(batch.kept.sum())
     assert passed == [(0, whole), (1, whole), (2, scored)] and attended == [0, 1, 2]
@@ -274,7 +275,7 @@ def test_genomes_that_generate_together_write_what_each_writes_alone(moe: MoEMod
 def test_what_genomes_of_a_call_need_is_made_once_however_many_they_are(
     mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_evo.evaluation.stages._MOST_PLANS", 2)
+    monkeypatch.setattr("moe_evo.evaluation.engine.stages._MOST_PLANS", 2)
     made: list[object] = []
     plan = MoEModel.plan
     monkeypatch.setattr(MoEModel, "plan", lambda self, *given: made.append(given) or plan(self, *given))

@@ -12,17 +12,20 @@ import torch
 from process_groups import run_gang
 from tiny_models import random_merge, random_pruning
 
-from moe_evo import cli
-from moe_evo.config import EvaluationConfig, ModelConfig, ScoringConfig, TaskConfig
-from moe_evo.config_file import config_parser, parse_config
+from moe_evo.cli.main import main
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.file import config_parser, parse_config
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError
+from moe_evo.evaluation.engine.packing import TRIES, MeasuredPacking
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.packing import TRIES, MeasuredPacking
-from moe_evo.genome import Genome
-from moe_evo.models.loading import load_model
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
+from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
 from moe_evo.tasks.task import Task
@@ -241,6 +244,6 @@ def test_the_command_line_takes_a_number_or_measured(word: str, expected: object
 def test_other_packings_are_refused_in_one_line(value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"^evaluation\.pack_tokens: got .*, expected 1 or more, or 'measured'$"):
         EvaluationConfig(pack_tokens=value)
-    assert cli.main(["search", "--evaluation.pack_tokens", str(value)]) == 2
+    assert main(["search", "--evaluation.pack_tokens", str(value)]) == 2
     message = capsys.readouterr().err
     assert "evaluation.pack_tokens" in message and message.count("\n") == 1

@@ -14,14 +14,16 @@ import torch
 from tiny_models import VARIANTS, random_pruning, tiny_model, variant
 
 from moe_evo import versions
-from moe_evo.config import EvaluationConfig, ScoringConfig, TaskConfig
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.sharing import sharing_for
-from moe_evo.evaluators import open_pool
-from moe_evo.models import halves, past
+from moe_evo.genomes.population import Evaluation
+from moe_evo.models.forward import key_values, layer_halves
 from moe_evo.models.ranks import Ranks
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
+from moe_evo.runs.open_pool import open_pool
 from moe_evo.tasks.data import check_tasks
 
 SHOTS = "one two three four five six " * 10
@@ -52,33 +54,33 @@ Breakage = Callable[[pytest.MonkeyPatch], None]
 
 
 def adding_up_to_something_else(patch: pytest.MonkeyPatch) -> None:
-    mix = halves.Halves.mix
-    patch.setattr(halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    mix = layer_halves.Halves.mix
+    patch.setattr(layer_halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
 
 
 def refusing_a_half(patch: pytest.MonkeyPatch) -> None:
     """As where a release hands attention its input in another way."""
-    patch.setattr(halves, "_zero_attention", lambda *, tokens: None)
+    patch.setattr(layer_halves, "_zero_attention", lambda *, tokens: None)
 
 
 def with_an_unknown_cache_argument(patch: pytest.MonkeyPatch) -> None:
     """The model hands its layers no cache under any keyword, as where a release passes it in an object of its own."""
-    patch.setattr(halves, "_names_of_caches", lambda values: [])
+    patch.setattr(layer_halves, "_names_of_caches", lambda values: [])
 
 
 def reading_a_beginning_otherwise(patch: pytest.MonkeyPatch) -> None:
-    together = past.joined
-    patch.setattr(past, "joined", lambda before, after: together((before[0], before[1] * 1.5), after))
+    together = key_values.joined
+    patch.setattr(key_values, "joined", lambda before, after: together((before[0], before[1] * 1.5), after))
 
 
 def forgetting_the_beginning(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(past, "joined", lambda before, after: after)
+    patch.setattr(key_values, "joined", lambda before, after: after)
 
 
 def reading_a_cache_otherwise(patch: pytest.MonkeyPatch) -> None:
     """As where a release lays out its own caches in another way."""
-    stored = halves.CacheNames
-    patch.setattr(halves, "CacheNames", lambda of_layers, of_model: stored(of_layers, of_model="unknown_cache"))
+    stored = layer_halves.CacheNames
+    patch.setattr(layer_halves, "CacheNames", lambda of_layers, of_model: stored(of_layers, of_model="unknown_cache"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_every_family_shares_everything(name: str) -> None:
 
 
 def test_a_slip_of_our_own_is_no_property_of_the_model(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_evo.evaluation.walk.size_class", None)
+    monkeypatch.setattr("moe_evo.evaluation.engine.walk.size_class", None)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         sharing_for(mixtral, EvaluationConfig())
 

@@ -13,20 +13,21 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, variant
 
-from moe_evo.config import EvaluationConfig
-from moe_evo.evaluation.engine import Engine
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.generate import generate_together
+from moe_evo.evaluation.engine.packing import ALL
+from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.generate import generate_together
-from moe_evo.evaluation.packing import ALL
-from moe_evo.evaluation.states import StateCache
-from moe_evo.genome import Genome
-from moe_evo.models import halves
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
 from moe_evo.models.agreement import relative_difference
+from moe_evo.models.forward import layer_halves
 from moe_evo.models.view import MoEModel
-from moe_evo.population import Evaluation
 from moe_evo.tasks.base import IGNORED, ForwardBatch, GenerateBatch
+from moe_evo.tasks.batches import forward_batches, generate_batches
 from moe_evo.tasks.examples import Example
-from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits, forward_batches, generate_batches
+from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -128,13 +129,13 @@ def test_a_trunk_is_read_once_a_beginning_whatever_the_number_of_batches(
     engine = Engine(mixtral, StateCache(1, CPU))
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     attended: Counter[int] = Counter()
-    attend = halves.Halves.attend
+    attend = layer_halves.Halves.attend
 
-    def counted(self: halves.Halves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: layer_halves.Halves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         attended[stage] += hidden.shape[1] == len(TRUNK)
         return attend(self, stage, hidden, *rest)
 
-    monkeypatch.setattr(halves.Halves, "attend", counted)
+    monkeypatch.setattr(layer_halves.Halves, "attend", counted)
     assert all(batch.input_ids.shape[1] < len(TRUNK) for batch in behind) and len(behind) > 2
     for _ in range(2):
         for batch in behind:
@@ -195,13 +196,13 @@ def test_what_genomes_have_in_common_is_read_once_before_they_generate(
     (batch,) = generate_batches(prompts()[: len(OWN)], BatchLimits(4096, 96, trunk=TRUNK), 6, "")
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     passed: list[int] = []
-    mix = halves.Halves.mix
+    mix = layer_halves.Halves.mix
 
-    def counted(self: halves.Halves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: layer_halves.Halves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
         passed.append(stage)
         return mix(self, stage, residual, *rest)
 
-    monkeypatch.setattr(halves.Halves, "mix", counted)
+    monkeypatch.setattr(layer_halves.Halves, "mix", counted)
     generate_together(mixtral, engine, batch, [parent], True, ALL)
     assert sorted(passed) == [0, 0, 1, 1]  # of the trunk and of what follows; nothing asks for the last experts
     passed.clear()

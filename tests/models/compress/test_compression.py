@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import logits, tiny_model, tokens
 
-from moe_evo.models.compression import InputNorms, compressed_experts, experts_replaced, relative_error
-from moe_evo.models.expert_matrices import expert_matrices, intermediate
-from moe_evo.models.low_rank import LowRankPlusColumns
-from moe_evo.models.sparsity import Pattern, RouterWeightedPruning
+from moe_evo.models.compress.compression import InputNorms, compressed_experts, experts_replaced, relative_error
+from moe_evo.models.compress.low_rank import LowRankPlusColumns
+from moe_evo.models.compress.sparsity import Pattern, RouterWeightedPruning
+from moe_evo.models.experts.matrices import expert_matrices, intermediate
 from moe_evo.models.view import MoEModel
 
 LOW_RANK = LowRankPlusColumns(3, 0.2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_evo.models.low_rank import LowRankPlusColumns, factorised, truncated_svd
+from moe_evo.models.compress.low_rank import LowRankPlusColumns, factorised, truncated_svd
 
 
 def matrix(out: int, width: int, seed: int = 0) -> torch.Tensor:

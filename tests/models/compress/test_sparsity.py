@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_evo.errors import ConfigError
-from moe_evo.models.sparsity import (
+from moe_evo.models.compress.sparsity import (
     Pattern,
     RouterWeightedPruning,
     best_of_rows,

@@ -8,15 +8,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS, largest_difference, logits, random_merge, random_pruning, tiny_model, tokens
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.grouping import Group
 from moe_evo.criteria.merges import merged_layer
 from moe_evo.errors import ConfigError, ModelError
-from moe_evo.genome import Genome
-from moe_evo.models.alignment import align_neurons, alignment_of
-from moe_evo.models.alignment_file import Alignment, load_alignment, save_alignment
-from moe_evo.models.export import export_checkpoint
-from moe_evo.models.loading import load_model, model_hash
+from moe_evo.genomes.genome import Genome
+from moe_evo.models.experts.alignment import align_neurons, alignment_of
+from moe_evo.models.experts.alignment_file import Alignment, load_alignment, save_alignment
+from moe_evo.models.export.export import export_checkpoint
+from moe_evo.models.load import load_model, model_hash
 from moe_evo.models.view import MoEModel
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_evo.errors import GenomeError
-from moe_evo.models.eep_coefficients import load_eep_coefficients
-from moe_evo.space import ModelShape
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.experts.eep_coefficients import load_eep_coefficients
 
 SHAPE = ModelShape("mixtral", (8,) * 6, (2,) * 6, tuple(range(6)))
 

@@ -15,15 +15,15 @@ from tiny_models import largest_difference, logits, random_merge, random_pruning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_evo
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ExportError, GenomeError, ModelError
-from moe_evo.genome import Genome, LayerGenome
-from moe_evo.models import export, target_folder
+from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.agreement import TOLERANCES
-from moe_evo.models.export import export_checkpoint
-from moe_evo.models.loading import load_model
-from moe_evo.models.model_card import model_card
-from moe_evo.models.pruned import load_pruned
+from moe_evo.models.export import export, target_folder
+from moe_evo.models.export.export import export_checkpoint
+from moe_evo.models.export.model_card import model_card
+from moe_evo.models.export.pruned import load_pruned
+from moe_evo.models.load import load_model
 from moe_evo.models.view import MoEModel
 
 PROVENANCE = {"base_model": "tiny/random", "search": {"algorithm": "eep", "seed": 0}, "test accuracy": 0.5}

@@ -16,18 +16,18 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from moe_evo.config import ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
-from moe_evo.models.export import export_checkpoint
+from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.families import FAMILIES
-from moe_evo.models.memory import (
+from moe_evo.models.size.memory import (
     exported_size,
     largest_block,
     memory_per_rank,
     merged_bytes,
     tensor_parallel_bytes,
 )
-from moe_evo.models.size import ModelSize, read_size, size_of
+from moe_evo.models.size.size import ModelSize, read_size, size_of
 from moe_evo.models.view import MoEModel
 
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {

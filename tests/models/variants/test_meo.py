@@ -10,13 +10,14 @@ import torch
 from process_groups import run_gang
 from tiny_models import largest_difference, logits, random_merge, random_pruning, stock_model, tiny_model, tokens
 
-from moe_evo.cli import main
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.cli.main import main
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ExportError
-from moe_evo.models import meo
-from moe_evo.models.export import export_checkpoint
-from moe_evo.models.loading import load_model
-from moe_evo.models.observation import observed_experts
+from moe_evo.models.experts.outputs import observed_experts
+from moe_evo.models.export.export import export_checkpoint
+from moe_evo.models.load import load_model
+from moe_evo.models.variants import meo
 from moe_evo.models.view import MoEModel
 
 FAMILIES = ("mixtral", "olmoe", "gpt_oss")

@@ -12,14 +12,15 @@ import tiny_tasks as tiny
 import torch
 from tiny_models import CONFIGS, logits, random_merge, random_pruning, stock_model, tiny_model, tokens
 
-from moe_evo.cli import main
-from moe_evo.config import EvaluationConfig, ModelConfig
+from moe_evo.cli.main import main
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ExportError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.models.export import check_skips_nothing, export_checkpoint
-from moe_evo.models.loading import load_model
-from moe_evo.models.observation import observed_experts
-from moe_evo.models.skipping import without_second
+from moe_evo.models.experts.outputs import observed_experts
+from moe_evo.models.export.export import check_skips_nothing, export_checkpoint
+from moe_evo.models.load import load_model
+from moe_evo.models.variants.skipping import without_second
 from moe_evo.models.view import MoEModel
 
 BETA = 0.4

@@ -1,0 +1,62 @@
+"""The config of evaluation: how genomes are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_evo.config.check import require
+
+FitnessRule = Literal["mean", "worst"]
+StateDevice = Literal["model", "cpu"]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How genomes are scored.
+
+    Args:
+        fitness: Over several tasks: their 'mean' score or the 'worst' one.
+        batch_tokens: Most tokens, padding included, in one forward pass.
+        threads: Threads of torch on the CPU; default: one a core.
+        share_layers: Compute layers that genomes have in common once, and start the children of recent
+            genomes where they differ; false runs every genome from the first layer on.
+        pack_tokens: Genomes with so many tokens together go through a layer at once; or 'measured': as many as
+            turn out to be fastest, with batch_tokens at most. Default: 'measured' on a GPU; on the CPU one genome
+            at a time, as scores then do not depend, in the last bits, on what is evaluated together.
+        state_cache_gib: Memory for the hidden states of recent genomes. Default: a quarter of what is free
+            after loading.
+        state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
+        race: Stop an individual early that is worse than the sixth best with this confidence, as 0.95,
+            after a fifth or a half of the examples. Default: all individuals see all examples.
+    """
+
+    fitness: FitnessRule = "mean"
+    batch_tokens: int = 8192
+    threads: int | None = None
+    share_layers: bool = True
+    pack_tokens: int | Literal["measured"] | None = None
+    state_cache_gib: float | None = None
+    state_device: StateDevice = "model"
+    race: float | None = None
+
+    def __post_init__(self) -> None:
+        cache = self.state_cache_gib
+        require(cache is None or cache >= 0, "evaluation.state_cache_gib", cache, "0 or more")
+        require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
+        pack = self.pack_tokens
+        require(
+            pack in (None, "measured") or (isinstance(pack, int) and pack >= 1), "evaluation.pack_tokens", pack,
+            "1 or more, or 'measured'",
+        )  # fmt: skip
+        require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
+        confidence = self.race
+        require(confidence is None or 0.5 <= confidence < 1, "evaluation.race", confidence, "at least 0.5, below 1")
+        require(
+            confidence is None or self.fitness == "mean", "evaluation.race", confidence,
+            "none, as evaluation.fitness is 'worst': which task is the worst shows at the end",
+        )  # fmt: skip
+
+
+SPEED_ONLY = ("batch_tokens", "threads", "share_layers", "pack_tokens", "state_cache_gib", "state_device")
+"""Options of `EvaluationConfig` that do not change what is computed."""

@@ -1,0 +1,101 @@
+"""The config of the model: which one, and how it is loaded.
+
+The docstring of each section is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_evo.config.check import require
+
+RouterMode = Literal["exported", "eep"]
+ExpertsMode = Literal["own", "meo"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is searched, and how it is loaded.
+
+    Args:
+        path: Checkpoint folder or Hugging Face name; 'embedded' is the small Mixtral of this package.
+        revision: Branch, tag or commit of a Hugging Face name (not for folders).
+        dtype: Number format of weights, evaluation and export; 'auto' takes the checkpoint's own.
+        device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', ...
+        router: 'exported' remaps router rows, which a stock checkpoint can hold; 'eep' remaps
+            probabilities after the softmax, as the paper does.
+        experts: 'own' runs every expert that a token is routed to; 'meo' merges them for the token, weighted by its
+            gates, and runs the one that comes of it (arXiv 2310.09762), which no checkpoint can hold.
+        trust_remote_code: Run code that comes with the checkpoint's tokenizer. Only for sources that you
+            trust; the model itself always runs the library's code.
+        self_check: After loading, rebuild every expert once and compare the view with the untouched model.
+        merged_cache_gib: Memory for merged layers that are kept for the next genomes; what does not fit
+            is merged anew in every forward pass. Default: half of the memory that is free after loading.
+        sharding: 'single', one process and one device; 'device_map', one process that spreads layers over
+            several GPUs, the CPU and disk; 'tensor_parallel', cluster.gang_size processes that each hold a
+            slice of every expert; 'zero3', the same number that each hold a slice of every weight and
+            gather one layer at a time (DeepSpeed), for a model larger than the gang's GPU memory.
+        offload: zero3: where the slices lie between uses: 'none' (the GPU), 'cpu' or 'nvme'.
+        offload_folder: Folder for what is offloaded to disk (zero3 with 'nvme', device_map).
+        max_memory: device_map: most memory for weights on each device, as in {0: 70GiB, cpu: 200GiB}.
+        alignment: File that reorders the neurons of every expert after loading, as moe-evo prune --aligned true
+            writes it. What the model computes stays, but what merges of its experts compute does not.
+        dynamic_skipping: A token does without its second expert where that has less than so many times the
+            weight of its first (NAEE; moe-evo prune --method naee tells the median): one number, or a list
+            with one a MoE layer. Only emulated, and no checkpoint can hold it.
+    """
+
+    path: str = "embedded"
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    router: RouterMode = "exported"
+    experts: ExpertsMode = "own"
+    trust_remote_code: bool = False
+    self_check: bool = True
+    merged_cache_gib: float | None = None
+    sharding: Sharding = "single"
+    offload: Offload = "none"
+    offload_folder: str | None = None
+    max_memory: dict[int | str, str] | None = None
+    alignment: str | None = None
+    dynamic_skipping: float | list[float] | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
+        cache = self.merged_cache_gib
+        require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
+        zero3 = self.sharding == "zero3"
+        require(zero3 or self.offload == "none", "model.offload", self.offload, "'none' without model.sharding zero3")
+        require(
+            self.offload != "nvme" or self.offload_folder is not None, "model.offload_folder", self.offload_folder,
+            "a folder on a fast local disk, as model.offload is 'nvme'",
+        )  # fmt: skip
+        require(
+            self.offload_folder is None or self.offload == "nvme" or self.sharding == "device_map",
+            "model.offload_folder", self.offload_folder, "none: only model.offload nvme and device_map use it",
+        )  # fmt: skip
+        require(
+            self.max_memory is None or self.sharding == "device_map", "model.max_memory", self.max_memory,
+            "none: only model.sharding device_map uses it",
+        )  # fmt: skip
+        require(
+            self.alignment is None or self.sharding == "single", "model.alignment", self.alignment,
+            "none: only model.sharding single has whole experts whose neurons can be reordered",
+        )  # fmt: skip
+        skipping = self.dynamic_skipping
+        thresholds = skipping if isinstance(skipping, list) else [skipping or 0.0]
+        require(
+            bool(thresholds) and min(thresholds) >= 0 and max(thresholds) <= 1, "model.dynamic_skipping", skipping,
+            "0 to 1",
+        )  # fmt: skip
+        sizes = (self.max_memory or {}).values()
+        require(
+            all(re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size) for size in sizes), "model.max_memory", self.max_memory,
+            "sizes such as 70GiB",
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""The config of a task: where its examples are, and how answers are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_evo.config.check import require
+
+TaskKind = Literal["auto", "choice", "generation", "perplexity", "distillation"]
+Metric = Literal[
+    "default", "accuracy", "accuracy_norm", "log_likelihood",
+    "exact_match", "contains", "f1", "first_option", "number_match", "negative_kl",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task: where its examples are and how answers are scored.
+
+    Args:
+        name: Name in results; default: the data's file or folder name.
+        kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields.
+        data: A JSONL file, a folder of them, or the name of an embedded task (arith, city, gloss, infl,
+            langid, nli, sarcasm, sentiment, syll). A folder holds
+            search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
+        metric: What counts; 'default' is accuracy (choice), exact_match (generation), log_likelihood
+            (perplexity) or negative_kl (distillation).
+        split_shares: Shares of search, validation and test where one file is split by hash.
+        num_search: Most examples of the search split that are used; 0 means all.
+        num_validation: The same for the validation split.
+        num_test: The same for the test split.
+        prefix: Text that is put before every prompt.
+        few_shot: JSONL file whose examples, with answers, are put before every prompt.
+        chat_template: Wrap the prompt as a user's turn with the tokenizer's chat template.
+        max_new_tokens: Longest answer that is generated.
+        stop: A generated answer ends before this text; default: the end of the line (a model that begins
+            its answer with one then answers nothing).
+        max_length: Longest prompt with answer, in tokens; longer prompts lose their beginning.
+    """
+
+    name: str = ""
+    kind: TaskKind = "auto"
+    data: str = ""
+    metric: Metric = "default"
+    split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
+    num_search: int = 0
+    num_validation: int = 0
+    num_test: int = 0
+    prefix: str = ""
+    few_shot: str | None = None
+    chat_template: bool = False
+    max_new_tokens: int = 32
+    stop: str = "\n"
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        where = f"tasks ({self.name or self.data or 'unnamed'})"
+        require(bool(self.data), f"{where}.data", self.data, "a file, a folder or an embedded task")
+        shares_ok = min(self.split_shares) > 0 and abs(sum(self.split_shares) - 1) < 1e-6
+        require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
+        for option in ("num_search", "num_validation", "num_test"):
+            require(getattr(self, option) >= 0, f"{where}.{option}", getattr(self, option), "0 (all) or more")
+        require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
+
+    def num_examples(self, split: str) -> int:
+        """Most examples of `split` that are used; 0 means all."""
+        return int(getattr(self, f"num_{split}"))
