@@ -50,7 +50,7 @@ class Engine:
     @property
     def cache_names(self) -> CacheNames | None:
         """What the model calls a cache of keys and values; None where it takes none."""
-        return self._stages.halves.cache_names
+        return self._stages.layer_halves.cache_names
 
     def run(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_evo.evaluation.engine.states import State, StateCache
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.forward.key_values import Past
-from moe_evo.models.forward.layer_halves import Halves, Start
+from moe_evo.models.forward.layer_halves import LayerHalves, Start
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
@@ -28,7 +28,7 @@ class Stages:
 
     def __init__(self, model: MoEModel, states: StateCache) -> None:
         self.model = model
-        self.halves = Halves(model)
+        self.layer_halves = LayerHalves(model)
         self.states = states
         self._plans: dict[tuple[int, LayerGenome], LayerPlan | None] = {}
         self._starts: dict[ForwardBatch | Trunk, Start] = {}
@@ -67,9 +67,9 @@ class Stages:
         if genes:
             earlier = self.trunk(tokens, genes[:-1]) if before is None else before
             plan = self.plan(len(genes) - 1, genes[-1])
-            hidden = self.halves.mix(len(genes) - 1, earlier.residual, [plan], start)
+            hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], start)
         past = Past()
-        state = State(self.halves.attend(len(genes), hidden, start, past), tuple(past.read))
+        state = State(self.layer_halves.attend(len(genes), hidden, start, past), tuple(past.read))
         self.states.keep(tokens, prefix, state)
         return state
 
@@ -96,7 +96,7 @@ class Stages:
     ) -> Start:
         trunk = key.trunk if isinstance(key, ForwardBatch) else ()
         masks = self.model.attention_masks(position_ids, ends, counts, len(trunk))
-        start = self.halves.start(input_ids, {"position_ids": position_ids, "attention_mask": masks})
+        start = self.layer_halves.start(input_ids, {"position_ids": position_ids, "attention_mask": masks})
         size_bytes = sum(one.nbytes for one in (masks.values() if isinstance(masks, dict) else [masks]))
         if keep and _MOST_STARTS * size_bytes < self.states.budget_bytes and len(self._starts) < _MOST_STARTS:
             self._starts[key] = start

@@ -70,7 +70,7 @@ class Walk:
         keep: bool,
         reads: bool = False,
     ) -> None:
-        self._stages, self._halves, self._states = stages, stages.halves, stages.states
+        self._stages, self._layer_halves, self._states = stages, stages.layer_halves, stages.states
         self._batch = batch
         self._genomes = genomes
         self._emit = emit
@@ -78,7 +78,7 @@ class Walk:
         self._packing = packing
         self._keep = keep
         self._reads = reads
-        self._last = self._halves.num_stages - 1
+        self._last = self._layer_halves.num_stages - 1
         self._start = stages.start(batch, keep=keep)
 
     def run(self) -> None:
@@ -116,7 +116,7 @@ class Walk:
 
     def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
         """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
-        if self._reads and stage == self._last and self._halves.ends_with_moe:
+        if self._reads and stage == self._last and self._layer_halves.ends_with_moe:
             for node in nodes:
                 read = self._joined(node.trunks, node.read)
                 for number in node.members:
@@ -146,12 +146,12 @@ class Walk:
 
     def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch]) -> None:
         plans = [self._stages.plan(stage, branch.gene) for branch in branches]
-        attends = stage < self._last or not self._halves.ends_with_moe
+        attends = stage < self._last or not self._layer_halves.ends_with_moe
         trunks = [self._trunks(branch) if attends else () for branch in branches]
         reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
-            hidden = self._halves.mix(stage, residual, plans, self._start)
+            hidden = self._layer_halves.mix(stage, residual, plans, self._start)
             if attends:
                 hidden, reads = self._attend(stage + 1, hidden, trunks)
         arrived = zip(branches, hidden.chunk(len(branches)), trunks, reads, strict=True)
@@ -174,10 +174,10 @@ class Walk:
     def _attend(
         self, stage: int, hidden: Tensor, trunks: Sequence[tuple[State, ...]]
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        """`Halves.attend` behind one chain of trunks a copy, and for each copy what was read, where that is wanted."""
+        """`LayerHalves.attend` behind one chain of trunks a copy; for each copy what was read, where that is wanted."""
         before = beside_each_other([chain[-1].read for chain in trunks if chain], rows=len(self._start.hidden))
         past = Past(before) if before or self._reads else None
-        hidden = self._halves.attend(stage, hidden, self._start, past)
+        hidden = self._layer_halves.attend(stage, hidden, self._start, past)
         if past is None or not self._reads:
             return hidden, [() for _ in trunks]
         layers = [zip(keys.chunk(len(trunks)), values.chunk(len(trunks)), strict=True) for keys, values in past.read]
@@ -199,7 +199,7 @@ class Walk:
         read_before: tuple[KeyValues, ...] = (),
     ) -> _Node:
         """A new node, whose state is kept."""
-        if len(prefix) == self._last and self._halves.ends_with_moe:
+        if len(prefix) == self._last and self._layer_halves.ends_with_moe:
             residual = self._scored(residual)
         if self._keep:
             self._states.keep(self._batch, prefix, State(residual, read))
@@ -211,7 +211,7 @@ class Walk:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(M, V) of the end of all layers (P, T, H), or (1, M, H) where the last block is the end."""
-        return self._halves.finish(hidden[0] if self._halves.ends_with_moe else self._scored(hidden)[0])
+        return self._layer_halves.finish(hidden[0] if self._layer_halves.ends_with_moe else self._scored(hidden)[0])
 
     def _joined(self, trunks: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
         """What all layers read of the trunk and of the batch behind it."""

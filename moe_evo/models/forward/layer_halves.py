@@ -34,7 +34,7 @@ class Start:
     calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
-class Halves:
+class LayerHalves:
     """Stages of a model: stage i ends in front of MoE block i; the last one in front of the head.
 
     Hidden states of N copies of a batch are (N * P, T, H), copy by copy; any N will do.

@@ -54,8 +54,8 @@ Breakage = Callable[[pytest.MonkeyPatch], None]
 
 
 def adding_up_to_something_else(patch: pytest.MonkeyPatch) -> None:
-    mix = layer_halves.Halves.mix
-    patch.setattr(layer_halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    mix = layer_halves.LayerHalves.mix
+    patch.setattr(layer_halves.LayerHalves, "mix", lambda *given: mix(*given) * 1.01)
 
 
 def refusing_a_half(patch: pytest.MonkeyPatch) -> None:

@@ -129,13 +129,13 @@ def test_a_trunk_is_read_once_a_beginning_whatever_the_number_of_batches(
     engine = Engine(mixtral, StateCache(1, CPU))
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     attended: Counter[int] = Counter()
-    attend = layer_halves.Halves.attend
+    attend = layer_halves.LayerHalves.attend
 
-    def counted(self: layer_halves.Halves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: layer_halves.LayerHalves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         attended[stage] += hidden.shape[1] == len(TRUNK)
         return attend(self, stage, hidden, *rest)
 
-    monkeypatch.setattr(layer_halves.Halves, "attend", counted)
+    monkeypatch.setattr(layer_halves.LayerHalves, "attend", counted)
     assert all(batch.input_ids.shape[1] < len(TRUNK) for batch in behind) and len(behind) > 2
     for _ in range(2):
         for batch in behind:
@@ -196,13 +196,13 @@ def test_what_genomes_have_in_common_is_read_once_before_they_generate(
     (batch,) = generate_batches(prompts()[: len(OWN)], BatchLimits(4096, 96, trunk=TRUNK), 6, "")
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     passed: list[int] = []
-    mix = layer_halves.Halves.mix
+    mix = layer_halves.LayerHalves.mix
 
-    def counted(self: layer_halves.Halves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: layer_halves.LayerHalves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
         passed.append(stage)
         return mix(self, stage, residual, *rest)
 
-    monkeypatch.setattr(layer_halves.Halves, "mix", counted)
+    monkeypatch.setattr(layer_halves.LayerHalves, "mix", counted)
     generate_together(mixtral, engine, batch, [parent], True, ALL)
     assert sorted(passed) == [0, 0, 1, 1]  # of the trunk and of what follows; nothing asks for the last experts
     passed.clear()
