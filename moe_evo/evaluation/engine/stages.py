@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_evo.evaluation.engine.states import State, StateCache
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.models.forward.key_values import Past
+from moe_evo.models.forward.key_values import PastKeyValues
 from moe_evo.models.forward.layer_halves import LayerHalves, Start
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.view import MoEModel
@@ -68,8 +68,8 @@ class Stages:
             earlier = self.trunk(tokens, genes[:-1]) if before is None else before
             plan = self.plan(len(genes) - 1, genes[-1])
             hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], start)
-        past = Past()
-        state = State(self.layer_halves.attend(len(genes), hidden, start, past), tuple(past.read))
+        past_key_values = PastKeyValues()
+        state = State(self.layer_halves.attend(len(genes), hidden, start, past_key_values), tuple(past_key_values.read))
         self.states.keep(tokens, prefix, state)
         return state
 

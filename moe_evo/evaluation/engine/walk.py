@@ -17,7 +17,7 @@ from moe_evo.evaluation.engine.packing import Packing, size_class
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import Prefix, State
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.models.forward.key_values import KeyValues, Past, beside_each_other, joined
+from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, beside_each_other, joined
 from moe_evo.tasks.base import ForwardBatch
 
 
@@ -176,11 +176,13 @@ class Walk:
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
         """`LayerHalves.attend` behind one chain of trunks a copy; for each copy what was read, where that is wanted."""
         before = beside_each_other([chain[-1].read for chain in trunks if chain], rows=len(self._start.hidden))
-        past = Past(before) if before or self._reads else None
-        hidden = self._layer_halves.attend(stage, hidden, self._start, past)
-        if past is None or not self._reads:
+        past_key_values = PastKeyValues(before) if before or self._reads else None
+        hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
+        if past_key_values is None or not self._reads:
             return hidden, [() for _ in trunks]
-        layers = [zip(keys.chunk(len(trunks)), values.chunk(len(trunks)), strict=True) for keys, values in past.read]
+        num_copies = len(trunks)
+        read = past_key_values.read
+        layers = [zip(keys.chunk(num_copies), values.chunk(num_copies), strict=True) for keys, values in read]
         return hidden, list(zip(*layers, strict=True))
 
     def _arrive(
