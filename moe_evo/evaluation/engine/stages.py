@@ -58,8 +58,8 @@ class Stages:
 
         before: its state one block earlier, where that is at hand. Only in a block of `ready_for`.
         """
-        prefix = tuple(gene.digest for gene in genes)
-        kept = self.states.get(tokens, prefix)
+        first_genes = tuple(gene.digest for gene in genes)
+        kept = self.states.get(tokens, first_genes)
         if kept is not None:
             return kept.to(self.model.device)
         start = self._starts.get(tokens) or self._trunk_start(tokens)
@@ -70,7 +70,7 @@ class Stages:
             hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], start)
         past_key_values = PastKeyValues()
         state = State(self.layer_halves.attend(len(genes), hidden, start, past_key_values), tuple(past_key_values.read))
-        self.states.keep(tokens, prefix, state)
+        self.states.keep(tokens, first_genes, state)
         return state
 
     def forget(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_evo.evaluation.engine.packing import Packing, size_class
 from moe_evo.evaluation.engine.stages import Stages
-from moe_evo.evaluation.engine.states import Prefix, State
+from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, beside_each_other, joined
 from moe_evo.tasks.base import ForwardBatch
@@ -30,7 +30,7 @@ class _Node:
     trunk. read: what all decoder layers so far have read of the batch, where `Walk` tells that.
     """
 
-    prefix: Prefix
+    first_genes: FirstGenes
     members: Sequence[int]
     residual: Tensor
     trunks: tuple[State, ...]
@@ -46,8 +46,8 @@ class _Branch:
     members: Sequence[int]
 
     @property
-    def prefix(self) -> Prefix:
-        return (*self.node.prefix, self.gene.digest)
+    def first_genes(self) -> FirstGenes:
+        return (*self.node.first_genes, self.gene.digest)
 
 
 class Walk:
@@ -83,36 +83,39 @@ class Walk:
 
     def run(self) -> None:
         """Call `emit` for every genome."""
-        starts: dict[Prefix, list[int]] = {}
-        kept: dict[Prefix, list[State]] = {}  # before anything is computed, for which others would have to go
+        starts: dict[FirstGenes, list[int]] = {}
+        kept: dict[FirstGenes, list[State]] = {}  # before anything is computed, for which others would have to go
         for number, genome in enumerate(self._genomes):
             genes = tuple(gene.digest for gene in genome.layers)
-            prefix = genes[: (self._states.unbroken if self._reads else self._states.longest)(self._batch, genes)]
-            starts.setdefault(prefix, []).append(number)
-            if prefix not in kept:
-                lengths = range(len(prefix) + 1) if self._reads else [len(prefix)]
-                found = [self._states.get(self._batch, prefix[:length]) for length in lengths]
-                kept[prefix] = [state for state in found if state is not None]
+            first_genes = genes[: (self._states.unbroken if self._reads else self._states.longest)(self._batch, genes)]
+            starts.setdefault(first_genes, []).append(number)
+            if first_genes not in kept:
+                lengths = range(len(first_genes) + 1) if self._reads else [len(first_genes)]
+                found = [self._states.get(self._batch, first_genes[:length]) for length in lengths]
+                kept[first_genes] = [state for state in found if state is not None]
         for stage in sorted(set(map(len, starts))):
-            prefixes = [prefix for prefix in starts if len(prefix) == stage]
-            for first in range(0, len(prefixes), self._copies):  # no more are on the device than go together
-                some = prefixes[first : first + self._copies]
-                self._descend(stage, [self._begin(prefix, starts[prefix], kept.pop(prefix)) for prefix in some])
+            beginnings = [first_genes for first_genes in starts if len(first_genes) == stage]
+            for first in range(0, len(beginnings), self._copies):  # no more are on the device than go together
+                some = beginnings[first : first + self._copies]
+                self._descend(
+                    stage,
+                    [self._begin(first_genes, starts[first_genes], kept.pop(first_genes)) for first_genes in some],
+                )
 
-    def _begin(self, prefix: Prefix, members: Sequence[int], kept: Sequence[State]) -> _Node:
+    def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> _Node:
         trunks: tuple[State, ...] = ()
         if self._batch.trunk:
             genes = self._genomes[members[0]].layers
-            for length in range(len(prefix) + 1) if self._reads else [len(prefix)]:
+            for length in range(len(first_genes) + 1) if self._reads else [len(first_genes)]:
                 before = trunks[-1] if trunks else None
                 trunks = (*trunks, self._stages.trunk(self._batch.trunk, genes[:length], before))
         if kept:
             states = [state.to(self._stages.model.device) for state in kept]
             read = tuple(layer for state in states for layer in state.read)
-            return _Node(prefix, members, states[-1].residual, trunks, read)
-        assert not prefix, "only the beginning of all genomes can be computed without states"
+            return _Node(first_genes, members, states[-1].residual, trunks, read)
+        assert not first_genes, "only the beginning of all genomes can be computed without states"
         residual, (read,) = self._attend(0, self._start.hidden, [trunks])
-        return self._kept(prefix, members, residual, trunks, read)
+        return self._kept(first_genes, members, residual, trunks, read)
 
     def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
         """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
@@ -167,7 +170,7 @@ class Walk:
         if not self._batch.trunk:
             return ()
         before = branch.node.trunks
-        genes = self._genomes[branch.members[0]].layers[: len(branch.prefix)]
+        genes = self._genomes[branch.members[0]].layers[: len(branch.first_genes)]
         state = self._stages.trunk(self._batch.trunk, genes, before[-1])
         return (*before, state) if self._reads else (state,)
 
@@ -189,11 +192,11 @@ class Walk:
         self, branch: _Branch, residual: Tensor, trunks: tuple[State, ...], read: tuple[KeyValues, ...]
     ) -> _Node:
         """In front of the block after the branch's gene; read: since the block before."""
-        return self._kept(branch.prefix, branch.members, residual, trunks, read, branch.node.read)
+        return self._kept(branch.first_genes, branch.members, residual, trunks, read, branch.node.read)
 
     def _kept(
         self,
-        prefix: Prefix,
+        first_genes: FirstGenes,
         members: Sequence[int],
         residual: Tensor,
         trunks: tuple[State, ...],
@@ -201,11 +204,11 @@ class Walk:
         read_before: tuple[KeyValues, ...] = (),
     ) -> _Node:
         """A new node, whose state is kept."""
-        if len(prefix) == self._last and self._layer_halves.ends_with_moe:
+        if len(first_genes) == self._last and self._layer_halves.ends_with_moe:
             residual = self._scored(residual)
         if self._keep:
-            self._states.keep(self._batch, prefix, State(residual, read))
-        return _Node(prefix, members, residual, trunks, (*read_before, *read))
+            self._states.keep(self._batch, first_genes, State(residual, read))
+        return _Node(first_genes, members, residual, trunks, (*read_before, *read))
 
     def _scored(self, hidden: Tensor) -> Tensor:
         """(1, M, H) of (P, T, H)."""
