@@ -214,7 +214,7 @@ class Evaluator:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits (M, V) of whatever function the model computes at the moment."""
-        assert not batch.trunk, "only an engine reads trunks"
+        assert not batch.shared_prefix, "only an engine reads shared prefixes"
         self._memory.note(batch)
         logits: Tensor = self.model.language_model(
             input_ids=batch.input_ids,
@@ -325,8 +325,14 @@ class Evaluator:
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
         ranks = self.model.share
-        trunks = self._engine is not None and self._engine.reads_trunks
-        make = partial(task.batches, split, batch_tokens=self.batch_tokens, trees=self.model.reads_trees, trunks=trunks)
+        shared_prefixes = self._engine is not None and self._engine.reads_shared_prefixes
+        make = partial(
+            task.batches,
+            split,
+            batch_tokens=self.batch_tokens,
+            trees=self.model.reads_trees,
+            shared_prefixes=shared_prefixes,
+        )
         share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
         batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(

@@ -1,4 +1,4 @@
-"""The stages of one model, and what is kept of them: plans, beginnings of batches, trunks and states."""
+"""The stages of one model, and what is kept of them: plans, beginnings of batches, shared prefixes and states."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moe_evo.tasks.base import ForwardBatch
 _MOST_PLANS = 512  # a plan holds a router's rows; those of the genomes at work are kept, however many
 _MOST_STARTS = 64  # a start holds the masks of a batch
 
-Trunk = tuple[int, ...]
-"""Tokens, see `ForwardBatch.trunk`."""
+SharedPrefix = tuple[int, ...]
+"""The tokens of one, see `ForwardBatch.shared_prefix`."""
 
 
 class Stages:
@@ -31,7 +31,7 @@ class Stages:
         self.layer_halves = LayerHalves(model)
         self.states = states
         self._plans: dict[tuple[int, LayerGenome], LayerPlan | None] = {}
-        self._starts: dict[ForwardBatch | Trunk, Start] = {}
+        self._starts: dict[ForwardBatch | SharedPrefix, Start] = {}
 
     def ready_for(self, genomes: Iterable[Genome]) -> AbstractContextManager[None]:
         """Let the MoE blocks follow any of these genomes."""
@@ -53,8 +53,8 @@ class Stages:
             return self._starts[batch]
         return self._started(batch, batch.input_ids, batch.position_ids, batch.ends, batch.counts, keep=keep)
 
-    def trunk(self, tokens: Trunk, genes: Sequence[LayerGenome], before: State | None = None) -> State:
-        """The state of a trunk in front of the MoE block after these genes, with the keys and values on the way.
+    def prefix_state(self, tokens: SharedPrefix, genes: Sequence[LayerGenome], before: State | None = None) -> State:
+        """The state of a shared prefix in front of the MoE block after these genes, with keys and values on the way.
 
         before: its state one block earlier, where that is at hand. Only in a block of `ready_for`.
         """
@@ -62,10 +62,10 @@ class Stages:
         kept = self.states.get(tokens, first_genes)
         if kept is not None:
             return kept.to(self.model.device)
-        start = self._starts.get(tokens) or self._trunk_start(tokens)
+        start = self._starts.get(tokens) or self._prefix_start(tokens)
         hidden = start.hidden
         if genes:
-            earlier = self.trunk(tokens, genes[:-1]) if before is None else before
+            earlier = self.prefix_state(tokens, genes[:-1]) if before is None else before
             plan = self.plan(len(genes) - 1, genes[-1])
             hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], start)
         past_key_values = PastKeyValues()
@@ -79,14 +79,14 @@ class Stages:
         self._plans.clear()
         self._starts.clear()
 
-    def _trunk_start(self, tokens: Trunk) -> Start:
+    def _prefix_start(self, tokens: SharedPrefix) -> Start:
         input_ids = torch.tensor([tokens], device=self.model.device)
         places, ones = torch.arange(len(tokens), device=input_ids.device)[None], torch.ones_like(input_ids)
         return self._started(tokens, input_ids, places, ones * len(tokens), ones, keep=True)
 
     def _started(
         self,
-        key: ForwardBatch | Trunk,
+        key: ForwardBatch | SharedPrefix,
         input_ids: Tensor,
         position_ids: Tensor,
         ends: Tensor,
@@ -94,8 +94,8 @@ class Stages:
         *,
         keep: bool,
     ) -> Start:
-        trunk = key.trunk if isinstance(key, ForwardBatch) else ()
-        masks = self.model.attention_masks(position_ids, ends, counts, len(trunk))
+        shared_prefix = key.shared_prefix if isinstance(key, ForwardBatch) else ()
+        masks = self.model.attention_masks(position_ids, ends, counts, len(shared_prefix))
         start = self.layer_halves.start(input_ids, {"position_ids": position_ids, "attention_mask": masks})
         size_bytes = sum(one.nbytes for one in (masks.values() if isinstance(masks, dict) else [masks]))
         if keep and _MOST_STARTS * size_bytes < self.states.budget_bytes and len(self._starts) < _MOST_STARTS:

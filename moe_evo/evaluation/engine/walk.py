@@ -25,15 +25,15 @@ from moe_evo.tasks.base import ForwardBatch
 class _Node:
     """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
 
-    In front of the last block it has the scored tokens alone, (1, M, H). trunks: the state of the batch's trunk
-    at the same place, and where `Walk` tells what was read, before it those of all the way; empty without a
-    trunk. read: what all decoder layers so far have read of the batch, where `Walk` tells that.
+    In front of the last block it has the scored tokens alone, (1, M, H). prefix_states: the state of the batch's shared
+    prefix at the same place, and where `Walk` tells what was read, before it those of all the way; empty without
+    a shared prefix. read: what all decoder layers so far have read of the batch, where `Walk` tells that.
     """
 
     first_genes: FirstGenes
     members: Sequence[int]
     residual: Tensor
-    trunks: tuple[State, ...]
+    prefix_states: tuple[State, ...]
     read: tuple[KeyValues, ...]
 
 
@@ -103,25 +103,28 @@ class Walk:
                 )
 
     def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> _Node:
-        trunks: tuple[State, ...] = ()
-        if self._batch.trunk:
+        prefix_states: tuple[State, ...] = ()
+        if self._batch.shared_prefix:
             genes = self._genomes[members[0]].layers
             for length in range(len(first_genes) + 1) if self._reads else [len(first_genes)]:
-                before = trunks[-1] if trunks else None
-                trunks = (*trunks, self._stages.trunk(self._batch.trunk, genes[:length], before))
+                before = prefix_states[-1] if prefix_states else None
+                prefix_states = (
+                    *prefix_states,
+                    self._stages.prefix_state(self._batch.shared_prefix, genes[:length], before),
+                )
         if kept:
             states = [state.to(self._stages.model.device) for state in kept]
             read = tuple(layer for state in states for layer in state.read)
-            return _Node(first_genes, members, states[-1].residual, trunks, read)
+            return _Node(first_genes, members, states[-1].residual, prefix_states, read)
         assert not first_genes, "only the beginning of all genomes can be computed without states"
-        residual, (read,) = self._attend(0, self._start.hidden, [trunks])
-        return self._kept(first_genes, members, residual, trunks, read)
+        residual, (read,) = self._attend(0, self._start.hidden, [prefix_states])
+        return self._kept(first_genes, members, residual, prefix_states, read)
 
     def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
         """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
         if self._reads and stage == self._last and self._layer_halves.ends_with_moe:
             for node in nodes:
-                read = self._joined(node.trunks, node.read)
+                read = self._joined(node.prefix_states, node.read)
                 for number in node.members:
                     self._emit(number, read)
             return
@@ -150,14 +153,14 @@ class Walk:
     def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch]) -> None:
         plans = [self._stages.plan(stage, branch.gene) for branch in branches]
         attends = stage < self._last or not self._layer_halves.ends_with_moe
-        trunks = [self._trunks(branch) if attends else () for branch in branches]
+        prefix_states = [self._prefix_states(branch) if attends else () for branch in branches]
         reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
             hidden = self._layer_halves.mix(stage, residual, plans, self._start)
             if attends:
-                hidden, reads = self._attend(stage + 1, hidden, trunks)
-        arrived = zip(branches, hidden.chunk(len(branches)), trunks, reads, strict=True)
+                hidden, reads = self._attend(stage + 1, hidden, prefix_states)
+        arrived = zip(branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True)
         if stage < self._last:
             return self._descend(stage + 1, [self._arrive(*one) for one in arrived])
         for branch, own, behind, read in arrived:
@@ -165,41 +168,41 @@ class Walk:
             for number in branch.members:
                 self._emit(number, found)
 
-    def _trunks(self, branch: _Branch) -> tuple[State, ...]:
-        """As `_Node.trunks`, behind the branch's gene."""
-        if not self._batch.trunk:
+    def _prefix_states(self, branch: _Branch) -> tuple[State, ...]:
+        """As `_Node.prefix_states`, behind the branch's gene."""
+        if not self._batch.shared_prefix:
             return ()
-        before = branch.node.trunks
+        before = branch.node.prefix_states
         genes = self._genomes[branch.members[0]].layers[: len(branch.first_genes)]
-        state = self._stages.trunk(self._batch.trunk, genes, before[-1])
+        state = self._stages.prefix_state(self._batch.shared_prefix, genes, before[-1])
         return (*before, state) if self._reads else (state,)
 
     def _attend(
-        self, stage: int, hidden: Tensor, trunks: Sequence[tuple[State, ...]]
+        self, stage: int, hidden: Tensor, prefix_states: Sequence[tuple[State, ...]]
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        """`LayerHalves.attend` behind one chain of trunks a copy; for each copy what was read, where that is wanted."""
-        before = beside_each_other([chain[-1].read for chain in trunks if chain], rows=len(self._start.hidden))
+        """`LayerHalves.attend` behind one chain of prefix states a copy; for each copy what was read, if wanted."""
+        before = beside_each_other([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
         past_key_values = PastKeyValues(before) if before or self._reads else None
         hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
         if past_key_values is None or not self._reads:
-            return hidden, [() for _ in trunks]
-        num_copies = len(trunks)
+            return hidden, [() for _ in prefix_states]
+        num_copies = len(prefix_states)
         read = past_key_values.read
         layers = [zip(keys.chunk(num_copies), values.chunk(num_copies), strict=True) for keys, values in read]
         return hidden, list(zip(*layers, strict=True))
 
     def _arrive(
-        self, branch: _Branch, residual: Tensor, trunks: tuple[State, ...], read: tuple[KeyValues, ...]
+        self, branch: _Branch, residual: Tensor, prefix_states: tuple[State, ...], read: tuple[KeyValues, ...]
     ) -> _Node:
         """In front of the block after the branch's gene; read: since the block before."""
-        return self._kept(branch.first_genes, branch.members, residual, trunks, read, branch.node.read)
+        return self._kept(branch.first_genes, branch.members, residual, prefix_states, read, branch.node.read)
 
     def _kept(
         self,
         first_genes: FirstGenes,
         members: Sequence[int],
         residual: Tensor,
-        trunks: tuple[State, ...],
+        prefix_states: tuple[State, ...],
         read: tuple[KeyValues, ...],
         read_before: tuple[KeyValues, ...] = (),
     ) -> _Node:
@@ -208,7 +211,7 @@ class Walk:
             residual = self._scored(residual)
         if self._keep:
             self._states.keep(self._batch, first_genes, State(residual, read))
-        return _Node(first_genes, members, residual, trunks, (*read_before, *read))
+        return _Node(first_genes, members, residual, prefix_states, (*read_before, *read))
 
     def _scored(self, hidden: Tensor) -> Tensor:
         """(1, M, H) of (P, T, H)."""
@@ -218,7 +221,7 @@ class Walk:
         """(M, V) of the end of all layers (P, T, H), or (1, M, H) where the last block is the end."""
         return self._layer_halves.finish(hidden[0] if self._layer_halves.ends_with_moe else self._scored(hidden)[0])
 
-    def _joined(self, trunks: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
-        """What all layers read of the trunk and of the batch behind it."""
-        before = [layer for state in trunks for layer in state.read]
+    def _joined(self, prefix_states: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
+        """What all layers read of the shared prefix and of the batch behind it."""
+        before = [layer for state in prefix_states for layer in state.read]
         return tuple(map(joined, before, read)) if before else read
