@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_evo.evaluation.engine.packing import ALL, Packing
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import StateCache
-from moe_evo.evaluation.engine.walk import Walk
+from moe_evo.evaluation.engine.traversal import Traversal
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.forward.key_values import CacheNames, KeyValues
 from moe_evo.models.view import MoEModel
@@ -68,7 +68,7 @@ class Engine:
         keep: the batch will come again, so its states are worth keeping.
         """
         with self._stages.ready_for(genomes):
-            Walk(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
+            Traversal(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
 
     def read(
         self,
@@ -82,10 +82,10 @@ class Engine:
         """For each genome what its decoder layers read, (P, heads, C + T, size) each; options as for `run`."""
         found: dict[int, tuple[KeyValues, ...]] = {}
         with self._stages.ready_for(genomes):
-            walk = Walk(
+            traversal = Traversal(
                 self._stages, batch, genomes, found.__setitem__, copies=copies, packing=packing, keep=keep, reads=True
             )
-            walk.run()
+            traversal.run()
         return [found[number] for number in range(len(genomes))]
 
     def forget(self) -> None:

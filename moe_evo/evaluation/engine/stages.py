@@ -24,7 +24,7 @@ SharedPrefix = tuple[int, ...]
 
 
 class Stages:
-    """What all walks through one model share."""
+    """What all traversals of one model share."""
 
     def __init__(self, model: MoEModel, states: StateCache) -> None:
         self.model = model

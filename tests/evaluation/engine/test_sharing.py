@@ -144,7 +144,7 @@ def test_every_family_shares_everything(name: str) -> None:
 
 
 def test_a_slip_of_our_own_is_no_property_of_the_model(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_evo.evaluation.engine.walk.size_class", None)
+    monkeypatch.setattr("moe_evo.evaluation.engine.traversal.size_class", None)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         sharing_for(mixtral, EvaluationConfig())
 

@@ -1,6 +1,6 @@
 """One batch on its way through the layers, for many genomes.
 
-The walk is depth first: a branch is followed to its end before the next one begins, so that states of few
+The traversal is depth first: a branch is followed to its end before the next one begins, so that states of few
 branches are in memory together.
 """
 
@@ -26,8 +26,8 @@ class _Node:
     """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
 
     In front of the last block it has the scored tokens alone, (1, M, H). prefix_states: the state of the batch's shared
-    prefix at the same place, and where `Walk` tells what was read, before it those of all the way; empty without
-    a shared prefix. read: what all decoder layers so far have read of the batch, where `Walk` tells that.
+    prefix at the same place, and where `Traversal` tells what was read, before it those of all the way; empty without
+    a shared prefix. read: what all decoder layers so far have read of the batch, where `Traversal` tells that.
     """
 
     first_genes: FirstGenes
@@ -50,7 +50,7 @@ class _Branch:
         return (*self.node.first_genes, self.gene.digest)
 
 
-class Walk:
+class Traversal:
     """From the deepest states that are kept to the end.
 
     emit: takes the number of a genome and its logits (M, V); with `reads`, what its decoder layers read
