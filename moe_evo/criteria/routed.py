@@ -22,7 +22,7 @@ from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, L
 from moe_evo.models.experts.outputs import observed_experts, residual_streams
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
-from moe_evo.tasks.rank_share import share_of
+from moe_evo.tasks.rank_share import rank_share
 from moe_evo.tasks.task import Task
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def prompts(
     (task,) = (one for one in evaluator.tasks if one.name == task_name)
     make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=evaluator.model.reads_trees)
     place, num_parts = part or (0, 1)
-    share = share_of(ranks.rank, ranks.size, task.numbers(split)[place::num_parts], make)
+    share = rank_share(ranks.rank, ranks.size, task.numbers(split)[place::num_parts], make)
     for position, batch in enumerate(share.batches):
         placed = batch.to(evaluator.model.device)
         times = placed.counts if position < share.num_counted else torch.zeros_like(placed.counts)

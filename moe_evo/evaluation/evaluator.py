@@ -33,7 +33,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleSco
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
-from moe_evo.tasks.rank_share import share_of
+from moe_evo.tasks.rank_share import rank_share
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 
@@ -333,7 +333,7 @@ class Evaluator:
             trees=self.model.reads_trees,
             shared_prefixes=shared_prefixes,
         )
-        share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
+        share = rank_share(ranks.rank, ranks.size, task.numbers(split, indices), make)
         batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(
             task.reference(batch, self.forward(batch))
