@@ -98,7 +98,7 @@ def _observed(evaluator: Observed, question: OfPrompts, make: Callable[[MoEModel
         stack.enter_context(collector.watching(moe, question.layer))
         for batch, collector.times in prompts(evaluator, question.task, question.split, question.part):
             evaluator.forward(batch)
-    layers = [reduce(add, of_ranks) for of_ranks in zip(*moe.share.gather(collector.layers()), strict=True)]
+    layers = [reduce(add, of_ranks) for of_ranks in zip(*moe.example_ranks.gather(collector.layers()), strict=True)]
     return Observation(tuple(layers if question.layer is None else [layers[question.layer]]))
 
 
@@ -110,7 +110,7 @@ def prompts(
     The second is (T,) whole numbers, 0 for what does not count: padding, and batches that only keep this
     rank in step with the others. part: (i, n) for the i-th of n parts of the examples.
     """
-    ranks = evaluator.model.share
+    ranks = evaluator.model.example_ranks
     (task,) = (one for one in evaluator.tasks if one.name == task_name)
     make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=evaluator.model.reads_trees)
     place, num_parts = part or (0, 1)

@@ -163,7 +163,7 @@ class Evaluator:
                 break
             chosen = [genomes[number] for number in racing]
             own = self.within_memory(partial(self._reports, chosen, split, indices, part))
-            for of_rank in self.model.share.gather(own):
+            for of_rank in self.model.example_ranks.gather(own):
                 for number, found in zip(racing, of_rank, strict=True):
                     reports[number].append(found)
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
@@ -298,7 +298,7 @@ class Evaluator:
         for number, genome in enumerate(genomes):
             by_top_k.setdefault(genome.top_k, []).append(number)
         # ranks whose examples differ still have to generate equally often
-        num_tokens = max(self.model.share.gather(batch.num_tokens))
+        num_tokens = max(self.model.example_ranks.gather(batch.num_tokens))
         for numbers in by_top_k.values():
             kind = ("generate", size_class(num_tokens), all(genomes[number].is_pruning for number in numbers))
             while numbers:
@@ -324,7 +324,7 @@ class Evaluator:
         return self._whole[split]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
-        ranks = self.model.share
+        ranks = self.model.example_ranks
         shared_prefixes = self._engine is not None and self._engine.reads_shared_prefixes
         make = partial(
             task.batches,

@@ -78,7 +78,7 @@ class MoEModel:
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
     @property
-    def share(self) -> Ranks:
+    def example_ranks(self) -> Ranks:
         """The ranks that divide examples among them: this one alone where all run the same."""
         return self.ranks if self.splits_examples else ALONE
 
