@@ -209,4 +209,4 @@ def _sharing(model: MoEModel) -> Finding:
     switched_off = (*model.switched_off, *sharing_for(model, EvaluationConfig()).switched_off)
     if switched_off:
         return "note", "; ".join(map(str, switched_off))
-    return "ok", f"on {model.device.type}: hooks, token trees, shared layers, beginnings and prompts hold"
+    return "ok", f"on {model.device.type}: hooks, token trees, shared layers, prefixes and prompts hold"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moe_evo.criteria.likeness import observe_answers, observe_logits
+from moe_evo.criteria.likeness import observe_all_outputs, observe_logits
 from moe_evo.criteria.questions import (
-    AllAnswers,
+    AllOutputs,
     GateRatios,
     Outputs,
     Question,
@@ -44,7 +44,7 @@ _ANSWERS: dict[type[Question], Callable[[Observed, Any], Observation[Any]]] = {
     Outputs: observe_outputs,
     GateRatios: observe_gate_ratios,
     RouterLogits: observe_logits,
-    AllAnswers: observe_answers,
+    AllOutputs: observe_all_outputs,
     Trials: observe_trials,
     Routers: _routers,
     Weights: _weights,

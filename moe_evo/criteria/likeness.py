@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_evo.criteria.questions import AllAnswers, OfPrompts, RouterLogits
+from moe_evo.criteria.questions import AllOutputs, OfPrompts, RouterLogits
 from moe_evo.criteria.routed import Observed, counting, observe
-from moe_evo.criteria.sums import LayerAnswers, LayerLogits, Observation, Sums
-from moe_evo.models.experts.all_outputs import Answers, observed_answers, observed_logits
+from moe_evo.criteria.sums import LayerAllOutputs, LayerLogits, Observation, Sums
+from moe_evo.models.experts.all_outputs import ExpertOutputs, observed_all_outputs, observed_logits
 from moe_evo.models.view import MoEModel
 
 
@@ -25,10 +25,10 @@ def observe_logits(evaluator: Observed, question: RouterLogits) -> Observation[L
     return observe(evaluator, question, _Logits)
 
 
-def observe_answers(evaluator: Observed, question: AllAnswers) -> Observation[LayerAnswers]:
+def observe_all_outputs(evaluator: Observed, question: AllOutputs) -> Observation[LayerAllOutputs]:
     """As `observe_logits`."""
     _require_untouched(question)
-    return observe(evaluator, question, _Answers)
+    return observe(evaluator, question, _AllOutputs)
 
 
 def _require_untouched(question: OfPrompts) -> None:
@@ -58,7 +58,7 @@ class _Logits:
         _add(self._sums[layer], (times.sum(), (wide * times[:, None]).T @ wide))
 
 
-class _Answers:
+class _AllOutputs:
     """Sums (), (E, H) and (E, E) a layer."""
 
     def __init__(self, moe: MoEModel) -> None:
@@ -69,15 +69,15 @@ class _Answers:
         self.times = torch.zeros(0)
 
     def watching(self, moe: MoEModel, only: int | None) -> AbstractContextManager[object]:
-        return observed_answers(moe, self._see, only)
+        return observed_all_outputs(moe, self._see, only)
 
-    def layers(self) -> list[LayerAnswers]:
-        return [LayerAnswers(*sums) for sums in self._sums]
+    def layers(self) -> list[LayerAllOutputs]:
+        return [LayerAllOutputs(*sums) for sums in self._sums]
 
-    def _see(self, layer: int, hidden: Tensor, answers: Answers) -> None:
+    def _see(self, layer: int, hidden: Tensor, all_outputs: ExpertOutputs) -> None:
         """hidden: (T, H)."""
         counted, times = counting(self.times, hidden)
-        for outputs in answers(hidden[counted]):
+        for outputs in all_outputs(hidden[counted]):
             weights, times = times[: len(outputs), None, None], times[len(outputs) :]
             wide = outputs.double()
             lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

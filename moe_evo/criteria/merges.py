@@ -16,9 +16,9 @@ import numpy as np
 from moe_evo.criteria.grouping import Group, agglomerated, centroid_groups, dominant_groups, spectral_groups
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.pruning import pruning_globally
-from moe_evo.criteria.questions import AllAnswers, Routed, RouterLogits
+from moe_evo.criteria.questions import AllOutputs, Routed, RouterLogits
 from moe_evo.criteria.scores import reap
-from moe_evo.criteria.sums import LayerAnswers, LayerLogits, LayerObservation, LayerSums, Sums
+from moe_evo.criteria.sums import LayerAllOutputs, LayerLogits, LayerObservation, LayerSums, Sums
 from moe_evo.errors import ModelError
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import SearchSpace
@@ -40,7 +40,7 @@ class Merge:
     name: str
     description: str
     source: str
-    questions: tuple[Routed | RouterLogits | AllAnswers, ...]
+    questions: tuple[Routed | RouterLogits | AllOutputs, ...]
     votes: Callable[..., Sums]
     pairs: Callable[..., Sums]
     grouping: Callable[[int, Sums, Sums], list[Group]]
@@ -135,17 +135,17 @@ def logit_likeness(_: Any, logits: LayerLogits) -> Sums:
     return (_logit_cosines(logits) + 1) / 2
 
 
-def mean_answer_distances(_: Any, answers: LayerAnswers) -> Sums:
+def mean_output_distances(_: Any, layer: LayerAllOutputs) -> Sums:
     """||e_i - e_j||_2 of e_j, the mean of f_j over all tokens"""
     from scipy.spatial.distance import pdist, squareform
 
-    distances: Sums = squareform(pdist(answers.answers / max(float(answers.tokens), 1)))
+    distances: Sums = squareform(pdist(layer.outputs / max(float(layer.tokens), 1)))
     return distances
 
 
-def gated_distances(_: Any, logits: LayerLogits, answers: LayerAnswers) -> Sums:
+def gated_distances(_: Any, logits: LayerLogits, layer: LayerAllOutputs) -> Sums:
     """1 - (mean over all tokens of cos(f_i, f_j) + cos(z_i, z_j)) / 2"""
-    return 1 - (answers.cosines / max(float(answers.tokens), 1) + _logit_cosines(logits)) / 2
+    return 1 - (layer.cosines / max(float(layer.tokens), 1) + _logit_cosines(logits)) / 2
 
 
 def _logit_cosines(logits: LayerLogits) -> Sums:
@@ -174,12 +174,12 @@ MERGES: dict[str, Merge] = {
         Merge(
             "hc_smoe", "clusters of experts with similar mean outputs (average linkage), by usage",
             "Chen et al. 2025, arXiv 2410.08589; wazenmai/HC-SMoE",
-            (Routed(), AllAnswers()), usage, mean_answer_distances, agglomerated, aligns=False,
+            (Routed(), AllOutputs()), usage, mean_output_distances, agglomerated, aligns=False,
         ),
         Merge(
             "ream", "few large groups around the experts of the highest REAP score, by that score",
             "Jha et al. 2026, arXiv 2604.04356; SamsungSAILMontreal/ream",
-            (Routed(), RouterLogits(), AllAnswers()), reap_saliency, gated_distances, centroid_groups, aligns=True,
+            (Routed(), RouterLogits(), AllOutputs()), reap_saliency, gated_distances, centroid_groups, aligns=True,
         ),
         Merge(
             "uncurl", "spectral clusters of experts with similar router logits, by usage",

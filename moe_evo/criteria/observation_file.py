@@ -17,7 +17,7 @@ from moe_evo.tasks.data import TaskData
 
 FILE = FileKind(
     "moe_evo.observations",
-    version=2,
+    version=3,
     holds="observations",
     error=ObservationError,
     advice="give a file of observations that moe_evo saved",

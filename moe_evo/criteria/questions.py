@@ -52,7 +52,7 @@ class Routed(OfPrompts):
 
 @dataclass(frozen=True)
 class Outputs(OfPrompts):
-    """What the experts answer to the tokens that the router sends them: (E, H) a layer, so a question of its own."""
+    """The summed outputs of the experts for their own tokens: (E, H) a layer, so a question of its own."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class RouterLogits(OfPrompts):
 
 
 @dataclass(frozen=True)
-class AllAnswers(OfPrompts):
-    """What the experts answer to every token, of layers that `genome` leaves as they are; computes all experts."""
+class AllOutputs(OfPrompts):
+    """The outputs of all experts for every token, of layers that `genome` leaves as they are; computes all experts."""
 
 
 @dataclass(frozen=True)

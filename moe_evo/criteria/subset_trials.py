@@ -21,7 +21,7 @@ from moe_evo.criteria.routed import Observed, counting, observe
 from moe_evo.criteria.subsets import all_but_one, check_spares_one, subsets
 from moe_evo.criteria.sums import LayerTrials, Observation
 from moe_evo.genomes.space import ModelShape
-from moe_evo.models.experts.all_outputs import Answers, observed_answers, observed_logits
+from moe_evo.models.experts.all_outputs import ExpertOutputs, observed_all_outputs, observed_logits
 from moe_evo.models.view import MoEModel
 
 _ROUTED = 2**20  # logits of all trials that are routed at once
@@ -47,20 +47,20 @@ class _Trials:
 
     @contextmanager
     def watching(self, moe: MoEModel, only: int | None) -> Iterator[None]:
-        with observed_logits(moe, self._logits.__setitem__, only), observed_answers(moe, self._see, only):
+        with observed_logits(moe, self._logits.__setitem__, only), observed_all_outputs(moe, self._see, only):
             yield
 
     def layers(self) -> list[LayerTrials]:
         found = zip(self._num_tokens, self._errors, strict=True)
         return [LayerTrials(np.array(number), errors.cpu().numpy()) for number, errors in found]
 
-    def _see(self, layer: int, hidden: Tensor, answers: Answers) -> None:
+    def _see(self, layer: int, hidden: Tensor, all_outputs: ExpertOutputs) -> None:
         """hidden: (T, H)."""
         counted, times = counting(self.times, hidden)
         logits = self._logits[layer][counted]
         self._num_tokens[layer] += int(times.sum())
         first = 0
-        for outputs in answers(hidden[counted]):  # (n, E, H)
+        for outputs in all_outputs(hidden[counted]):  # (n, E, H)
             wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
             products = (wide @ wide.mT).to(self._errors[layer])
             some = slice(first, first := first + len(outputs))
@@ -68,7 +68,7 @@ class _Trials:
             self._errors[layer] += errors @ times[some].to(errors)
 
     def _errors_of(self, layer: int, logits: Tensor, products: Tensor) -> Tensor:
-        """||y - y^S||^2 of each trial and token, (N, n); logits: (n, E); products: (n, E, E) of all answers."""
+        """||y - y^S||^2 of each trial and token, (N, n); logits: (n, E); products: (n, E, E) of all outputs."""
         num_tokens, num_experts = logits.shape
         everyone = torch.ones_like(logits, dtype=torch.bool)
         usual = self._gates(layer, logits, everyone, self._usual_top_k[layer])

@@ -117,14 +117,14 @@ class LayerLogits(LayerSums):
 
 
 @dataclass(frozen=True, eq=False)
-class LayerAnswers(LayerSums):
-    """Of what every expert of one MoE layer answers to all T tokens, routed to it or not.
+class LayerAllOutputs(LayerSums):
+    """Of the outputs f_j of every expert of one MoE layer for all T tokens, routed to it or not.
 
-    tokens: () T. answers: (E, H) sum of f_j. cosines: (E, E) sum of cos(f_i, f_j); of no answer (zeros) 0.
+    tokens: () T. outputs: (E, H) sum of f_j. cosines: (E, E) sum of cos(f_i, f_j); 0 where an output is zeros.
     """
 
     tokens: Sums
-    answers: Sums
+    outputs: Sums
     cosines: Sums
 
 
@@ -150,7 +150,7 @@ KINDS: dict[str, type[LayerSums]] = {
         LayerRouters,
         LayerWeights,
         LayerLogits,
-        LayerAnswers,
+        LayerAllOutputs,
     )
 }
 """What a file of observations may hold."""

@@ -34,7 +34,7 @@ def test_everything_holds_here_and_json_says_so() -> None:
     assert not [one for one in found.values() if one["state"] == "broken"]
     assert found["ray cluster"]["detail"].startswith("a local one starts and answers")
     for name in ("embedded model", *(f"family {one}" for one in FAMILIES)):
-        expected = "hooks, token trees, shared layers, beginnings and prompts hold"
+        expected = "hooks, token trees, shared layers, prefixes and prompts hold"
         assert found[name]["state"] == "ok" and found[name]["detail"].endswith(expected)
     assert "key set" in found["wandb mode"]["detail"] and "sss" not in done.stdout
 

@@ -15,7 +15,7 @@ from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.grouping import Group
 from moe_evo.criteria.merges import MERGES, merged_layer
-from moe_evo.criteria.questions import AllAnswers, RouterLogits
+from moe_evo.criteria.questions import AllOutputs, RouterLogits
 from moe_evo.criteria.registry import METHODS
 from moe_evo.criteria.sums import LayerLogits, LayerObservation, Observation
 from moe_evo.errors import ConfigError, ModelError
@@ -56,15 +56,15 @@ def space_of(moe, num_kept):
     return SearchSpace.build(moe.shape, num_kept=num_kept)
 
 
-def test_logits_and_answers_equal_loops_over_tokens_and_experts(case):
+def test_logits_and_outputs_equal_loops_over_tokens_and_experts(case):
     evaluator, expected = case
     observer = observer_of(evaluator)
-    logits, answers = observer.about(RouterLogits()).layers, observer.about(AllAnswers()).layers
-    for z, f, layer in zip(logits, answers, expected, strict=True):
+    logits, outputs = observer.about(RouterLogits()).layers, observer.about(AllOutputs()).layers
+    for z, f, layer in zip(logits, outputs, expected, strict=True):
         assert z.tokens == f.tokens == layer["tokens"]
         lengths = np.sqrt(np.diagonal(z.products))
         np.testing.assert_allclose(z.products / np.outer(lengths, lengths), layer["gate"], atol=1e-6)
-        np.testing.assert_allclose(f.answers / f.tokens, layer["mean"], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(f.outputs / f.tokens, layer["mean"], rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(f.cosines / f.tokens, layer["output"], atol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_padding_that_answers_no_number_changes_nothing(tmp_path):
     moe = view("mixtral")
     task = tiny.make_task(tmp_path, ROWS, moe.tokenizer, batch_tokens=128)
     evaluator = Evaluator(moe, [task], EvaluationConfig())
-    questions = (RouterLogits(), AllAnswers())
+    questions = (RouterLogits(), AllOutputs())
     expected = [observer_of(evaluator).about(question) for question in questions]
     padding = torch.tensor(False)
     spoiled = 0
@@ -205,7 +205,7 @@ def gang_finds(ranks, folder, sharding):
     found = []
     for evaluator in gang_evaluators(ranks, folder, sharding):
         observer = observer_of(evaluator)
-        found += [observer.about(question) for question in (RouterLogits(), AllAnswers(), AllAnswers(layer=1))]
+        found += [observer.about(question) for question in (RouterLogits(), AllOutputs(), AllOutputs(layer=1))]
     return found
 
 

@@ -70,8 +70,8 @@ def refusal(path, *arguments) -> str:
 
 
 def test_another_version_is_refused(monkeypatch, path):
-    monkeypatch.setattr(observation_file, "FILE", replace(observation_file.FILE, version=3))
-    assert refusal(path).endswith(": observations of version 2, this moe_evo reads 3; observe again")
+    monkeypatch.setattr(observation_file, "FILE", replace(observation_file.FILE, version=4))
+    assert refusal(path).endswith(": observations of version 3, this moe_evo reads 4; observe again")
 
 
 def test_another_model_is_refused(path):
@@ -90,7 +90,7 @@ def test_what_is_no_file_of_observations_is_refused(path, tmp_path):
 def test_a_damaged_file_is_refused(path):
     tensors = load_file(path)
     answers = [{"key": "a", "kind": "LayerObservation", "num_layers": 2}]
-    metadata = {"format": "moe_evo.observations", "version": "2", "model_hash": "abc", "answers": json.dumps(answers)}
+    metadata = {"format": "moe_evo.observations", "version": "3", "model_hash": "abc", "answers": json.dumps(answers)}
     del tensors["0.1.norms"]
     save_file(tensors, path, metadata)
     assert "damaged (KeyError: '0.1.norms')" in refusal(path)

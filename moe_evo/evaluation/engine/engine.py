@@ -1,9 +1,8 @@
-"""Many genomes over one batch for the price of what they do not share.
+"""`Engine`: computes the logits of many genomes on one batch, and what they have in common only once.
 
-Genomes are a tree over the model's MoE blocks: every distinct beginning is computed once, hidden states
-branch where genomes differ, and a child of a recent genome starts where it differs from it. The last
-block and the head see the tokens that are scored, and no others. What all rows of a task begin with, their
-shared prefix, is read once a beginning: the task's batches are handed its keys and values.
+Genomes form a tree over the model's MoE layers: genomes whose first layers are equal share the hidden states up to
+the layer in which they differ. States of recent genomes are kept, so that a child starts where it differs from its
+parent. The keys and values of a task's shared prefix are computed once for each node of the tree.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from moe_evo.tasks.base import ForwardBatch
 
 
 class Engine:
-    """Runs genomes through one model, with the states of recent ones in `states`.
+    """Runs genomes through one model.
 
-    reads_shared_prefixes: whether batches may have shared prefixes, and `read` may be called. reads_prompts: whether
-    the model goes on from what was read.
+    states: the hidden states of recent genomes. reads_shared_prefixes: whether batches may have a shared prefix, and
+    `read` may be called. reads_prompts: whether the model can generate from the keys and values that `read` returns.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Engine:
 
     @property
     def why_no_shared_prefixes(self) -> str:
-        """What of this model makes shared prefixes impossible, in words; '' where nothing does."""
+        """Why this model cannot use shared prefixes, in words; '' where it can."""
         if not self.model.reads_trees:
             return "they need token trees"
         if self.model.is_spread:
@@ -49,7 +48,7 @@ class Engine:
 
     @property
     def cache_names(self) -> CacheNames | None:
-        """What the model calls a cache of keys and values; None where it takes none."""
+        """The model's own keywords for a cache of keys and values; None where it takes none by keyword."""
         return self._stages.layer_halves.cache_names
 
     def run(
@@ -62,10 +61,10 @@ class Engine:
         keep: bool = True,
         packing: Packing = ALL,
     ) -> None:
-        """Call `emit` once for every genome, in any order, with its number and its logits (M, V).
+        """Call `emit(number, logits)` once for every genome, in any order; logits: (M, V).
 
-        copies: so many genomes have room in a layer together; packing: how many of them do go together.
-        keep: the batch will come again, so its states are worth keeping.
+        copies: the most genomes that fit into memory in one forward pass of a layer. packing: how many of those are
+        passed together. keep: the batch will be used again, so its states are kept.
         """
         with self._stages.ready_for(genomes):
             Traversal(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
@@ -79,7 +78,10 @@ class Engine:
         keep: bool = True,
         packing: Packing = ALL,
     ) -> list[tuple[KeyValues, ...]]:
-        """For each genome what its decoder layers read, (P, heads, C + T, size) each; options as for `run`."""
+        """For each genome the keys and values of all its decoder layers, (P, heads, C + T, size) each.
+
+        C: tokens of the shared prefix. The options are those of `run`.
+        """
         found: dict[int, tuple[KeyValues, ...]] = {}
         with self._stages.ready_for(genomes):
             traversal = Traversal(
@@ -89,5 +91,5 @@ class Engine:
         return [found[number] for number in range(len(genomes))]
 
     def forget(self) -> None:
-        """Give back the memory of all that is kept."""
+        """Free the memory of kept states, plans and embedded batches."""
         self._stages.forget()

@@ -1,7 +1,7 @@
-"""Greedy generation for a batch of prompts with stock `generate`, watched for broken logits.
+"""Greedy generation for a batch of prompts with stock `generate`, which also tells whether logits were finite.
 
-Where an engine can, it reads the prompts: what genomes have in common once, and what all prompts begin
-with once a task.
+Where the model allows it, an engine computes the prompts' keys and values before: once for genomes whose first
+layers are equal, and once a task for the shared prefix. `generate` then goes on from a cache of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from moe_evo.tasks.base import GenerateBatch
 
 
 class _Watch:
-    """A stopping criterion: a row is done when its new text holds the stop text.
+    """Ends a row when its new text contains the stop text, or when its logits are not finite.
 
-    As a logits processor it looks for logits that are not finite, of which greedy decoding makes words
-    without complaint; after the first, the row is done.
+    It is a stopping criterion (the call) and a logits processor (`look`). Greedy decoding alone would make words of
+    logits that are not finite without an error.
     """
 
     def __init__(self, tokenizer: Any, batch: GenerateBatch) -> None:
@@ -54,7 +54,10 @@ def generate_together(
     keep: bool,
     packing: Packing,
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each genome what `generate_greedily` finds; all have the same top_k. keep, packing: see `Engine.run`."""
+    """For each genome the result of `generate_greedily`; all genomes have the same top_k.
+
+    keep, packing: see `Engine.run`.
+    """
     copies = len(genomes)
     cache_argument: dict[str, Cache] = {}
     if engine is not None and engine.reads_prompts and engine.cache_names is not None and batch.prompt is not None:
@@ -78,13 +81,11 @@ def generate_greedily(
     *,
     in_lockstep: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
+    """New tokens (B, at most max_new_tokens), padded after each row's end, and whose logits were all finite (B,).
 
-    cache_argument: a cache by the name that the model has for it, which has read all but the last token of the rows
-    and has
-    room for the others; without it `generate` reads them. in_lockstep: other ranks of the process group generate
-    too, and all run as many forward passes as the one that needs most. That is also why logits that are not finite
-    raise nothing.
+    cache_argument: the keyword argument with a cache of keys and values for all but the last token of each row, with
+    space for the new tokens; by default `generate` reads whole rows. in_lockstep: other ranks generate too, and all
+    run as many forward passes as the slowest. Logits that are not finite raise nothing, as other ranks would wait.
     """
     watch = _Watch(tokenizer, batch)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -108,14 +109,14 @@ def generate_greedily(
 
 
 def _cache(config: Any, batch: GenerateBatch, read: Sequence[KeyValues]) -> Cache:
-    """read: what each decoder layer has read of the prompts, (B, heads, T - 1, size) padded on the right."""
+    """A cache for `generate`; read: keys and values of each decoder layer, (B, heads, T - 1, size), padded right."""
     pads = batch.attention_mask.shape[1] - batch.attention_mask.sum(dim=1)
     length = read[0][0].shape[2] + 1 + batch.max_new_tokens
     return cache_of(config, (padded_on_the_left(layer, pads) for layer in read), length)
 
 
 def _padding(tokenizer: Any) -> int:
-    """A token that ended rows are filled with; decoding skips it where it is a special one."""
+    """The token that fills rows after their end."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,8 +1,7 @@
-"""How many genomes go through the model together, where there is room for several: all, or what is fastest.
+"""`Packing`: how many genomes pass a layer together, where memory allows several.
 
-What packing gains depends on model, device and how many tokens a genome has, so it is measured on the very
-passes that score genomes. Two numbers, one twice the other, are tried in turn; while the larger one is
-faster, it goes on from there.
+What is gained by it depends on the model, the device and the number of tokens, so it is measured on the passes that
+score genomes. Two numbers of genomes, n and 2n, are timed in turn; as long as 2n is faster, n is doubled.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ from moe_evo.models.ranks import Ranks
 from moe_evo.models.view import MoEModel
 
 TRIES = 3
-_GAIN = 0.98  # less is noise, and larger packs take more memory
+_GAIN = 0.98  # a smaller gain may be noise, and more genomes take more memory
 
 Clock = Callable[[], float]
 """Tells the time in seconds."""
 
 
 class Packing:
-    """As many genomes as there is room for."""
+    """Packing without measuring: as many genomes as memory allows."""
 
     def together(self, kind: Hashable, most: int) -> int:
-        """How many of `most` genomes go through a pass of this kind next."""
+        """How many genomes the next pass of this kind takes, at most `most`."""
         return most
 
     @contextmanager
     def timed(self, kind: Hashable, number: int) -> Iterator[None]:
-        """In this block the pass runs that `together` was asked for last."""
+        """A block in which the pass runs for which `together` was called last; `number`: its genomes."""
         yield
 
 
 ALL = Packing()
-"""Packing that needs no measuring."""
+"""The packing that measures nothing."""
 
 
 class MeasuredPacking(Packing):
-    """As many genomes as are fastest, for each kind of pass.
+    """The number of genomes that is fastest, found for each kind of pass.
 
-    All ranks have to make the same calls: what the first one measures counts for all. clock: tells the time
-    when the device has done all that it was given.
+    All ranks must make the same calls; the times of rank 0 count for all. clock: waits for the device, then tells
+    the time.
     """
 
     def __init__(self, ranks: Ranks, clock: Clock) -> None:
@@ -68,31 +67,31 @@ class MeasuredPacking(Packing):
 
     @property
     def fastest(self) -> dict[Hashable, int]:
-        """The fastest number that is known, by kind."""
+        """The fastest number of genomes so far, by kind of pass."""
         return {kind: climb.number for kind, climb in self._climbs.items()}
 
 
 class _Climb:
-    """From one genome up, for one kind of pass."""
+    """The search for the fastest number of genomes for one kind of pass, doubling from 1."""
 
     def __init__(self) -> None:
         self.number = 1
-        self.is_trying = False  # in the pass that comes next
+        self.is_trying = False  # whether the next pass is timed
         self._is_over = False
-        self._seconds: dict[int, list[float]] = {1: [], 2: []}  # a genome; of `number` and of twice as many
+        self._seconds: dict[int, list[float]] = {1: [], 2: []}  # a genome, for `number` and twice `number`
 
     def next(self, most: int) -> int:
         self.is_trying = not self._is_over and 2 * self.number <= most
         if not self.is_trying:
             return min(self.number, most)
-        # in turn, so that a device that slows down is no reason against the larger number
+        # in turn, so that a device that slows down meanwhile slows both numbers
         return min(self._seconds, key=lambda number: (len(self._seconds[number]), number))
 
     def note(self, number: int, seconds: float) -> None:
         self._seconds[number].append(seconds)
         if any(len(tries) < TRIES for tries in self._seconds.values()):
             return
-        one, twice = map(min, self._seconds.values())  # what else runs on the machine only adds
+        one, twice = map(min, self._seconds.values())  # the fastest try: other work on the machine only adds time
         if twice < _GAIN * one:
             self.number *= 2
             self._seconds = {self.number: [], 2 * self.number: []}
@@ -101,21 +100,24 @@ class _Climb:
 
 
 def packing_for(config: EvaluationConfig, model: MoEModel, clock: Clock | None) -> Packing:
-    """What the config asks for, or suits the model's device; clock: default is the one of that device."""
+    """The packing that `pack_tokens` asks for; by default measured on a GPU and `ALL` on the CPU.
+
+    clock: default: one that waits for the model's devices.
+    """
     measures = config.pack_tokens == "measured" or (config.pack_tokens is None and model.device.type != "cpu")
     return MeasuredPacking(model.ranks, clock or _clock_of(model)) if measures else ALL
 
 
 def most_tokens(config: EvaluationConfig, model: MoEModel, batch_tokens: int) -> int:
-    """Of how many tokens the genomes that go together may have batches, all in all; 0 where they go alone."""
+    """The most tokens of one pass, summed over the genomes in it; 0 where each genome passes alone."""
     if isinstance(config.pack_tokens, int):
         return min(config.pack_tokens, batch_tokens)
-    # scores do not depend on company, not even in the last bits, where genomes go alone
+    # alone, a genome's scores are the same to the last bit whatever else is evaluated
     return 0 if config.pack_tokens is None and model.device.type == "cpu" else batch_tokens
 
 
 def size_class(num_tokens: int) -> int:
-    """The same for numbers of tokens of the same magnitude, to a power of two."""
+    """Equal for numbers of tokens between the same two powers of two."""
     return num_tokens.bit_length()
 
 

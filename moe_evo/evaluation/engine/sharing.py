@@ -1,7 +1,6 @@
-"""What genomes, batches and rows of one model may have in common, each tried on random tokens first.
+"""Which computations genomes, batches and rows may share on one model; each kind is tried on random tokens first.
 
-What fails is switched off, with the reason: genomes are then run one after the other, or prompts are read
-again, and scores stay what they are.
+A kind that gives other logits is switched off, with the reason. That costs time and changes no score.
 """
 
 from __future__ import annotations
@@ -28,20 +27,23 @@ _NUM_TRIED = 8  # tokens of the beginning with which it is tried whether attenti
 
 @dataclass(frozen=True)
 class Sharing:
-    """engine: None where genomes have to be run one after the other. switched_off: what it does without."""
+    """What works on one model.
+
+    engine: None where genomes must be run one after the other. switched_off: the kinds of sharing that are not used.
+    """
 
     engine: Engine | None
     switched_off: tuple[SwitchedOff, ...] = ()
 
 
 def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | None = None) -> Sharing:
-    """What can be shared, as the config wants it; the same on all ranks.
+    """What the config asks for and the model allows; the same on all ranks.
 
-    states: kept by other engines of the model; by default as the config says.
+    states: a cache of states to share with other engines of the model; default: a new one of the config's size.
     """
     if not config.share_layers:
         return Sharing(None)
-    if model.splits_examples:  # how many layers each rank had to run would differ
+    if model.splits_examples:  # ranks would run different numbers of layers, and wait for each other
         return Sharing(None, (SwitchedOff("shared layers", "ranks run different examples"),))
     trial = Engine(model, StateCache(0, model.device))  # leaves no states behind
     switched_off: list[SwitchedOff] = []
@@ -67,7 +69,7 @@ def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | 
 
 
 def _tried(why_not: Callable[[], str]) -> str:
-    """The answer, or what a library raised instead of one; a slip of our own is nobody's answer."""
+    """The reason that `why_not` returns, or the error that a library raised; a defect of our own code is raised."""
     try:
         return why_not()
     except LIBRARY_ERRORS as error:
@@ -78,7 +80,10 @@ def _tried(why_not: Callable[[], str]) -> str:
 
 @torch.inference_mode()
 def _why_no_stages(engine: Engine, prefix_tokens: int = 0) -> str:
-    """'' where the halves of the layers add up to the untouched model; so many tokens stand in a shared prefix."""
+    """Why running layers in halves gives other logits than the model; '' where it does not.
+
+    prefix_tokens: so many of the random tokens are put into a shared prefix.
+    """
     model = engine.model
     tokens = model.random_tokens()
     tokens[:, :prefix_tokens] = tokens[:1, :prefix_tokens].clone()
@@ -90,7 +95,7 @@ def _why_no_stages(engine: Engine, prefix_tokens: int = 0) -> str:
 
 @torch.inference_mode()
 def _why_no_prompts(engine: Engine) -> str:
-    """'' where the model goes on from a cache of keys and values that the engine has read."""
+    """Why the model cannot go on from keys and values that the engine computed; '' where it can."""
     model, names = engine.model, engine.cache_names
     assert names is not None, "a model that takes no cache reads no shared prefixes"
     tokens = model.random_tokens()
@@ -106,7 +111,7 @@ def _why_no_prompts(engine: Engine) -> str:
 
 
 def _own_logits(model: MoEModel, tokens: Tensor) -> Tensor:
-    """(B, T, V) of the untouched model, with masks such as those of a batch."""
+    """Logits (B, T, V) of the untouched model, with masks as in a `ForwardBatch`."""
     nodes, ones = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), torch.ones_like(tokens)
     masks = model.attention_masks(nodes, ones * tokens.shape[1], ones)
     logits: Tensor = model.language_model(input_ids=tokens, attention_mask=masks, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The stages of one model, and what is kept of them: plans, beginnings of batches, shared prefixes and states."""
+"""`Stages`: what is computed once for one model and used by all genomes: layer plans, embedded batches, states."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from moe_evo.models.layer import LayerPlan
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 
-_MOST_PLANS = 512  # a plan holds a router's rows; those of the genomes at work are kept, however many
-_MOST_STARTS = 64  # a start holds the masks of a batch
+_MOST_PLANS = 512  # a plan holds a router's rows; plans of the genomes that run now are kept even beyond this
+_MOST_STARTS = 64  # embedded batches that are kept; each holds its attention masks
 
 SharedPrefix = tuple[int, ...]
-"""The tokens of one, see `ForwardBatch.shared_prefix`."""
+"""Token ids, see `ForwardBatch.shared_prefix`."""
 
 
 class Stages:
-    """What all traversals of one model share."""
+    """One model in stages, with the caches that every `Traversal` of it uses.
+
+    Stage i runs from MoE block i - 1 to the input of MoE block i (`LayerHalves`).
+    """
 
     def __init__(self, model: MoEModel, states: StateCache) -> None:
         self.model = model
@@ -34,7 +37,7 @@ class Stages:
         self._starts: dict[ForwardBatch | SharedPrefix, Start] = {}
 
     def ready_for(self, genomes: Iterable[Genome]) -> AbstractContextManager[None]:
-        """Let the MoE blocks follow any of these genomes."""
+        """A block within which the MoE layers may compute any of these genomes."""
         genes = {(stage, gene) for genome in genomes for stage, gene in enumerate(genome.layers)}
         if len(genes | self._plans.keys()) > _MOST_PLANS:
             self._plans = {key: plan for key, plan in self._plans.items() if key in genes}
@@ -42,21 +45,22 @@ class Stages:
         return self.model.ready_for(plans)
 
     def plan(self, stage: int, gene: LayerGenome) -> LayerPlan | None:
-        """What MoE block `stage` does for `gene`."""
+        """How MoE block `stage` computes `gene`; None where it computes the untouched layer."""
         if (stage, gene) not in self._plans:
             self._plans[stage, gene] = self.model.plan(gene, stage)
         return self._plans[stage, gene]
 
     def start(self, batch: ForwardBatch, *, keep: bool) -> Start:
-        """The batch in front of the first layer, with the masks that go along."""
+        """The batch as embeddings, with its attention masks; kept for the next genomes where `keep` says so."""
         if batch in self._starts:
             return self._starts[batch]
         return self._started(batch, batch.input_ids, batch.position_ids, batch.ends, batch.counts, keep=keep)
 
     def prefix_state(self, tokens: SharedPrefix, genes: Sequence[LayerGenome], before: State | None = None) -> State:
-        """The state of a shared prefix in front of the MoE block after these genes, with keys and values on the way.
+        """The state of a shared prefix in front of MoE block `len(genes)`, computed or from the cache.
 
-        before: its state one block earlier, where that is at hand. Only in a block of `ready_for`.
+        genes: of the MoE blocks before. before: the prefix's state one block earlier; default: it is looked up or
+        computed. May be called only within a block of `ready_for`.
         """
         first_genes = tuple(gene.digest for gene in genes)
         kept = self.states.get(tokens, first_genes)
@@ -74,7 +78,7 @@ class Stages:
         return state
 
     def forget(self) -> None:
-        """Give back the memory of all that is kept."""
+        """Free the memory of kept states, plans and embedded batches."""
         self.states.clear()
         self._plans.clear()
         self._starts.clear()

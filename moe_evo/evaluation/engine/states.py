@@ -1,7 +1,7 @@
-"""Hidden states of recent genomes, kept so that their children start where they differ.
+"""`StateCache`: hidden states of recent genomes, so that a child is computed only from where it differs.
 
-A state depends on a batch and on the genes of the blocks before, so it serves every genome that begins with
-the same genes.
+A state depends on a batch and on the genes of the MoE blocks before it. Every genome with the same first genes can
+use it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from moe_evo.models.forward.key_values import KeyValues
 
 FirstGenes = tuple[Hashable, ...]
-"""The genes of the first MoE blocks."""
+"""Digests of the genes of the first MoE blocks."""
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """In front of one MoE block: the residual stream (P, T, H).
+    """The residual stream (P, T, H) at the input of one MoE block.
 
-    read: keys and values of the decoder layers since the block before, where later tokens need them.
+    read: keys and values of the decoder layers since the previous MoE block; () where no later token needs them.
     """
 
     residual: Tensor
@@ -35,13 +35,13 @@ class State:
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def to(self, device: torch.device) -> State:
-        """On `device`; itself where it is there."""
+        """A copy on `device`, without copying tensors that are there already."""
         return State(
             self.residual.to(device), tuple((keys.to(device), values.to(device)) for keys, values in self.read)
         )
 
     def compact(self) -> State:
-        """Without hold on more memory than its own: a view keeps all that was computed with it."""
+        """Tensors with memory of their own: a view would keep the whole tensor that it is a part of alive."""
         read = tuple((_compact(keys), _compact(values)) for keys, values in self.read)
         return State(_compact(self.residual), read)
 
@@ -52,7 +52,10 @@ class State:
 
 
 class StateCache:
-    """Least recently used states go first; device: where they are kept."""
+    """States by batch and first genes, at most `budget_gib` of them; the least recently used is dropped first.
+
+    device: where they are kept.
+    """
 
     def __init__(self, budget_gib: float, device: torch.device) -> None:
         self.budget_bytes = int(budget_gib * 2**30)
@@ -64,25 +67,25 @@ class StateCache:
         return len(self._entries)
 
     def longest(self, batch: Any, genes: FirstGenes) -> int:
-        """Of how many first genes a state is kept, at most; 0 also where there is none at all."""
-        lengths = range(len(genes) - 1, 0, -1)  # behind the last block nothing is left to share
+        """The largest number of first genes for which a state is kept; 0 where there is none."""
+        lengths = range(len(genes) - 1, 0, -1)  # after the last MoE block nothing is left to share
         return next((length for length in lengths if (batch, genes[:length]) in self._entries), 0)
 
     def unbroken(self, batch: Any, genes: FirstGenes) -> int:
-        """Up to how many first genes all states are kept; 0 also where there is none at all."""
+        """The largest n for which the states of 0, 1, ..., n first genes are all kept; 0 where there are none."""
         lengths = range(len(genes))
         missing = next((length for length in lengths if (batch, genes[:length]) not in self._entries), len(genes))
         return max(missing - 1, 0)
 
     def get(self, batch: Any, first_genes: FirstGenes) -> State | None:
-        """A kept state, where it is kept."""
+        """The state, or None where it is not kept."""
         key = (batch, first_genes)
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def keep(self, batch: Any, first_genes: FirstGenes, state: State) -> None:
-        """Keep a state, unless it is larger than the whole budget."""
+        """Keep a state and drop the least recently used ones for it; nothing where it exceeds the whole budget."""
         size = state.size_bytes
         key = (batch, first_genes)
         if size > self.budget_bytes or key in self._entries:

@@ -1,7 +1,7 @@
-"""One batch on its way through the layers, for many genomes.
+"""`Traversal`: one batch through all layers, for many genomes whose first layers may be equal.
 
-The traversal is depth first: a branch is followed to its end before the next one begins, so that states of few
-branches are in memory together.
+Genomes form a tree: a node is a beginning that some of them share. The tree is traversed depth first, so that the
+states of few branches are in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from moe_evo.tasks.base import ForwardBatch
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """Genomes (by their numbers) that begin alike, and the residual stream (P, T, H) after that beginning.
+    """Genomes with the same first genes, at the input of the MoE block after those.
 
-    In front of the last block it has the scored tokens alone, (1, M, H). prefix_states: the state of the batch's shared
-    prefix at the same place, and where `Traversal` tells what was read, before it those of all the way; empty without
-    a shared prefix. read: what all decoder layers so far have read of the batch, where `Traversal` tells that.
+    members: their numbers. residual: the residual stream (P, T, H); at the input of the last block only the scored
+    tokens, (1, M, H). prefix_states: () without a shared prefix; else its state at this block, and before that, where
+    the traversal returns keys and values, its states at all earlier blocks. read: where the traversal returns them,
+    the keys and values of all decoder layers so far.
     """
 
     first_genes: FirstGenes
@@ -39,7 +40,7 @@ class _Node:
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
-    """The members of a node that have the next gene in common, too."""
+    """The members of a node whose next gene is equal, too."""
 
     node: _Node
     gene: LayerGenome
@@ -51,11 +52,11 @@ class _Branch:
 
 
 class Traversal:
-    """From the deepest states that are kept to the end.
+    """Starts at the deepest state that is kept for each genome, and goes on to the logits.
 
-    emit: takes the number of a genome and its logits (M, V); with `reads`, what its decoder layers read
-    (P, heads, C + T, size) each, for which the last MoE block is of no use. The other options are those
-    of `Engine.run`.
+    emit: called with a genome's number and its logits (M, V). With `reads` it gets the keys and values of the genome's
+    decoder layers instead, (P, heads, C + T, size) each; an MoE block at the model's end is left out. The others are
+    those of `Engine.run`.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Traversal:
     def run(self) -> None:
         """Call `emit` for every genome."""
         starts: dict[FirstGenes, list[int]] = {}
-        kept: dict[FirstGenes, list[State]] = {}  # before anything is computed, for which others would have to go
+        kept: dict[
+            FirstGenes, list[State]
+        ] = {}  # taken first: states that are computed next may drop them from the cache
         for number, genome in enumerate(self._genomes):
             genes = tuple(gene.digest for gene in genome.layers)
             first_genes = genes[: (self._states.unbroken if self._reads else self._states.longest)(self._batch, genes)]
@@ -95,7 +98,7 @@ class Traversal:
                 kept[first_genes] = [state for state in found if state is not None]
         for stage in sorted(set(map(len, starts))):
             beginnings = [first_genes for first_genes in starts if len(first_genes) == stage]
-            for first in range(0, len(beginnings), self._copies):  # no more are on the device than go together
+            for first in range(0, len(beginnings), self._copies):  # no more states on the device than pass together
                 some = beginnings[first : first + self._copies]
                 self._descend(
                     stage,
@@ -121,7 +124,7 @@ class Traversal:
         return self._kept(first_genes, members, residual, prefix_states, read)
 
     def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
-        """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
+        """From the input of MoE block `stage` to the end, as many branches in one pass as fit."""
         if self._reads and stage == self._last and self._layer_halves.ends_with_moe:
             for node in nodes:
                 read = self._joined(node.prefix_states, node.read)
@@ -139,7 +142,7 @@ class Traversal:
                 branches = branches[number:]
 
     def _kind(self, stage: int, branches: Sequence[_Branch]) -> Hashable:
-        """Of a pass: its tokens a branch, whether attention comes behind the experts, and whether any are merged."""
+        """What `Packing` tells passes apart by: tokens a branch, whether attention follows, whether any are merged."""
         plans = [self._stages.plan(stage, branch.gene) for branch in branches]
         merges = any(plan is not None and plan.expert_merging is not None for plan in plans)
         return (size_class(branches[0].node.residual[..., 0].numel()), stage < self._last, merges)
@@ -169,7 +172,7 @@ class Traversal:
                 self._emit(number, found)
 
     def _prefix_states(self, branch: _Branch) -> tuple[State, ...]:
-        """As `_Node.prefix_states`, behind the branch's gene."""
+        """`_Node.prefix_states` of the node that the branch leads to."""
         if not self._batch.shared_prefix:
             return ()
         before = branch.node.prefix_states
@@ -180,7 +183,10 @@ class Traversal:
     def _attend(
         self, stage: int, hidden: Tensor, prefix_states: Sequence[tuple[State, ...]]
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        """`LayerHalves.attend` behind one chain of prefix states a copy; for each copy what was read, if wanted."""
+        """`LayerHalves.attend` for several copies of the batch; returns also the keys and values of each, if wanted.
+
+        prefix_states: one chain a copy, as in `_Node`.
+        """
         before = beside_each_other([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
         past_key_values = PastKeyValues(before) if before or self._reads else None
         hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
@@ -194,7 +200,7 @@ class Traversal:
     def _arrive(
         self, branch: _Branch, residual: Tensor, prefix_states: tuple[State, ...], read: tuple[KeyValues, ...]
     ) -> _Node:
-        """In front of the block after the branch's gene; read: since the block before."""
+        """The node that a branch leads to; read: keys and values since the previous MoE block."""
         return self._kept(branch.first_genes, branch.members, residual, prefix_states, read, branch.node.read)
 
     def _kept(
@@ -206,7 +212,7 @@ class Traversal:
         read: tuple[KeyValues, ...],
         read_before: tuple[KeyValues, ...] = (),
     ) -> _Node:
-        """A new node, whose state is kept."""
+        """A new node; its state goes into the cache."""
         if len(first_genes) == self._last and self._layer_halves.ends_with_moe:
             residual = self._scored(residual)
         if self._keep:
@@ -214,14 +220,14 @@ class Traversal:
         return _Node(first_genes, members, residual, prefix_states, (*read_before, *read))
 
     def _scored(self, hidden: Tensor) -> Tensor:
-        """(1, M, H) of (P, T, H)."""
+        """The scored tokens (1, M, H) of (P, T, H)."""
         return hidden[self._batch.kept.to(hidden.device)][None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """(M, V) of the end of all layers (P, T, H), or (1, M, H) where the last block is the end."""
+        """Logits (M, V) of the last layer's output: (P, T, H), or (1, M, H) where the last block ends the model."""
         return self._layer_halves.finish(hidden[0] if self._layer_halves.ends_with_moe else self._scored(hidden)[0])
 
     def _joined(self, prefix_states: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
-        """What all layers read of the shared prefix and of the batch behind it."""
+        """Keys and values of all layers, those of the shared prefix before those of the batch."""
         before = [layer for state in prefix_states for layer in state.read]
         return tuple(map(joined, before, read)) if before else read

@@ -15,10 +15,10 @@ from moe_evo.models.experts.outputs import Experts, experts_computed_by, single_
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
 
-_CHUNK_ELEMENTS = 1 << 23  # answers of 32 MiB in float32, and some copies of them
+_CHUNK_ELEMENTS = 1 << 23  # outputs of 32 MiB in float32, and some copies of them
 
-Answers = Callable[[Tensor], Iterator[Tensor]]
-"""Of hidden states (n, H): answers of all E experts to a few of them at a time, in order, (m, E, H)."""
+ExpertOutputs = Callable[[Tensor], Iterator[Tensor]]
+"""Of hidden states (n, H): outputs of all E experts to a few of them at a time, in order, (m, E, H)."""
 
 
 @contextmanager
@@ -44,23 +44,23 @@ def observed_logits(moe: MoEModel, see: Callable[[int, Tensor], None], only: int
 
 
 @contextmanager
-def observed_answers(
-    moe: MoEModel, see: Callable[[int, Tensor, Answers], None], only: int | None = None
+def observed_all_outputs(
+    moe: MoEModel, see: Callable[[int, Tensor, ExpertOutputs], None], only: int | None = None
 ) -> Iterator[None]:
-    """Call `see(layer, hidden, answers)` whenever an MoE layer runs; hidden: (T, H), what enters its experts.
+    """Call `see(layer, hidden, all_outputs)` whenever an MoE layer runs; hidden: (T, H), what enters its experts.
 
-    only: as for `observed_logits`. Ranks of a tensor parallel model must ask for the same answers.
+    only: as for `observed_logits`. Ranks of a tensor parallel model must ask for the same outputs.
     """
-    # a rank of a tensor parallel model answers with its part of the sum
+    # a rank of a tensor parallel model computes its part of the sum
     is_partial = moe.ranks.size > 1 and not moe.splits_examples
 
     def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         if only in (None, layer.number):
             # not layer.num_experts: ZeRO-3 would gather the router, whose weights tell it, for the experts from now on
-            see(layer.number, hidden, partial(answers, moe.shape.num_experts[layer.number], experts, gates.dtype))
+            see(layer.number, hidden, partial(outputs_of, moe.shape.num_experts[layer.number], experts, gates.dtype))
         return experts(hidden, index, gates)
 
-    def answers(num_experts: int, experts: Experts, dtype: torch.dtype, hidden: Tensor) -> Iterator[Tensor]:
+    def outputs_of(num_experts: int, experts: Experts, dtype: torch.dtype, hidden: Tensor) -> Iterator[Tensor]:
         size = max(1, _CHUNK_ELEMENTS // (num_experts * hidden.shape[1]))
         for first in range(0, len(hidden), size):
             part = hidden[first : first + size]

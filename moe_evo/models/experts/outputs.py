@@ -39,7 +39,7 @@ def observed_experts(
     the layer's own output is the weighted sum of these answers, so that observing costs one forward (not
     under MEO, which computes its own output).
     """
-    # a rank of a tensor parallel model answers with its part of the sum
+    # a rank of a tensor parallel model computes its part of the sum
     is_partial = moe.ranks.size > 1 and not moe.splits_examples
 
     def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
