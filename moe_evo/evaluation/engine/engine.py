@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from moe_evo.evaluation.engine.packing import ALL, Packing
+from moe_evo.evaluation.engine.reading import Reading
+from moe_evo.evaluation.engine.scoring import Scoring
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.engine.walk import Walk
@@ -68,7 +70,8 @@ class Engine:
         keep: the batch will come again, so its states are worth keeping.
         """
         with self._stages.ready_for(genomes):
-            Walk(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
+            errand = Scoring(self._stages, batch)
+            Walk(self._stages, batch, genomes, errand, emit, copies=copies, packing=packing, keep=keep).run()
 
     def read(
         self,
@@ -82,10 +85,8 @@ class Engine:
         """For each genome what its decoder layers read, (P, heads, C + T, size) each; options as for `run`."""
         found: dict[int, tuple[KeyValues, ...]] = {}
         with self._stages.ready_for(genomes):
-            walk = Walk(
-                self._stages, batch, genomes, found.__setitem__, copies=copies, packing=packing, keep=keep, reads=True
-            )
-            walk.run()
+            errand, emit = Reading(self._stages, batch), found.__setitem__
+            Walk(self._stages, batch, genomes, errand, emit, copies=copies, packing=packing, keep=keep).run()
         return [found[number] for number in range(len(genomes))]
 
     def forget(self) -> None:
