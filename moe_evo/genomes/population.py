@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
@@ -110,20 +110,27 @@ class Individual:
 
 @dataclass(frozen=True)
 class Population:
-    """The individuals that were evaluated with success, in the order in which they finished."""
+    """The individuals that were evaluated with success, in the order in which they finished.
+
+    ranked: best first: by fitness, then tie-break, then the earlier candidate; those that were stopped last.
+    ranking: the same, where whoever makes the population knows it already.
+    """
 
     individuals: tuple[Individual, ...] = ()
+    ranking: InitVar[Iterable[Individual] | None] = None
+    ranked: tuple[Individual, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self, ranking: Iterable[Individual] | None) -> None:
+        ranked = sorted(self.individuals, key=_descending) if ranking is None else ranking
+        object.__setattr__(self, "ranked", tuple(ranked))
 
     def with_outcomes(self, individuals: Iterable[Individual]) -> Population:
         """This population and those of `individuals` that did not fail."""
         succeeded = [one for one in individuals if isinstance(one.outcome, Evaluation)]
-        grown = Population((*self.individuals, *succeeded))
-        if "ranked" in self.__dict__:  # a search asks for the ranking after every outcome: do not sort it anew
-            ranked = list(self.ranked)
-            for one in succeeded:
-                insort(ranked, one, key=_descending)
-            grown.__dict__["ranked"] = tuple(ranked)
-        return grown
+        ranked = list(self.ranked)
+        for one in succeeded:  # a search asks for the ranking after every outcome: do not sort it anew
+            insort(ranked, one, key=_descending)
+        return Population((*self.individuals, *succeeded), ranked)
 
     def __len__(self) -> int:
         return len(self.individuals)
@@ -138,11 +145,6 @@ class Population:
     def fitness(self) -> npt.NDArray[np.float64]:
         """(N,) fitness in order of completion."""
         return np.array([one.evaluation.fitness for one in self.individuals], dtype=np.float64)
-
-    @cached_property
-    def ranked(self) -> tuple[Individual, ...]:
-        """Best first: by fitness, then tie-break, then the earlier candidate; those that were stopped last."""
-        return tuple(sorted(self.individuals, key=_descending))
 
     @property
     def best(self) -> Individual:

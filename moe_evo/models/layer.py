@@ -1,13 +1,13 @@
 """One MoE layer of a loaded model, and the two hooks through which a genome acts on it.
 
-The router's forward is wrapped and the experts go through a function registered with transformers'
-`ExpertsInterface`. Both are in place only while a plan is installed; weights are never written.
+The router's forward is wrapped, and merged experts are computed through `experts_hook`. Both are in place only
+while a plan is installed; weights are never written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,15 +18,12 @@ from torch import Tensor, nn
 
 from moe_evo.config.model import RouterMode
 from moe_evo.genomes.genome import LayerGenome, Matrix
+from moe_evo.models.experts_hook import Compute, Hook
 from moe_evo.models.families import Family
 from moe_evo.models.merged_cache import KeptRow, MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
-from moe_evo.models.transformers_border import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, eager_experts
 from moe_evo.models.weight_shapes import local_shape, whole_shape
-
-IMPLEMENTATION = "moe_evo"
-_HOOK = "moe_evo_forward"
 
 
 @dataclass
@@ -72,6 +69,7 @@ class MoELayer:
         self._scaling = family.scaling(config)
         # accelerate's offload hook loads the weights and then calls _old_forward
         self._slot = "_old_forward" if hasattr(self.router, "_old_forward") else "forward"
+        self._merging: Hook | None = None
 
     @property
     def num_experts(self) -> int:
@@ -134,28 +132,28 @@ class MoELayer:
         """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
         return None if plan.expert_merging is None else merged_key(self.number, plan.expert_merging)
 
-    def install(self, plans: Sequence[LayerPlan | None], cache: MergedCache, implementation: str) -> None:
+    def install(self, plans: Sequence[LayerPlan | None], cache: MergedCache) -> None:
         """Follow `plans`, each for an equal part of the tokens in turn, with merged tensors from `cache`.
 
-        None leaves its part as it is. implementation: transformers' name of how experts are computed.
+        None leaves its part as it is. Plans that merge take a block of `hooks_in_force`.
         """
-        base = experts_function(self.experts, implementation)
 
-        def experts_forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            if all(plan is None or plan.expert_merging is None for plan in plans):
-                return base(self.experts, hidden, index, weights)
+        def merged(compute: Compute, _experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             parts = zip(plans, *(tensor.chunk(len(plans)) for tensor in (hidden, index, weights)), strict=True)
-            outputs = [base(self._experts_of(plan, cache), *part) for plan, *part in parts]
+            outputs = [compute(self._experts_of(plan, cache), *part) for plan, *part in parts]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-        self.experts.__dict__[_HOOK] = experts_forward
+        if any(plan is not None and plan.expert_merging is not None for plan in plans):
+            self._merging = Hook(self.experts, merged)
         if any(plan is not None for plan in plans):
             self._previous_forward = self.router.__dict__.get(self._slot)
             self.router.__dict__[self._slot] = partial(self._route, plans)
 
     def remove(self) -> None:
         """Back to the untouched layer; harmless where nothing is installed."""
-        self.experts.__dict__.pop(_HOOK, None)
+        if self._merging is not None:
+            self._merging.remove()
+            self._merging = None
         if not hasattr(self, "_previous_forward"):
             return
         if self._previous_forward is None:
@@ -209,19 +207,3 @@ class MoELayer:
             return self.mapped_router(router_mapping)
         device = self.router_tensors()["weight"].device
         return {"mapping": torch.from_numpy(router_mapping.copy()).to(device)}
-
-
-def experts_function(experts: nn.Module, implementation: str) -> Callable[..., Tensor]:
-    """An experts implementation as a function of (experts, hidden, index, weights)."""
-    eager = eager_experts(experts)
-    function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager)
-    return function
-
-
-def _experts_forward(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts implementation 'moe_evo', in force while experts may be merged."""
-    output: Tensor = experts.__dict__[_HOOK](hidden, index, weights)
-    return output
-
-
-ExpertsInterface.register(IMPLEMENTATION, _experts_forward)

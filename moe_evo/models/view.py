@@ -17,9 +17,10 @@ from moe_evo.errors import ModelError
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.agreement import SwitchedOff
+from moe_evo.models.experts_hook import hooks_in_force
 from moe_evo.models.families import family_of
 from moe_evo.models.free_memory import half_of_free_gib
-from moe_evo.models.layer import IMPLEMENTATION, LayerPlan, MoELayer
+from moe_evo.models.layer import LayerPlan, MoELayer
 from moe_evo.models.merged_cache import MergedCache
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.transformers_border import transformers
@@ -67,14 +68,14 @@ class MoEModel:
         if router_mode == "eep":
             self.family.check_eep_router(config)
         self.layers = self._find_layers()
-        self.computes_meo = self._experts_implementation() == MEO
+        self.computes_meo = language_model.get_experts_implementation()[""] == MEO
         self.skips_dynamically = dynamic_skipping is not None
         if dynamic_skipping is not None:
             skip_dynamically(self.layers, dynamic_skipping, renormalises=self.family.renormalises(config))
         self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
         self.reads_trees = takes_any_mask(config)
         self.switched_off: tuple[SwitchedOff, ...] = ()
-        self._implementation: str | None = None  # of the experts, while a genome is applied
+        self._is_ready = False  # in a block of `ready_for`
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
     @property
@@ -109,19 +110,18 @@ class MoEModel:
     @contextmanager
     def ready_for(self, plans: Iterable[tuple[int, LayerPlan]]) -> Iterator[None]:
         """Let `planned` follow any of these, each given with the number of its MoE layer."""
-        assert self._implementation is None, "a genome is applied already: leave its `with` block first"
+        assert not self._is_ready, "a genome is applied already: leave its `with` block first"
         keys = [key for number, plan in plans if (key := self.layers[number].merged_key(plan)) is not None]
-        previous = self.language_model.get_experts_implementation()
-        self._implementation = self._experts_implementation()
+        self._is_ready = True
         try:
             self.merged_cache.use(keys)
-            if keys:  # prunings need no other experts than the model's own
-                self.language_model.set_experts_implementation(IMPLEMENTATION)
-            yield
-        finally:
             if keys:
-                self.language_model.set_experts_implementation(previous)
-            self._implementation = None
+                with hooks_in_force(self.language_model, (layer.experts for layer in self.layers)):
+                    yield
+            else:  # prunings need no other experts than the model's own
+                yield
+        finally:
+            self._is_ready = False
 
     @contextmanager
     def planned(self, number: int, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
@@ -129,16 +129,13 @@ class MoEModel:
 
         None is the untouched layer. Only in a block of `ready_for`.
         """
-        assert self._implementation is not None, "planned outside of a block of ready_for"
+        assert self._is_ready, "planned outside of a block of ready_for"
         layer = self.layers[number]
-        layer.install(plans, self.merged_cache, self._implementation)
+        layer.install(plans, self.merged_cache)
         try:
             yield
         finally:
             layer.remove()
-
-    def _experts_implementation(self) -> str:
-        return str(self.language_model.get_experts_implementation()[""])
 
     @property
     def is_spread(self) -> bool:

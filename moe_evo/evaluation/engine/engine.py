@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from moe_evo.evaluation.engine.packing import ALL, Packing
+from moe_evo.evaluation.engine.reading import Reading
+from moe_evo.evaluation.engine.scoring import Scoring
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.engine.traversal import Traversal
@@ -67,7 +69,8 @@ class Engine:
         passed together. keep: the batch will be used again, so its states are kept.
         """
         with self._stages.ready_for(genomes):
-            Traversal(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
+            purpose = Scoring(self._stages, batch)
+            Traversal(self._stages, batch, genomes, purpose, emit, copies=copies, packing=packing, keep=keep).run()
 
     def read(
         self,
@@ -84,10 +87,8 @@ class Engine:
         """
         found: dict[int, tuple[KeyValues, ...]] = {}
         with self._stages.ready_for(genomes):
-            traversal = Traversal(
-                self._stages, batch, genomes, found.__setitem__, copies=copies, packing=packing, keep=keep, reads=True
-            )
-            traversal.run()
+            purpose, emit = Reading(self._stages, batch), found.__setitem__
+            Traversal(self._stages, batch, genomes, purpose, emit, copies=copies, packing=packing, keep=keep).run()
         return [found[number] for number in range(len(genomes))]
 
     def forget(self) -> None:

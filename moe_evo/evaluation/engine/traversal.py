@@ -1,14 +1,14 @@
 """`Traversal`: one batch through all layers, for many genomes whose first layers may be equal.
 
 Genomes form a tree: a node is a beginning that some of them share. The tree is traversed depth first, so that the
-states of few branches are in memory at a time.
+states of few branches are in memory at a time. What comes of it, logits or keys and values, is its `Purpose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,32 +17,35 @@ from moe_evo.evaluation.engine.packing import Packing, size_class
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, beside_each_other, joined
+from moe_evo.models.forward.key_values import KeyValues, beside_each_other
+from moe_evo.models.forward.layer_halves import Start
 from moe_evo.tasks.base import ForwardBatch
+
+Carried = TypeVar("Carried")
+Result = TypeVar("Result")
+Found = TypeVar("Found", covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
-class _Node:
-    """Genomes with the same first genes, at the input of the MoE block after those.
+class Node(Generic[Carried]):
+    """Genomes (by their numbers) that begin alike, at the place after that beginning.
 
-    members: their numbers. residual: the residual stream (P, T, H); at the input of the last block only the scored
-    tokens, (1, M, H). prefix_states: () without a shared prefix; else its state at this block, and before that, where
-    the traversal returns keys and values, its states at all earlier blocks. read: where the traversal returns them,
-    the keys and values of all decoder layers so far.
+    residual: the residual stream there, (P, T, H); where only scored tokens go on, these alone, (1, M, H). prefix_state: the
+    state of the batch's shared prefix at the same place; None without one. carried: what the purpose takes along.
     """
 
     first_genes: FirstGenes
     members: Sequence[int]
     residual: Tensor
-    prefix_states: tuple[State, ...]
-    read: tuple[KeyValues, ...]
+    prefix_state: State | None
+    carried: Carried
 
 
 @dataclass(frozen=True, eq=False)
-class _Branch:
-    """The members of a node whose next gene is equal, too."""
+class _Branch(Generic[Carried]):
+    """The members of a node that have the next gene in common, too."""
 
-    node: _Node
+    node: Node[Carried]
     gene: LayerGenome
     members: Sequence[int]
 
@@ -51,12 +54,36 @@ class _Branch:
         return (*self.node.first_genes, self.gene.digest)
 
 
-class Traversal:
-    """Starts at the deepest state that is kept for each genome, and goes on to the logits.
+class Purpose(Protocol[Carried, Found]):
+    """What a traversal is for."""
 
-    emit: called with a genome's number and its logits (M, V). With `reads` it gets the keys and values of the genome's
-    decoder layers instead, (P, heads, C + T, size) each; an MoE block at the model's end is left out. The others are
-    those of `Engine.run`.
+    @property
+    def num_blocks(self) -> int:
+        """How many MoE blocks the traversal goes through."""
+
+    def lengths(self, genes: FirstGenes) -> Sequence[int]:
+        """The traversal starts after that many first genes, the last number; it needs the states after each of them."""
+
+    @property
+    def nothing(self) -> Carried:
+        """What is carried before anything is read."""
+
+    def carry(self, before: Carried, prefix_state: State | None, read: tuple[KeyValues, ...]) -> Carried:
+        """Add what decoder layers read of the shared prefix and of the batch since the block before."""
+
+    def attend(
+        self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
+    ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
+        """`LayerHalves.attend` behind what was read `before`, and for each copy what is read now, where that is wanted."""
+
+    def result(self, node: Node[Carried]) -> Found:
+        """What the members of a node at the end of the traversal get."""
+
+
+class Traversal(Generic[Carried, Result]):
+    """From the deepest states that are kept to the end.
+
+    emit: takes the number of a genome and what `purpose` finds. The other options are those of `Engine.run`.
     """
 
     def __init__(
@@ -64,170 +91,145 @@ class Traversal:
         stages: Stages,
         batch: ForwardBatch,
         genomes: Sequence[Genome],
-        emit: Callable[[int, Any], None],
+        purpose: Purpose[Carried, Result],
+        emit: Callable[[int, Result], None],
         *,
         copies: int,
         packing: Packing,
         keep: bool,
-        reads: bool = False,
     ) -> None:
         self._stages, self._layer_halves, self._states = stages, stages.layer_halves, stages.states
         self._batch = batch
         self._genomes = genomes
+        self._purpose = purpose
         self._emit = emit
         self._copies = copies
         self._packing = packing
         self._keep = keep
-        self._reads = reads
-        self._last = self._layer_halves.num_stages - 1
         self._start = stages.start(batch, keep=keep)
 
     def run(self) -> None:
         """Call `emit` for every genome."""
         starts: dict[FirstGenes, list[int]] = {}
-        kept: dict[
-            FirstGenes, list[State]
-        ] = {}  # taken first: states that are computed next may drop them from the cache
+        kept: dict[FirstGenes, list[State]] = {}  # before anything is computed, for which others would have to go
         for number, genome in enumerate(self._genomes):
             genes = tuple(gene.digest for gene in genome.layers)
-            first_genes = genes[: (self._states.unbroken if self._reads else self._states.longest)(self._batch, genes)]
+            lengths = self._purpose.lengths(genes)
+            first_genes = genes[: lengths[-1]]
             starts.setdefault(first_genes, []).append(number)
             if first_genes not in kept:
-                lengths = range(len(first_genes) + 1) if self._reads else [len(first_genes)]
                 found = [self._states.get(self._batch, first_genes[:length]) for length in lengths]
                 kept[first_genes] = [state for state in found if state is not None]
         for stage in sorted(set(map(len, starts))):
             beginnings = [first_genes for first_genes in starts if len(first_genes) == stage]
-            for first in range(0, len(beginnings), self._copies):  # no more states on the device than pass together
+            for first in range(0, len(beginnings), self._copies):  # no more are on the device than go together
                 some = beginnings[first : first + self._copies]
                 self._descend(
                     stage,
                     [self._begin(first_genes, starts[first_genes], kept.pop(first_genes)) for first_genes in some],
                 )
 
-    def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> _Node:
-        prefix_states: tuple[State, ...] = ()
-        if self._batch.shared_prefix:
-            genes = self._genomes[members[0]].layers
-            for length in range(len(first_genes) + 1) if self._reads else [len(first_genes)]:
-                before = prefix_states[-1] if prefix_states else None
-                prefix_states = (
-                    *prefix_states,
-                    self._stages.prefix_state(self._batch.shared_prefix, genes[:length], before),
-                )
-        if kept:
-            states = [state.to(self._stages.model.device) for state in kept]
-            read = tuple(layer for state in states for layer in state.read)
-            return _Node(first_genes, members, states[-1].residual, prefix_states, read)
-        assert not first_genes, "only the beginning of all genomes can be computed without states"
-        residual, (read,) = self._attend(0, self._start.hidden, [prefix_states])
-        return self._kept(first_genes, members, residual, prefix_states, read)
+    def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> Node[Carried]:
+        genes = self._genomes[members[0]].layers
+        prefix_state, carried = None, self._purpose.nothing
+        if not kept:
+            assert not first_genes, "only the beginning of all genomes can be computed without states"
+            prefix_state = self._prefix_state(())
+            residual, (read,) = self._attend(0, self._start.hidden, [prefix_state])
+            return self._arrive(first_genes, members, residual, prefix_state, carried, read)
+        for length, state in enumerate(kept, start=len(first_genes) + 1 - len(kept)):
+            prefix_state = self._prefix_state(genes[:length], prefix_state)
+            state = state.to(self._stages.model.device)
+            carried = self._purpose.carry(carried, prefix_state, state.read)
+        return Node(first_genes, members, state.residual, prefix_state, carried)
 
-    def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
-        """From the input of MoE block `stage` to the end, as many branches in one pass as fit."""
-        if self._reads and stage == self._last and self._layer_halves.ends_with_moe:
-            for node in nodes:
-                read = self._joined(node.prefix_states, node.read)
-                for number in node.members:
-                    self._emit(number, read)
-            return
-        by_top_k: dict[int, list[_Branch]] = {}
+    def _descend(self, stage: int, nodes: Iterable[Node[Carried]]) -> None:
+        """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
+        if stage == self._purpose.num_blocks:
+            return self._finish(nodes)
+        by_top_k: dict[int, list[_Branch[Carried]]] = {}
         for branch in (branch for node in nodes for branch in self._branches(node, stage)):
             by_top_k.setdefault(branch.gene.top_k, []).append(branch)
         for branches in by_top_k.values():
             kind = self._kind(stage, branches)
             while branches:
                 number = self._packing.together(kind, min(self._copies, len(branches)))
-                self._pass(stage, kind, branches[:number])
+                self._descend(stage + 1, self._pass(stage, kind, branches[:number]))
                 branches = branches[number:]
 
-    def _kind(self, stage: int, branches: Sequence[_Branch]) -> Hashable:
-        """What `Packing` tells passes apart by: tokens a branch, whether attention follows, whether any are merged."""
+    def _finish(self, nodes: Iterable[Node[Carried]]) -> None:
+        for node in nodes:
+            found = self._purpose.result(node)
+            for number in node.members:
+                self._emit(number, found)
+
+    def _attends(self, stage: int) -> bool:
+        """Whether decoder layers with attention come behind MoE block `stage`."""
+        return stage < self._layer_halves.num_stages - 1 or not self._layer_halves.ends_with_moe
+
+    def _kind(self, stage: int, branches: Sequence[_Branch[Carried]]) -> Hashable:
+        """Of a pass: its tokens a branch, whether another block comes behind, and whether any experts are merged."""
         plans = [self._stages.plan(stage, branch.gene) for branch in branches]
         merges = any(plan is not None and plan.expert_merging is not None for plan in plans)
-        return (size_class(branches[0].node.residual[..., 0].numel()), stage < self._last, merges)
+        tokens = size_class(branches[0].node.residual[..., 0].numel())
+        return (tokens, stage < self._layer_halves.num_stages - 1, merges)
 
-    def _branches(self, node: _Node, stage: int) -> Iterator[_Branch]:
+    def _branches(self, node: Node[Carried], stage: int) -> Iterator[_Branch[Carried]]:
         members: dict[LayerGenome, list[int]] = {}
         for number in node.members:
             members.setdefault(self._genomes[number].layers[stage], []).append(number)
         return (_Branch(node, gene, some) for gene, some in members.items())
 
-    def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch]) -> None:
+    def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch[Carried]]) -> list[Node[Carried]]:
+        """Branches through MoE block `stage` and the attention behind it."""
         plans = [self._stages.plan(stage, branch.gene) for branch in branches]
-        attends = stage < self._last or not self._layer_halves.ends_with_moe
-        prefix_states = [self._prefix_states(branch) if attends else () for branch in branches]
+        prefix_states = [self._prefix_state_behind(branch) if self._attends(stage) else None for branch in branches]
         reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
             hidden = self._layer_halves.mix(stage, residual, plans, self._start)
-            if attends:
+            if self._attends(stage):
                 hidden, reads = self._attend(stage + 1, hidden, prefix_states)
-        arrived = zip(branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True)
-        if stage < self._last:
-            return self._descend(stage + 1, [self._arrive(*one) for one in arrived])
-        for branch, own, behind, read in arrived:
-            found = self._joined(behind, (*branch.node.read, *read)) if self._reads else self._logits(own)
-            for number in branch.members:
-                self._emit(number, found)
-
-    def _prefix_states(self, branch: _Branch) -> tuple[State, ...]:
-        """`_Node.prefix_states` of the node that the branch leads to."""
-        if not self._batch.shared_prefix:
-            return ()
-        before = branch.node.prefix_states
-        genes = self._genomes[branch.members[0]].layers[: len(branch.first_genes)]
-        state = self._stages.prefix_state(self._batch.shared_prefix, genes, before[-1])
-        return (*before, state) if self._reads else (state,)
+        return [
+            self._arrive(branch.first_genes, branch.members, own, prefix_state, branch.node.carried, read)
+            for branch, own, prefix_state, read in zip(
+                branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True
+            )
+        ]
 
     def _attend(
-        self, stage: int, hidden: Tensor, prefix_states: Sequence[tuple[State, ...]]
+        self, stage: int, hidden: Tensor, prefix_states: Sequence[State | None]
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        """`LayerHalves.attend` for several copies of the batch; returns also the keys and values of each, if wanted.
+        """As `Purpose.attend`, behind the shared prefix of each copy."""
+        before = [prefix_state.read for prefix_state in prefix_states if prefix_state is not None]
+        rows = len(self._start.hidden)
+        return self._purpose.attend(stage, hidden, self._start, beside_each_other(before, rows), len(prefix_states))
 
-        prefix_states: one chain a copy, as in `_Node`.
-        """
-        before = beside_each_other([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
-        past_key_values = PastKeyValues(before) if before or self._reads else None
-        hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
-        if past_key_values is None or not self._reads:
-            return hidden, [() for _ in prefix_states]
-        num_copies = len(prefix_states)
-        read = past_key_values.read
-        layers = [zip(keys.chunk(num_copies), values.chunk(num_copies), strict=True) for keys, values in read]
-        return hidden, list(zip(*layers, strict=True))
+    def _prefix_state_behind(self, branch: _Branch[Carried]) -> State | None:
+        """The state of the shared prefix behind the branch's gene."""
+        return self._prefix_state(
+            self._genomes[branch.members[0]].layers[: len(branch.first_genes)], branch.node.prefix_state
+        )
+
+    def _prefix_state(self, genes: Sequence[LayerGenome], before: State | None = None) -> State | None:
+        return (
+            self._stages.prefix_state(self._batch.shared_prefix, genes, before) if self._batch.shared_prefix else None
+        )
 
     def _arrive(
-        self, branch: _Branch, residual: Tensor, prefix_states: tuple[State, ...], read: tuple[KeyValues, ...]
-    ) -> _Node:
-        """The node that a branch leads to; read: keys and values since the previous MoE block."""
-        return self._kept(branch.first_genes, branch.members, residual, prefix_states, read, branch.node.read)
-
-    def _kept(
         self,
         first_genes: FirstGenes,
         members: Sequence[int],
         residual: Tensor,
-        prefix_states: tuple[State, ...],
+        prefix_state: State | None,
+        carried: Carried,
         read: tuple[KeyValues, ...],
-        read_before: tuple[KeyValues, ...] = (),
-    ) -> _Node:
-        """A new node; its state goes into the cache."""
-        if len(first_genes) == self._last and self._layer_halves.ends_with_moe:
-            residual = self._scored(residual)
-        if self._keep:
+    ) -> Node[Carried]:
+        """A node that was computed; its state is kept. carried: before it. read: since the block before."""
+        if (
+            len(first_genes) == self._layer_halves.num_stages - self._layer_halves.ends_with_moe
+        ):  # behind it no token sees another
+            residual = residual[self._batch.kept.to(residual.device)][None]
+        if self._keep and len(first_genes) < self._layer_halves.num_stages:
             self._states.keep(self._batch, first_genes, State(residual, read))
-        return _Node(first_genes, members, residual, prefix_states, (*read_before, *read))
-
-    def _scored(self, hidden: Tensor) -> Tensor:
-        """The scored tokens (1, M, H) of (P, T, H)."""
-        return hidden[self._batch.kept.to(hidden.device)][None]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits (M, V) of the last layer's output: (P, T, H), or (1, M, H) where the last block ends the model."""
-        return self._layer_halves.finish(hidden[0] if self._layer_halves.ends_with_moe else self._scored(hidden)[0])
-
-    def _joined(self, prefix_states: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
-        """Keys and values of all layers, those of the shared prefix before those of the batch."""
-        before = [layer for state in prefix_states for layer in state.read]
-        return tuple(map(joined, before, read)) if before else read
+        return Node(first_genes, members, residual, prefix_state, self._purpose.carry(carried, prefix_state, read))

@@ -1,7 +1,7 @@
 """What single experts answer, and what they are made of, while the model runs as it is.
 
-Experts go through a function registered with transformers' `ExpertsInterface`, inside of which the
-weights are in reach wherever they lie otherwise. The implementation in force computes, never a copy of it.
+Inside of the experts' hook the weights are in reach wherever they lie otherwise. The implementation in force
+computes, never a copy of it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_evo.models.layer import MoELayer, experts_function
-from moe_evo.models.transformers_border import ExpertsInterface
+from moe_evo.models.experts_hook import Compute, Hook, hooks_in_force
+from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
-
-IMPLEMENTATION = "moe_evo_observed"
-_HOOK = "moe_evo_observe"
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The experts of a layer: hidden (T, H), index (T, k) and gates (T, k) to outputs (T, H)."""
@@ -109,35 +106,11 @@ def experts_computed_by(
     moe: MoEModel, forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Let `forward` compute the experts of every MoE layer, given what would have; also around or in `applied`."""
-    language_model = moe.language_model
-    previous = language_model.get_experts_implementation()
-    implementation = previous[""]
-    for layer in moe.layers:
-        compute = experts_function(layer.experts, implementation)
-        layer.experts.__dict__[_HOOK] = partial(_run, forward, layer, compute)
-    try:
-        language_model.set_experts_implementation(IMPLEMENTATION)
-        yield
-    finally:
-        language_model.set_experts_implementation(previous)
+
+    def of_layer(layer: MoELayer, compute: Compute, experts: Any, *routed: Tensor) -> Tensor:
+        return forward(layer, partial(compute, experts), *routed)
+
+    with hooks_in_force(moe.language_model, (layer.experts for layer in moe.layers)), ExitStack() as stack:
         for layer in moe.layers:
-            del layer.experts.__dict__[_HOOK]
-
-
-def _run(
-    forward: Callable[[MoELayer, Experts, Tensor, Tensor, Tensor], Tensor],
-    layer: MoELayer,
-    compute: Callable[..., Tensor],
-    experts: Any,
-    *routed: Tensor,
-) -> Tensor:
-    return forward(layer, partial(compute, experts), *routed)
-
-
-def _observed_forward(experts: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-    """The experts implementation 'moe_evo_observed'; `experts` may be what stands in for merged ones."""
-    output: Tensor = getattr(experts, _HOOK)(experts, hidden, index, gates)
-    return output
-
-
-ExpertsInterface.register(IMPLEMENTATION, _observed_forward)
+            stack.callback(Hook(layer.experts, partial(of_layer, layer)).remove)
+        yield
