@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moe_evo.commands.named_genome import named_genome
 from moe_evo.config.model import ModelConfig
@@ -15,6 +14,8 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure
 from moe_evo.genomes.space import check_fits
 from moe_evo.records.folder import RunFolder, with_absolute_paths
+from moe_evo.records.result import Score
+from moe_evo.report.answers import ScoredGenome
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.tasks.data import TaskData, check_tasks, is_share
 from moe_evo.tracking.base import Tracker
@@ -31,7 +32,7 @@ def evaluate(
     top_k: int | None,
     run: str | None,
     tracker: Tracker,
-) -> dict[str, Any]:
+) -> ScoredGenome:
     """Score one genome on one split.
 
     top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
@@ -42,7 +43,6 @@ def evaluate(
     if run is not None:
         _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
     from moe_evo.models.load import alignment_digest, read_shape, resolve_device
-    from moe_evo.records.result import Score
 
     if config.cluster.address is None:
         resolve_device(config.model.device)
@@ -61,15 +61,15 @@ def evaluate(
         ((_, outcome),) = pool.next_outcomes()
     if isinstance(outcome, EvaluationFailure):
         raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
-    return {
-        "genome": genome_name,
-        "digest": genome.digest,
-        "num_kept": list(genome.num_kept),
-        "top_k": list(genome.top_k),
-        "split": split,
-        "duration_s": outcome.duration_s,
-        **asdict(Score.of(outcome, is_share=is_share(data))),
-    }
+    return ScoredGenome(
+        genome=genome_name,
+        digest=genome.digest,
+        num_kept=genome.num_kept,
+        top_k=genome.top_k,
+        split=split,
+        duration_s=outcome.duration_s,
+        score=Score.of(outcome, is_share=is_share(data)),
+    )
 
 
 def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: Tracker) -> None:
@@ -79,9 +79,9 @@ def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], 
     from moe_evo.models.load import model_hash
 
     result = run.read_result()
-    if model_hash(model) != result["model"]["hash"]:
+    if model_hash(model) != result.model.hash:
         tracker.message(f"{model.path}: is not the model that {run.path} searched")
-    hashes = {task["name"]: task["hash"] for task in result["tasks"]}
+    hashes = {task.name: task.hash for task in result.tasks}
     for one in data:
         if hashes.get(one.name, one.hash) != one.hash:
             tracker.message(f"task {one.name}: the data have changed since {run.path} was searched")

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -26,6 +26,7 @@ from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
+from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
 from moe_evo.searches.registry import build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
@@ -33,28 +34,6 @@ from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # Ray is imported when a sweep begins
     from moe_evo.gangs.tune_runs import Report, RunEvent
-
-
-class SweepFolder:
-    """A folder with one folder a run, the config of the sweep, and what came of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "sweep.yaml"
-        self.result = path / "sweep.json"
-        self.figure = path / "sweep.png"
-        self.tune = path / "tune"
-        self.logs = path / "logs"
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.path / "runs" / name)
-
-    def log(self, name: str) -> Path:
-        return self.logs / f"{name}.txt"
-
-    def read_result(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
-        return result
 
 
 def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[str, RunConfig]:
@@ -178,8 +157,8 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
     unfinished = [name for name in runs if not folder.run(name).result.is_file()]
     finished = {name: folder.run(name).read_result() for name in runs if name not in unfinished}
     if finished:
-        result = sweep_result(finished)
-        write_whole(folder.result, json.dumps({**result, "unfinished": unfinished}, indent=2) + "\n")
+        result = sweep_result(finished, unfinished)
+        folder.write_result(result)
         sweep_figure(folder.figure, result)
     if unfinished:
         raise RunError(
@@ -208,8 +187,8 @@ class _Progress:
         run = self._folder.run(name)
         if not run.result.is_file():
             return f"failed, see {self._folder.log(name)}"
-        scores = run.read_result()["rows"][-1]["scores"]
-        return ", ".join(["done", *(f"{split} {score['fitness']:.3f}" for split, score in scores.items())])
+        scores = run.read_result().best.scores
+        return ", ".join(["done", *(f"{split} {score.fitness:.3f}" for split, score in scores.items())])
 
 
 def _one_by_one(
@@ -308,7 +287,7 @@ def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) 
         except MoeEvoError as error:
             tracker.message(f"error: {error}")
             return
-    report({split: score["fitness"] for split, score in run.read_result()["rows"][-1]["scores"].items()})
+    report({split: score.fitness for split, score in run.read_result().best.scores.items()})
 
 
 def _default_folder(config: SweepConfig) -> str:
