@@ -123,6 +123,11 @@ def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
     raise PlainError(f"{where}: got {_short(data)}, expected {' or '.join(map(_name, kinds))}")
 
 
+def field_types(kind: type) -> dict[str, object]:
+    """The types of a dataclass's fields by their names."""
+    return {one.name: hint for one, hint in _fields(kind)}
+
+
 @cache
 def _fields(kind: Hashable) -> list[tuple[Field[Any], Any]]:
     """The fields that a dataclass is made with, each with its type."""

@@ -27,7 +27,7 @@ def _with_top_k(genome: Genome, top_k: int) -> Genome:
 
 def evaluate(
     config: ScoringConfig,
-    genome_name: str,
+    genome: str | Genome,
     split: str,
     top_k: int | None,
     run: str | None,
@@ -35,6 +35,7 @@ def evaluate(
 ) -> ScoredGenome:
     """Score one genome on one split.
 
+    genome: by name, see `named_genome`, or as it is.
     top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
     come from, if any.
     """
@@ -48,10 +49,12 @@ def evaluate(
         resolve_device(config.model.device)
     shape = read_shape(config.model)
     wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
-    genome = named_genome(genome_name, wanted, config.model.router, alignment_digest(config.model))
+    name = genome if isinstance(genome, str) else f"genome {genome.digest[:12]}"
+    if isinstance(genome, str):
+        genome = named_genome(genome, wanted, config.model.router, alignment_digest(config.model))
     genome = genome if top_k is None else _with_top_k(genome, top_k)
     check_fits(genome, shape)
-    if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
+    if name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
         tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")
     from moe_evo.evaluation.pool import Request
 
@@ -60,9 +63,9 @@ def evaluate(
         pool.submit([Request("evaluate", 0, genome, split)])
         ((_, outcome),) = pool.next_outcomes()
     if isinstance(outcome, EvaluationFailure):
-        raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
+        raise GenomeError(f"{name}: has no fitness on the {split} split ({outcome.reason})")
     return ScoredGenome(
-        genome=genome_name,
+        genome=name,
         digest=genome.digest,
         num_kept=genome.num_kept,
         top_k=genome.top_k,

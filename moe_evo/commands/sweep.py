@@ -30,6 +30,7 @@ from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
 from moe_evo.searches.registry import build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
+from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # Ray is imported when a sweep begins
@@ -98,7 +99,7 @@ def _like(task: TaskConfig, configured: Sequence[TaskConfig]) -> TaskConfig:
     return same[0] if same else replace(configured[0], data=task.data, name="", kind="auto", metric="default")
 
 
-def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> SweepFolder:
+def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFolder:
     """Make all runs of a sweep, or those that are missing; afterwards the folder holds table and figure.
 
     Everything that can be wrong with any of the runs is found before the first begins.
@@ -170,7 +171,7 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
 class _Progress:
     """Tells in a line where each run stands."""
 
-    def __init__(self, folder: SweepFolder, tracker: TerminalTracker, *, total: int, done: int) -> None:
+    def __init__(self, folder: SweepFolder, tracker: Tracker, *, total: int, done: int) -> None:
         self._folder, self._tracker, self._total, self._ended = folder, tracker, total, done
 
     def __call__(self, name: str, event: RunEvent) -> None:
@@ -195,7 +196,7 @@ def _one_by_one(
     config: SweepConfig,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
-    tracker: TerminalTracker,
+    tracker: Tracker,
     progress: _Progress,
 ) -> None:
     """In this process, with the model loaded once where there is no cluster."""
@@ -224,7 +225,7 @@ def _with_tune(
     config: SweepConfig,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
-    tracker: TerminalTracker,
+    tracker: Tracker,
     progress: _Progress,
 ) -> None:
     """As trials of Ray Tune that share one service of gangs."""
@@ -243,7 +244,7 @@ def _with_tune(
 
 
 @contextmanager
-def _service(config: SweepConfig, folder: SweepFolder, tracker: TerminalTracker) -> Iterator[ClusterConfig]:
+def _service(config: SweepConfig, folder: SweepFolder, tracker: Tracker) -> Iterator[ClusterConfig]:
     """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
     from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
     from moe_evo.models.load import model_hash

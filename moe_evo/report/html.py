@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_evo.genomes.genome import Genome
 from moe_evo.records.result import RunResult, Score
+from moe_evo.records.sweep import SweepResult
 from moe_evo.report.lines import Line
 from moe_evo.report.pairing import Pairing
 from moe_evo.report.table import expert_weights, experts_label
@@ -69,6 +70,18 @@ def pairings_table(paired: Sequence[Pairing]) -> str:
         rows.append([one.run, told, *counts])
     headings = ["run", "difference [95 % interval]", "won", "lost", "McNemar p"]
     return table(f"test score of the winner minus that of {paired[0].against}", headings, rows)
+
+
+def sweep_table(result: SweepResult) -> str:
+    """One line for each contender of each run, those that nothing beats in both size and score in bold."""
+    headings = ["run", "", "tasks", "experts", "parameters", "test [95 % interval]", "front"]
+    rows = []
+    for line in result.lines:
+        test = str(line.scores["test"]) if "test" in line.scores else "failed"
+        kept, front = experts_label(line.num_kept), "*" if line.front else ""
+        rows.append([line.run, line.title, ", ".join(line.tasks), kept, f"{line.parameters:,}", test, front])
+    title = f"not finished: {', '.join(result.unfinished)}" if result.unfinished else f"{len(result.runs)} runs"
+    return table(title, headings, rows, [number for number, line in enumerate(result.lines) if line.front])
 
 
 def kept_map(genome: Genome, *, cell: int = 14) -> str:
