@@ -210,9 +210,9 @@ class GangFacts:
     @classmethod
     def from_plain(cls, data: object, where: str) -> GangFacts:
         """Raises PlainError."""
-        found = dict(value_of(Mapping[str, Any], data, where))  # type: ignore[type-abstract]
+        found = dict(value_of(dict[str, Any], data, where))
         reasons = value_of(tuple[str, ...], found.pop("reasons", ()), f"{where}.reasons")
-        return cls(value_of(Mapping[str, int], found, where), reasons)  # type: ignore[type-abstract]
+        return cls(value_of(dict[str, int], found, where), reasons)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -272,7 +272,10 @@ class RunResult:
         version = data.get("version") if isinstance(data, Mapping) else None
         if version != RESULT_VERSION:
             raise VersionError(f"version {version}, expected {RESULT_VERSION}; use the moe_evo that wrote it")
-        return fields_of(cls, data, where)
+        result = fields_of(cls, data, where)
+        if not result.rows:
+            raise PlainError("rows: got none, expected the final table")
+        return result
 
     def __repr__(self) -> str:
         tasks = ", ".join(f"{task.name} ({task.metric})" for task in self.tasks)

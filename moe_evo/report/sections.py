@@ -302,12 +302,11 @@ def commands(record: Record) -> list[tuple[str, str]]:
     software = record.result.software
     releases = {name: version.split("+")[0] for name, version in software.items()}  # an index knows no '+cpu'
     pinned = " ".join(f"{name}=={version}" for name, version in releases.items() if name not in ("python", "moe_evo"))
+    shown.append(("score the winner anew", f"moe-evo evaluate {folder} --split test"))
+    if pinned:
+        ours = f"Python {software.get('python', 'unknown')}, moe_evo {software.get('moe_evo', 'unknown')}"
+        shown.append((f"the versions of this run ({ours})", f"pip install {pinned}"))
     return [
         *shown,
-        ("score the winner anew", f"moe-evo evaluate {folder} --split test"),
-        (
-            f"the versions of this run (Python {software['python']}, moe_evo {software['moe_evo']})",
-            f"pip install {pinned}",
-        ),
         ("the same search again, in a new folder", f"moe-evo search {folder} --folder {again}"),
     ]
