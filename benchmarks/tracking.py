@@ -38,7 +38,7 @@ from moe_evo.genomes.population import Individual
 from moe_evo.models.load import load_model
 from moe_evo.models.view import MoEModel
 from moe_evo.records.journal import MAIN
-from moe_evo.report.terminal import print_whole
+from moe_evo.report.table import print_whole
 from moe_evo.tracking import wandb_log  # noqa: F401 - what its import takes is no part of a search
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-from moe_evo import driver
+from moe_evo.runs import selection
 from moe_evo.cli.main import main
 
 HEAVY = {"wandb", "bokeh", "ray", "deepspeed", "sklearn", "matplotlib", "pandas", "pyarrow", "lm_eval"}
-run_search = driver.run_search
+run_search = selection.run_search
 
 def noting(*arguments, **options):
     rows = run_search(*arguments, **options)
     print("searched with", sorted(HEAVY & sys.modules.keys()))
     return rows
 
-driver.run_search = noting
+selection.run_search = noting
 assert main(sys.argv[1:]) == 0
 print("ended with", sorted(HEAVY & sys.modules.keys()))
 """

@@ -105,8 +105,8 @@ def _winner(folder: RunFolder, key: str) -> Genome:
     if key == "best":
         return load_genome(folder.best)
     result = folder.read_result()
-    row = next(row for row in result["rows"] if row["key"] == key)
-    return Genome.from_kept(row["kept"], result["model"]["num_experts"], row["top_k"])
+    row = next(row for row in result.rows if row.key == key)
+    return Genome.from_kept(row.kept, result.model.num_experts, row.top_k)
 
 
 def _evaluator(task: str, tracker: TerminalTracker) -> Evaluator:

@@ -75,7 +75,7 @@ def run_cell(cell: Cell) -> dict[str, float]:
         folder = RunFolder(Path(cell.config.folder or ""))
         if not folder.result.is_file():
             folder = search(cell.config, tracker)
-        scores = {row["key"]: row["scores"]["test"]["fitness"] for row in folder.read_result()["rows"]}
+        scores = {row.key: row.scores["test"].fitness for row in folder.read_result().rows}
         scores["random_mean"] = float(np.mean(_random_scores(cell.config, folder, tracker)))
     return scores
 

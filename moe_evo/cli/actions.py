@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.errors import ConfigError
+from moe_evo.plain import plain
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -46,7 +47,7 @@ def _sweep(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> Non
         folder = sweep(config, tracker, use_tune=not arguments.no_tune)
     result = folder.read_result()
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(plain(result)))
     else:
         from moe_evo.report.sweep import print_sweep
 
@@ -65,7 +66,7 @@ def _plan(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None
     with TerminalTracker() as tracker:
         answer = planned(config, arguments.memory_gib, calibrate=arguments.calibrate, tracker=tracker)
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(plain(answer)))
     else:
         from moe_evo.report.plan import print_plan
 
@@ -86,7 +87,7 @@ def _print_run(run: str, *, as_json: bool) -> None:
     folder = RunFolder.existing(run)
     result = show(folder)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(plain(result)))
     else:
         from moe_evo.report.terminal import print_run
 
@@ -109,7 +110,7 @@ def _evaluate(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
     with TerminalTracker() as tracker:
         scores = evaluate(config, genome, arguments.split, arguments.top_k, run, tracker)
     if as_json:
-        print(json.dumps(scores))
+        print(json.dumps(plain(scores)))
     else:
         from moe_evo.report.terminal import print_scores
 
@@ -117,8 +118,6 @@ def _evaluate(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
 
 
 def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from moe_evo.config.file import parse
     from moe_evo.report.lines import as_csv, print_lines
     from moe_evo.report.pairing import print_pairings
@@ -126,14 +125,14 @@ def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> N
 
     arguments = parse(parser, argv)
     if arguments.format == "csv" and not as_json:
-        sys.stdout.write(as_csv(compare(arguments.runs, in_pairs=False)[0]))
+        sys.stdout.write(as_csv(compare(arguments.runs, in_pairs=False).lines))
         return
-    lines, paired = compare(arguments.runs)
+    found = compare(arguments.runs)
     if as_json or arguments.format == "json":
-        print(json.dumps({"lines": [asdict(line) for line in lines], "paired": [asdict(one) for one in paired]}))
+        print(json.dumps(plain(found)))
     else:
-        print_lines(lines)
-        print_pairings(paired)
+        print_lines(found.lines)
+        print_pairings(found.paired)
 
 
 def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -143,7 +142,7 @@ def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
     arguments = parse(parser, argv)
     written = write_report(arguments.runs, arguments.to, overwrite=arguments.overwrite)
     if as_json:
-        print(json.dumps(written))
+        print(json.dumps(plain(written)))
     else:
         from moe_evo.report.terminal import print_report
 
@@ -168,7 +167,7 @@ def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
             tracker=tracker,
         )
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(plain(report)))
     else:
         from moe_evo.report.terminal import print_export
 
@@ -176,30 +175,23 @@ def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
 
 
 def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from moe_evo.commands.prune import prune
+    from dataclasses import fields
+
+    from moe_evo.commands.prune import PruneOptions, prune
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import ScoringConfig
     from moe_evo.tracking.terminal import TerminalTracker
 
     arguments, config = parse_config(parser, argv, ScoringConfig)
-    observations = None if arguments.observations is None else Path(arguments.observations)
+    given = {one.name: getattr(arguments, one.name) for one in fields(PruneOptions)}
+    if given["observations"] is not None:
+        given["observations"] = Path(given["observations"])
     with TerminalTracker() as tracker:
         report = prune(
-            config,
-            arguments.method,
-            arguments.num_kept,
-            Path(arguments.to),
-            observations,
-            arguments.allocation,
-            blend=arguments.blend,
-            progressive=arguments.progressive,
-            base_model=arguments.base_model,
-            aligned=arguments.aligned,
-            overwrite=arguments.overwrite,
-            tracker=tracker,
+            config, PruneOptions(**given), Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker
         )
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(plain(report)))
     else:
         from moe_evo.report.terminal import print_export, print_one_shot
 
@@ -225,7 +217,7 @@ def _compress(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
     with TerminalTracker() as tracker:
         report = compress(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(plain(report)))
     else:
         from moe_evo.report.terminal import print_compression, print_export
 
@@ -240,7 +232,7 @@ def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
     parse(parser, argv)
     found = criteria()
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(plain(found)))
     else:
         from moe_evo.report.terminal import print_criteria
 
@@ -248,8 +240,6 @@ def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
 
 
 def _doctor(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from moe_evo.commands.doctor import checks, require_nothing_broken
     from moe_evo.config.file import parse
     from moe_evo.report.terminal import print_check
@@ -261,7 +251,7 @@ def _doctor(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
         if not as_json:
             print_check(check.name, check.state, check.detail)
     if as_json:
-        print(json.dumps({"checks": [asdict(check) for check in found]}))
+        print(json.dumps({"checks": plain(found)}))
     require_nothing_broken(found)
 
 
@@ -277,10 +267,10 @@ def _wandb_replay(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool)
     parser.set_defaults({f"tracking.{key}": value for key, value in asdict(config.tracking).items()})
     report = replay(folder, replace(config, tracking=parse(parser, argv).tracking))
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(plain(report)))
     else:
-        old = f"; the older run {report['replaced_id']} is left as it is" if report["replaced_id"] else ""
-        print(f"{report['outcomes']} outcomes in the W&B run {report['id']} ({report['mode']}){old}\n{report['where']}")
+        old = f"; the older run {report.replaced_id} is left as it is" if report.replaced_id else ""
+        print(f"{report.outcomes} outcomes in the W&B run {report.id} ({report.mode}){old}\n{report.where}")
 
 
 ACTIONS: dict[str, Callable[..., None]] = {

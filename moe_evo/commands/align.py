@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_evo.commands.named_genome import GENOME_IN_CHECKPOINT
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.plain import Plain
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
@@ -83,7 +84,7 @@ def _align(evaluator: Evaluator, genome: Genome, done: Callable[[int], None] = l
 
 
 def save_beside(
-    checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: dict[str, Any]
+    checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: Plain
 ) -> dict[str, str]:
     """Write what it takes to evaluate the genome again into the folder of a checkpoint; answers the files.
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_evo.commands.shared import provenance, require_one_process, scored_on_test
 from moe_evo.config.check import require
 from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import ConfigError
+from moe_evo.plain import Plain
 from moe_evo.records.folder import with_absolute_paths
+from moe_evo.report.answers import CompressedModel
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.base import Tracker
@@ -78,7 +80,7 @@ class CompressOptions:
 
 def compress(
     config: ScoringConfig, options: CompressOptions, target: Path, *, overwrite: bool, tracker: Tracker
-) -> dict[str, Any]:
+) -> CompressedModel:
     """Write the checkpoint `config.model` with compressed experts, and score it before and after.
 
     moe_pruner looks at the tasks' search split, mc_smoe at weights alone; scores are of the test split.
@@ -120,16 +122,15 @@ def compress(
             provenance=told,
             treatment=_treatment(options, compression),
         )
-    return {
-        **asdict(report),
-        "folder": str(report.folder),
-        "method": options.method,
-        "description": compression.description,
-        "needs": compression.needs,
-        "scores": scores,
-        "layers": [asdict(change) for change in experts.changes],
-        "experts": asdict(experts.size),
-    }
+    return CompressedModel(
+        report=report,
+        method=options.method,
+        description=compression.description,
+        needs=compression.needs,
+        scores=scores,
+        layers=experts.changes,
+        experts=experts.size,
+    )
 
 
 def _check_fits(options: CompressOptions, size: ModelSize) -> None:
@@ -172,7 +173,7 @@ def _check_references(evaluator: Evaluator, batch_tokens: int) -> None:
         )
 
 
-def _how(options: CompressOptions, compression: Compression, experts: CompressedExperts) -> dict[str, Any]:
+def _how(options: CompressOptions, compression: Compression, experts: CompressedExperts) -> Plain:
     """For the model card, beside scores and base model."""
     size = experts.size
     given = {name: value for name, value in asdict(options).items() if value is not None}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moe_evo.commands.named_genome import named_genome
 from moe_evo.config.model import ModelConfig
@@ -15,6 +14,8 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure
 from moe_evo.genomes.space import check_fits
 from moe_evo.records.folder import RunFolder, with_absolute_paths
+from moe_evo.records.result import Score
+from moe_evo.report.answers import ScoredGenome
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.tasks.data import TaskData, check_tasks, is_share
 from moe_evo.tracking.base import Tracker
@@ -26,14 +27,15 @@ def _with_top_k(genome: Genome, top_k: int) -> Genome:
 
 def evaluate(
     config: ScoringConfig,
-    genome_name: str,
+    genome: str | Genome,
     split: str,
     top_k: int | None,
     run: str | None,
     tracker: Tracker,
-) -> dict[str, Any]:
+) -> ScoredGenome:
     """Score one genome on one split.
 
+    genome: by name, see `named_genome`, or as it is.
     top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
     come from, if any.
     """
@@ -42,16 +44,17 @@ def evaluate(
     if run is not None:
         _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
     from moe_evo.models.load import alignment_digest, read_shape, resolve_device
-    from moe_evo.records.result import Score
 
     if config.cluster.address is None:
         resolve_device(config.model.device)
     shape = read_shape(config.model)
     wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
-    genome = named_genome(genome_name, wanted, config.model.router, alignment_digest(config.model))
+    name = genome if isinstance(genome, str) else f"genome {genome.digest[:12]}"
+    if isinstance(genome, str):
+        genome = named_genome(genome, wanted, config.model.router, alignment_digest(config.model))
     genome = genome if top_k is None else _with_top_k(genome, top_k)
     check_fits(genome, shape)
-    if genome_name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
+    if name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
         tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")
     from moe_evo.evaluation.pool import Request
 
@@ -60,16 +63,16 @@ def evaluate(
         pool.submit([Request("evaluate", 0, genome, split)])
         ((_, outcome),) = pool.next_outcomes()
     if isinstance(outcome, EvaluationFailure):
-        raise GenomeError(f"{genome_name}: has no fitness on the {split} split ({outcome.reason})")
-    return {
-        "genome": genome_name,
-        "digest": genome.digest,
-        "num_kept": list(genome.num_kept),
-        "top_k": list(genome.top_k),
-        "split": split,
-        "duration_s": outcome.duration_s,
-        **asdict(Score.of(outcome, is_share=is_share(data))),
-    }
+        raise GenomeError(f"{name}: has no fitness on the {split} split ({outcome.reason})")
+    return ScoredGenome(
+        genome=name,
+        digest=genome.digest,
+        num_kept=genome.num_kept,
+        top_k=genome.top_k,
+        split=split,
+        duration_s=outcome.duration_s,
+        score=Score.of(outcome, is_share=is_share(data)),
+    )
 
 
 def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: Tracker) -> None:
@@ -79,9 +82,9 @@ def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], 
     from moe_evo.models.load import model_hash
 
     result = run.read_result()
-    if model_hash(model) != result["model"]["hash"]:
+    if model_hash(model) != result.model.hash:
         tracker.message(f"{model.path}: is not the model that {run.path} searched")
-    hashes = {task["name"]: task["hash"] for task in result["tasks"]}
+    hashes = {task.name: task.hash for task in result.tasks}
     for one in data:
         if hashes.get(one.name, one.hash) != one.hash:
             tracker.message(f"task {one.name}: the data have changed since {run.path} was searched")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moe_evo.errors import RunError
 from moe_evo.genomes.file import load_genome
+from moe_evo.plain import Plain
 from moe_evo.records.folder import RunFolder, resumed_config
+from moe_evo.records.result import Row, RunResult, TaskFacts
+from moe_evo.report.answers import ExportedRun
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
 
 def export(
     folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: Tracker
-) -> dict[str, Any]:
+) -> ExportedRun:
     """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
     result = folder.read_result()
     genome_file = folder.winners[which]
@@ -23,7 +25,9 @@ def export(
         found = ", ".join(name for name, path in folder.winners.items() if path.is_file())
         raise RunError(f"{folder.path}: has no {genome_file.name}; --which: got {which!r}, expected one of {found}")
     genome = load_genome(genome_file)
-    row = next(row for row in result["rows"] if row["key"] == which)
+    row = result.row(which)
+    if row is None:
+        raise RunError(f"{folder.result}: has no row {which!r}, though {genome_file.name} is there; run it anew")
     from moe_evo.models.export.export import check_own_experts, check_router, check_skips_nothing, export_checkpoint
     from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.load import load_model, model_hash, renormalises, resolve_device
@@ -34,35 +38,33 @@ def export(
     check_router(genome, model.router, renormalises=renormalises(model))
     check_skips_nothing(skips_dynamically=model.dynamic_skipping is not None)
     check_own_experts(model.experts)
-    if model_hash(model) != result["model"]["hash"]:
+    if model_hash(model) != result.model.hash:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
     tracker.message(f"loading {model.path}")
     moe = load_model(model)
     tracker.message(f"writing and checking {target}")
     report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
-    return {**asdict(report), "folder": str(report.folder), "which": which, "title": row["title"]}
+    return ExportedRun(report, which, row.title)
 
 
-def _provenance(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+def _provenance(result: RunResult, row: Row) -> Plain:
     """What a model card tells of a run, in words."""
-    path, search = result["model"]["path"], result["search"]
-    name = path if "@" in result["model"]["hash"] else Path(path).name  # of a hub: owner/model@commit
-    full = result["rows"][0]["scores"]
+    path, search = result.model.path, result.search
+    name = path if "@" in (result.model.hash or "") else Path(path).name  # of a hub: owner/model@commit
+    full = result.full.scores
     return {
         "base_model": "moe_evo embedded Mixtral" if path == "embedded" else name,
-        "hash of the base model": result["model"]["hash"],
-        "tasks": {task["name"]: _task_in_words(task) for task in result["tasks"]},
-        "search": f"{search['algorithm']}, {search['evaluations']} evaluations, seed {search['seed']}, "
-        f"router {result['router']}",
-        "genome": f"candidate {row['candidate']} ({row['operator']}), digest {row['digest']}",
+        "hash of the base model": result.model.hash,
+        "tasks": {task.name: _task_in_words(task) for task in result.tasks},
+        "search": f"{search.algorithm}, {search.evaluations} evaluations, seed {search.seed}, router {result.router}",
+        "genome": f"candidate {row.candidate} ({row.operator}), digest {row.digest}",
         "scores (95 % interval)": {
-            split: f"{score['fitness']:.4f} [{score['low']:.4f}, {score['high']:.4f}], "
-            f"full model {full[split]['fitness']:.4f}"
-            for split, score in row["scores"].items()
+            split: f"{score.fitness:.4f} [{score.low:.4f}, {score.high:.4f}], full model {full[split].fitness:.4f}"
+            for split, score in row.scores.items()
         },
     }
 
 
-def _task_in_words(task: dict[str, Any]) -> str:
-    examples = " / ".join(str(task["examples"][split]) for split in SPLITS)
-    return f"{task['kind']}, {task['metric']}, {examples} examples, data {task['hash'][:16]}"
+def _task_in_words(task: TaskFacts) -> str:
+    examples = " / ".join(str(task.examples[split]) for split in SPLITS)
+    return f"{task.kind}, {task.metric}, {examples} examples, data {task.hash[:16]}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_evo.config.model import Offload, Sharding
 from moe_evo.config.run import RunConfig
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.report.planned import MemoryPlan, ModeMemory
 from moe_evo.runs.workload import merges
 from moe_evo.tasks.data import TaskData
 
@@ -32,32 +33,32 @@ def planned_memory(
     device_bytes: int | None,
     problems: list[str],
     notes: list[str],
-) -> dict[str, Any]:
+) -> MemoryPlan:
     """Each mode of sharding: what a rank holds, what comes on top, and whether that fits."""
     batch = _batch_bytes(config, data, size)
     modes = [_mode(config, size, space, sharding, offload, batch, device_bytes) for sharding, offload in MODES]
-    chosen = next(mode for mode in modes if mode["chosen"])
-    if device_bytes is not None and chosen["fits"] is False:
-        weights = chosen["device_bytes"] + chosen["gathered_bytes"]
-        would = [_mode_name(mode) for mode in modes if mode["fits"]]
+    chosen = next(mode for mode in modes if mode.chosen)
+    if device_bytes is not None and chosen.fits is False:
+        weights = chosen.device_bytes + chosen.gathered_bytes
+        would = [_mode_name(mode) for mode in modes if mode.fits]
         line = (
             f"model.sharding: {_mode_name(chosen)} needs {_gib(weights)} a rank for weights and "
             f"{_gib(sum(batch.values()))} for a batch, the device has {_gib(device_bytes)}"
         )
         if weights <= device_bytes:
             notes.append(f"{line}; lower evaluation.batch_tokens if memory runs out")
-        elif chosen["sharding"] == "device_map":
-            notes.append(f"{line}; what finds no room goes to the CPU's memory or to disk, which is slow")
+        elif chosen.sharding == "device_map":
+            notes.append(f"{line}; what finds no cache_bytes goes to the CPU's memory or to disk, which is slow")
         elif would:
             problems.append(f"{line}; with gangs of {size.ranks} these fit: {', '.join(would)}")
         else:
             problems.append(f"{line}; give a larger cluster.gang_size, or model.sharding zero3 with model.offload cpu")
-    if device_bytes is not None and chosen["merged_fit"] is False and chosen["fits"]:
+    if device_bytes is not None and chosen.merged_fit is False and chosen.fits:
         notes.append(
             "the merged layers of one genome may not fit beside the weights: what does not is merged anew in every "
             "forward pass; keep fewer experts, or only prune (search.eep.num_pruning)"
         )
-    return {"gang_size": size.ranks, "device_bytes": device_bytes, "modes": modes, **batch}
+    return MemoryPlan(size.ranks, device_bytes, tuple(modes), **batch)
 
 
 def _batch_bytes(config: RunConfig, data: Sequence[TaskData], size: ModelSize) -> dict[str, int]:
@@ -84,7 +85,7 @@ def _mode(
     offload: Offload,
     batch: Mapping[str, int],
     device_bytes: int | None,
-) -> dict[str, Any]:
+) -> ModeMemory:
     from moe_evo.models.size.memory import memory_per_rank, merged_bytes
 
     memory = memory_per_rank(size, sharding, offload)
@@ -96,26 +97,26 @@ def _mode(
     limit = config.model.merged_cache_gib
     budget = None if device_bytes is None else (device_bytes - memory.device) // 2  # the cache's own default
     cache_bytes = budget if limit is None else int(limit * 2**30)
-    return {
-        "sharding": sharding,
-        "offload": offload,
-        "chosen": (sharding, offload) == (config.model.sharding, config.model.offload),
-        "ranks": 1 if sharding == "single" else size.ranks,
-        "device_bytes": memory.device,
-        "gathered_bytes": memory.gathered,
-        "host_bytes": memory.host,
-        "disk_bytes": memory.disk,
-        "merged_bytes": merged,
-        "needed_bytes": needed,
-        "fits": fits,
-        "merged_fit": None if cache_bytes is None else merged <= cache_bytes,
-        "refusal": refusal,
-    }
+    return ModeMemory(
+        sharding=sharding,
+        offload=offload,
+        chosen=(sharding, offload) == (config.model.sharding, config.model.offload),
+        ranks=1 if sharding == "single" else size.ranks,
+        device_bytes=memory.device,
+        gathered_bytes=memory.gathered,
+        host_bytes=memory.host,
+        disk_bytes=memory.disk,
+        merged_bytes=merged,
+        needed_bytes=needed,
+        fits=fits,
+        merged_fit=None if cache_bytes is None else merged <= cache_bytes,
+        refusal=refusal,
+    )
 
 
 def _gib(number: int) -> str:
     return f"{number / 2**30:.3g} GiB"
 
 
-def _mode_name(mode: Mapping[str, Any]) -> str:
-    return mode["sharding"] if mode["offload"] == "none" else f"{mode['sharding']} with offload {mode['offload']}"
+def _mode_name(mode: ModeMemory) -> str:
+    return mode.sharding if mode.offload == "none" else f"{mode.sharding} with offload {mode.offload}"

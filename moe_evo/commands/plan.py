@@ -1,6 +1,6 @@
 """What a run would take, told before weights are read: sizes, memory a rank, gangs, time, and all that is wrong.
 
-`plan` answers with plain data. Gangs are counted in a `ClusterCapacity` that the caller brings, and the
+Gangs are counted in a `ClusterCapacity` that the caller brings, and the
 time of an evaluation is measured by a function of the caller's, so nothing here knows Ray.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths
+from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, SearchPlan, TaskPlan
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
@@ -43,8 +44,8 @@ def plan(
     capacity: ClusterCapacity | None = None,
     memory_gib: float | None = None,
     calibrate: Callable[[], float] | None = None,
-) -> dict[str, Any]:
-    """Everything that can be known of a run before it starts, as plain data; raises no MoeEvoError.
+) -> Plan:
+    """Everything that can be known of a run before it starts, as values; raises no MoeEvoError.
 
     capacity: the cluster's nodes, where there is a cluster. memory_gib: memory of the device of one rank;
     default: what is free here, for a run in this process. calibrate: measures the seconds that one
@@ -60,29 +61,28 @@ def plan(
     _check_methods(config, space, problems)
     device_bytes = _device_bytes(config, memory_gib, problems)
     _check_folder(config, problems, notes)
-    answer: dict[str, Any] = {
-        "model": None if size is None else _model_facts(config, size),
-        "tasks": [_task_facts(one) for one in data],
-        "search": None if space is None else _search_facts(config, space),
-        "memory": None if size is None else planned_memory(config, data, size, space, device_bytes, problems, notes),
-        "checkpoint": None if size is None or space is None else _checkpoint(size, space),
-        "cluster": None if capacity is None else _cluster(config, capacity, problems, notes),
-        "estimate": None,
-        "problems": problems,
-        "notes": notes,
-    }
+    memory = None if size is None else planned_memory(config, data, size, space, device_bytes, problems, notes)
+    cluster = None if capacity is None else _cluster(config, capacity, problems, notes)
+    time = None
     if calibrate is not None and not problems and space is not None:
         with _Noted(problems):
             examples = {split: sum(len(one.splits[split]) for one in data) for split in SPLITS}
             counts = evaluations_by_split(config, can_prune=space.can_prune)
-            gangs = 1 if answer["cluster"] is None else max(answer["cluster"]["gangs"], 1)
-            answer["estimate"] = estimate(counts, examples, calibrate(), gangs)
-    return answer
+            time = estimate(counts, examples, calibrate(), 1 if cluster is None else max(cluster.gangs, 1))
+    return Plan(
+        model=None if size is None else _model_plan(config, size),
+        tasks=tuple(_task_plan(one) for one in data),
+        search=None if space is None else _search_plan(config, space),
+        memory=memory,
+        checkpoint=None if size is None or space is None else _checkpoint(size, space),
+        cluster=cluster,
+        estimate=time,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
 
 
-def planned(
-    config: RunConfig, memory_gib: float | None, *, calibrate: bool, tracker: TerminalTracker
-) -> dict[str, Any]:
+def planned(config: RunConfig, memory_gib: float | None, *, calibrate: bool, tracker: TerminalTracker) -> Plan:
     """`plan` with the cluster that the config names, and measured on it where `calibrate` says so.
 
     A cluster that cannot be reached is a problem among the others.
@@ -100,7 +100,7 @@ def planned(
             return plan(config, capacity=capacity, memory_gib=memory_gib, calibrate=measure)
     except ClusterError as error:
         answer = plan(config, memory_gib=memory_gib)
-        return {**answer, "problems": [*answer["problems"], str(error)]}
+        return replace(answer, problems=(*answer.problems, str(error)))
 
 
 def _stopwatch(config: RunConfig, tracker: TerminalTracker) -> Callable[[], float]:
@@ -126,9 +126,9 @@ def _stopwatch(config: RunConfig, tracker: TerminalTracker) -> Callable[[], floa
     return measure
 
 
-def require_no_problems(answer: Mapping[str, Any]) -> None:
+def require_no_problems(answer: Plan) -> None:
     """Raise ConfigError in one line where `plan` found problems."""
-    problems = answer["problems"]
+    problems = answer.problems
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"this run cannot start: {problems[0]}{more}")
@@ -261,48 +261,47 @@ def _resumed(folder: RunFolder, config: RunConfig) -> list[str]:
     }[state]
 
 
-def _model_facts(config: RunConfig, size: ModelSize) -> dict[str, Any]:
+def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:
     shape = size.shape
-    return {
-        "path": config.model.path,
-        "family": shape.family,
-        "dtype": size.dtype,
-        "decoder_layers": size.num_decoder_layers,
-        "moe_layers": shape.num_layers,
-        "num_experts": list(shape.num_experts),
-        "top_k": list(shape.top_k),
-        "parameters": size.parameters,
-        "expert_parameters": size.expert_parameters,
-        "active_parameters": size.active_parameters,
-        "bytes": size.size,
-    }
+    return ModelPlan(
+        path=config.model.path,
+        family=shape.family,
+        dtype=size.dtype,
+        decoder_layers=size.num_decoder_layers,
+        moe_layers=shape.num_layers,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        parameters=size.parameters,
+        expert_parameters=size.expert_parameters,
+        active_parameters=size.active_parameters,
+        bytes=size.size,
+    )
 
 
-def _task_facts(data: TaskData) -> dict[str, Any]:
-    examples = {split: len(data.splits[split]) for split in SPLITS}
-    return {"name": data.name, "kind": data.kind, "metric": data.metric, "examples": examples}
+def _task_plan(data: TaskData) -> TaskPlan:
+    return TaskPlan(data.name, data.kind, data.metric, {split: len(data.splits[split]) for split in SPLITS})
 
 
-def _search_facts(config: RunConfig, space: SearchSpace) -> dict[str, Any]:
-    return {
-        "algorithm": config.search.algorithm,
-        "num_kept": list(space.num_kept),
-        "top_k": list(space.top_k),
-        "log10_prunings": math.log10(num_prunings(space)),  # the number itself can have thousands of digits
-        "merges": merges(config.search, can_prune=space.can_prune),
-        "evaluations": evaluations_by_split(config, can_prune=space.can_prune),
-    }
+def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
+    return SearchPlan(
+        algorithm=config.search.algorithm,
+        num_kept=space.num_kept,
+        top_k=space.top_k,
+        log10_prunings=math.log10(num_prunings(space)),  # the number itself can have thousands of digits
+        merges=merges(config.search, can_prune=space.can_prune),
+        evaluations=evaluations_by_split(config, can_prune=space.can_prune),
+    )
 
 
-def _checkpoint(size: ModelSize, space: SearchSpace) -> dict[str, Any]:
+def _checkpoint(size: ModelSize, space: SearchSpace) -> CheckpointPlan:
     from moe_evo.models.size.memory import exported_size
 
     parameters, total = exported_size(size, space.num_kept)
     is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1
-    return {"parameters": parameters, "bytes": total, "loader": "transformers" if is_uniform else "moe_evo"}
+    return CheckpointPlan(parameters, total, "transformers" if is_uniform else "moe_evo")
 
 
-def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], notes: list[str]) -> ClusterPlan:
     """Gangs that fit on the whole cluster, and on what is free of it now; `gangs` is how many would run."""
     cluster, ranks = config.cluster, 1 if config.model.sharding == "device_map" else config.cluster.gang_size
     whole, free = (
@@ -326,10 +325,4 @@ def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], 
     if cluster.num_gangs != "auto" and whole and cluster.num_gangs > free:
         notes.append(f"cluster.num_gangs: asks for {cluster.num_gangs}, {free} fit now and {whole} when all is free")
     wanted = whole if cluster.num_gangs == "auto" else min(cluster.num_gangs, whole)
-    return {
-        "nodes": len(capacity.nodes),
-        "needs": needs,
-        "gangs_free": free,
-        "gangs_whole": whole,
-        "gangs": min(wanted, free) or wanted,
-    }
+    return ClusterPlan(len(capacity.nodes), needs, free, whole, min(wanted, free) or wanted)

@@ -3,150 +3,237 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_evo.commands.align import align, aligned_progressively, aligns, save_beside
-from moe_evo.commands.shared import provenance, require_one_process, scored_on_test
+from moe_evo.commands.shared import Scores, provenance, require_one_process, scored_on_test
 from moe_evo.config.check import require
+from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.criteria.observation_file import observed_names
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.folder import with_absolute_paths
+from moe_evo.report.answers import MethodFacts, PrunedModel
 from moe_evo.runs.open_pool import load_evaluator
-from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.data import TaskData, check_tasks
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # not needed for the help texts
     from moe_evo.criteria.observer import Observer
+    from moe_evo.criteria.registry import Method
+    from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.genomes.genome import Genome
+    from moe_evo.models.experts.alignment_file import Alignment
+    from moe_evo.models.export.export import ExportReport
 
 Allocation = Literal["uniform", "global"]
 
 
-def criteria() -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class PruneOptions:
+    """What to keep, by which one-shot method.
+
+    num_kept: experts of each MoE layer. observations: file of what the model does on tasks, from which is read what
+    is there, and to which is added what is not. allocation: 'global' lets layers differ in how many they keep,
+    `num_kept` on average. blend: how many times each task counts. progressive: each layer is scored behind the pruned
+    ones before it. base_model: the checkpoint that this one was tuned from, for methods that compare with it.
+    aligned: whether neurons are reordered so that merged experts match; None is as the method's paper does.
+    """
+
+    method: str
+    num_kept: int
+    observations: Path | None = None
+    allocation: Allocation = "uniform"
+    blend: Mapping[str, float] | None = field(default=None, hash=False)
+    progressive: bool = False
+    base_model: str | None = None
+    aligned: bool | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for a method that is not known, or that cannot be asked in this way."""
+        from moe_evo.criteria.registry import CRITERIA, METHODS, check_methods
+
+        check_methods("--method", [self.method], has_base_model=self.base_model is not None)
+        criterion = CRITERIA.get(self.method)
+        if self.base_model is not None and not (criterion and criterion.needs_base_model):
+            needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
+            raise ConfigError(f"--base_model: {self.method} compares with no other checkpoint; only {needing} do")
+        if self.progressive and self.allocation != "uniform":
+            raise ConfigError(f"--progressive: got it beside --allocation {self.allocation}, expected only one of them")
+        able = [name for name, one in METHODS.items() if hasattr(one, self.way)]
+        if self.method not in able:
+            option = "--progressive" if self.progressive else "--allocation"
+            raise ConfigError(f"{option}: {self.method} knows no such way; expected one of {', '.join(able)}")
+        if (self.progressive or self.blend) and criterion and not criterion.question.needs_data:
+            option = "--progressive" if self.progressive else "--blend"
+            raise ConfigError(
+                f"{option}: {self.method} looks at weights alone, so that it would change nothing; leave it out"
+            )
+
+    @property
+    def way(self) -> str:
+        """The function of a method that makes the genome."""
+        if self.progressive:
+            return "progressive_genome"
+        return "genome" if self.allocation == "uniform" else "global_genome"
+
+
+def criteria() -> tuple[MethodFacts, ...]:
     """Name, description and source of every one-shot method."""
     from moe_evo.criteria.registry import METHODS
 
-    return [{"name": one.name, "description": one.description, "source": one.source} for one in METHODS.values()]
+    return tuple(MethodFacts(one.name, one.description, one.source) for one in METHODS.values())
 
 
 def prune(
-    config: ScoringConfig,
-    method: str,
-    num_kept: int,
-    target: Path,
-    observations: Path | None,
-    allocation: Allocation = "uniform",
-    *,
-    blend: Mapping[str, float] | None = None,
-    progressive: bool = False,
-    base_model: str | None = None,
-    aligned: bool | None = None,
-    overwrite: bool,
-    tracker: Tracker,
-) -> dict[str, Any]:
-    """Keep or make `num_kept` experts of each layer by a one-shot method, on the tasks' search split.
+    config: ScoringConfig, options: PruneOptions, target: Path, *, overwrite: bool, tracker: Tracker
+) -> PrunedModel:
+    """Keep or make some experts of each layer by a one-shot method, on the tasks' search split.
 
-    target: folder of the checkpoint. observations: file of what the model does on tasks, from which is read
-    what is there, and to which is added what is not. allocation: 'global' lets layers differ in how many they
-    keep, `num_kept` on average. blend: how many times each task counts. progressive: each layer is scored
-    behind the pruned ones before it. base_model: the checkpoint that this one was tuned from, for methods that
-    compare with it. aligned: whether neurons are reordered so that merged experts match; None is as the
-    method's paper does. Answers the export's report with what is kept, and the scores of the full and the
-    smaller model on the test split; for NAEE also the threshold of its dynamic skipping in each layer, which no
-    checkpoint holds.
+    target: folder of the checkpoint. Scores the full and the smaller model on the test split.
     """
-    from moe_evo.criteria.merges import Merge
-    from moe_evo.criteria.naee import Naee, median_gate_ratio
-    from moe_evo.criteria.observation_file import load_observations
-    from moe_evo.criteria.observer import Observer
-    from moe_evo.criteria.pruning import check_global
-    from moe_evo.criteria.questions import GateRatios
-    from moe_evo.criteria.registry import CRITERIA, METHODS, Criterion, check_methods
-    from moe_evo.evaluation.local_pool import LocalPool
-
-    check_methods("--method", [method], has_base_model=base_model is not None)
-    if base_model is not None and not (method in CRITERIA and CRITERIA[method].needs_base_model):
-        needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
-        raise ConfigError(f"--base_model: {method} compares with no other checkpoint; only {needing} do")
-    _check_way(method, _way(allocation, progressive=progressive))
-    if (progressive or blend) and method in CRITERIA and not CRITERIA[method].question.needs_data:
-        option = "--progressive" if progressive else "--blend"
-        raise ConfigError(f"{option}: {method} looks at weights alone, so that it would change nothing; leave it out")
-    is_aligned = aligns(config.model, method, aligned)
+    options.check()
+    is_aligned = aligns(config.model, options.method, options.aligned)
     require_one_process(config, "prune")
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
-    _check_blend(blend or {}, [one.name for one in data])
-    from moe_evo.models.export.export import export_checkpoint
-    from moe_evo.models.export.target_folder import check_target
-    from moe_evo.models.load import alignment_digest, model_hash, read_shape, resolve_device
-    from moe_evo.models.router_rows import check_comparable
-
-    resolve_device(config.model.device)
-    shape = read_shape(config.model)
-    fewest, most = max(shape.top_k), min(shape.num_experts) - 1
-    require(
-        fewest <= num_kept <= most, "--num_kept", num_kept, f"{fewest} (active a token) to {most}, one less than all"
+    _check_blend(options.blend or {}, [one.name for one in data])
+    space = _space(config.model, options)
+    task = _Task(
+        config, options, data, space, is_aligned, *_method(config, options, space, target, overwrite=overwrite)
     )
-    space = SearchSpace.build(shape, num_kept=num_kept)
-    check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
-    known_as = model_hash(config.model)
-    chosen = METHODS[method]
-    if allocation == "global":
-        check_global(space)
-    check_methods("--method", [method], space, has_base_model=base_model is not None)
-    if base_model is not None and isinstance(chosen, Criterion):
-        base = replace(config.model, path=base_model, revision=None, alignment=None)
-        check_comparable(config.model, base)
-        chosen = chosen.comparing_with(base, model_hash(base), config.model)
-    if observations is not None:  # or say what is wrong, before a model is loaded
-        if observations.exists():
-            load_observations(observations, known_as)
-        elif not observations.absolute().parent.is_dir():
-            raise ConfigError(f"--observations: got {observations}, expected a file in a folder that exists")
     evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
-    names = observed_names(config.model, data)
-    if is_aligned and progressive:  # what lies behind an aligned merge is another answer to the same question
-        names = {name: f"{known}+aligned" for name, known in names.items()}
-    observer = Observer(LocalPool(evaluator).ask, names, known_as, observations, tracker.message, blend or {})
-    alignment = None
-    if is_aligned and progressive:
-        assert isinstance(chosen, Merge)
-        genome, alignment = aligned_progressively(evaluator, chosen, observer, space, known_as, tracker)
-    else:
-        make: Callable[[Observer, SearchSpace], Genome] = getattr(chosen, _way(allocation, progressive=progressive))
-        genome = make(observer, space)
-        alignment = align(evaluator, genome, known_as, tracker) if is_aligned else None
-    told_more = {}
-    if isinstance(chosen, Naee) and set(space.top_k) == {2}:
-        told_more["dynamic_skipping_beta"] = [median_gate_ratio(layer) for layer in observer.about(GateRatios()).layers]
+    observer = _observer(task, evaluator, tracker)
+    genome, alignment = _genome(task, evaluator, observer, tracker)
     tracker.message("scoring the full and the smaller model on the test split")
     scores = scored_on_test(evaluator, {"full": None, "smaller": genome}, data)
     tracker.message(f"writing and checking {target}")
+    report, files = _write(task, evaluator, genome, alignment, scores, target, overwrite=overwrite)
+    return PrunedModel(
+        report=report,
+        genome=files["genome"],
+        alignment=files.get("alignment"),
+        method=options.method,
+        aligned=is_aligned,
+        kept=genome.kept,
+        made_of=tuple(tuple(map(tuple, layer.members)) for layer in genome.layers),
+        scores=scores,
+        dynamic_skipping_beta=_skipping_thresholds(task, observer),
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be done, when everything of it is checked. known_as: hash of the model."""
+
+    config: ScoringConfig
+    options: PruneOptions
+    data: Sequence[TaskData]
+    space: SearchSpace
+    is_aligned: bool
+    method: Method
+    known_as: str
+
+
+def _space(model: ModelConfig, options: PruneOptions) -> SearchSpace:
+    """The genomes that keep so many experts; raises ConfigError where the model has too few or needs more."""
+    from moe_evo.models.load import read_shape, resolve_device
+
+    resolve_device(model.device)
+    shape = read_shape(model)
+    fewest, most = max(shape.top_k), min(shape.num_experts) - 1
+    require(
+        fewest <= options.num_kept <= most, "--num_kept", options.num_kept,
+        f"{fewest} (active a token) to {most}, one less than all",
+    )  # fmt: skip
+    return SearchSpace.build(shape, num_kept=options.num_kept)
+
+
+def _method(
+    config: ScoringConfig, options: PruneOptions, space: SearchSpace, target: Path, *, overwrite: bool
+) -> tuple[Method, str]:
+    """The method, ready to be asked, and the hash of the model; raises where anything is wrong with the input."""
+    from moe_evo.criteria.observation_file import load_observations
+    from moe_evo.criteria.pruning import check_global
+    from moe_evo.criteria.registry import METHODS, Criterion, check_methods
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.load import model_hash
+    from moe_evo.models.router_rows import check_comparable
+
+    check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
+    known_as = model_hash(config.model)
+    method = METHODS[options.method]
+    if options.allocation == "global":
+        check_global(space)
+    check_methods("--method", [options.method], space, has_base_model=options.base_model is not None)
+    if options.base_model is not None and isinstance(method, Criterion):
+        base = replace(config.model, path=options.base_model, revision=None, alignment=None)
+        check_comparable(config.model, base)
+        method = method.comparing_with(base, model_hash(base), config.model)
+    if options.observations is not None:  # or say what is wrong, before a model is loaded
+        if options.observations.exists():
+            load_observations(options.observations, known_as)
+        elif not options.observations.absolute().parent.is_dir():
+            raise ConfigError(f"--observations: got {options.observations}, expected a file in a folder that exists")
+    return method, known_as
+
+
+def _observer(task: _Task, evaluator: Evaluator, tracker: Tracker) -> Observer:
+    from moe_evo.criteria.observer import Observer
+    from moe_evo.evaluation.local_pool import LocalPool
+
+    names = observed_names(task.config.model, task.data)
+    if task.is_aligned and task.options.progressive:
+        # what lies behind an aligned merge is another answer to the same question
+        names = {name: f"{known}+aligned" for name, known in names.items()}
+    file, blend = task.options.observations, task.options.blend
+    return Observer(LocalPool(evaluator).ask, names, task.known_as, file, tracker.message, blend or {})
+
+
+def _genome(task: _Task, evaluator: Evaluator, observer: Observer, tracker: Tracker) -> tuple[Genome, Alignment | None]:
+    """What the method makes of the model, and how neurons were reordered for it."""
+    from moe_evo.criteria.merges import Merge
+
+    if task.is_aligned and task.options.progressive:
+        assert isinstance(task.method, Merge)
+        return aligned_progressively(evaluator, task.method, observer, task.space, task.known_as, tracker)
+    make: Callable[[Observer, SearchSpace], Genome] = getattr(task.method, task.options.way)
+    genome = make(observer, task.space)
+    return genome, align(evaluator, genome, task.known_as, tracker) if task.is_aligned else None
+
+
+def _write(
+    task: _Task, evaluator: Evaluator, genome: Genome, alignment: Alignment | None, scores: Scores, target: Path,
+    *, overwrite: bool,
+) -> tuple[ExportReport, dict[str, str]]:  # fmt: skip
+    """Write the checkpoint, and what evaluates the genome again beside it; answers the files of the latter."""
+    from moe_evo.models.export.export import export_checkpoint
+    from moe_evo.models.load import alignment_digest
+
+    model = task.config.model
     how = {
-        "search": f"none: one-shot {chosen.title} on the search split",
+        "search": f"none: one-shot {task.method.title} on the search split",
         "genome": f"digest {genome.digest}",
         **({} if alignment is None else {"alignment": f"digest {alignment.digest}"}),
     }
-    told = provenance(config, known_as, data, how, scores)
+    told = provenance(task.config, task.known_as, task.data, how, scores)
     report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=told)
-    digest = alignment_digest(config.model) if alignment is None else alignment.digest
-    made_by = {"method": method, "router": config.model.router, "alignment": digest}
-    files = save_beside(report.folder, genome, alignment or config.model.alignment, made_by)
-    named = {
-        "folder": str(report.folder),
-        **files,
-        "method": method,
-        "aligned": is_aligned,
-        "kept": [list(layer) for layer in genome.kept],
-        "made_of": [layer.members for layer in genome.layers],
-        "scores": scores,
-    }
-    return {**asdict(report), **named, **told_more}
+    digest = alignment_digest(model) if alignment is None else alignment.digest
+    made_by = {"method": task.options.method, "router": model.router, "alignment": digest}
+    return report, save_beside(report.folder, genome, alignment or model.alignment, made_by)
+
+
+def _skipping_thresholds(task: _Task, observer: Observer) -> tuple[float, ...] | None:
+    """For NAEE the threshold of its dynamic skipping in each layer."""
+    from moe_evo.criteria.naee import Naee, median_gate_ratio
+    from moe_evo.criteria.questions import GateRatios
+
+    if not isinstance(task.method, Naee) or set(task.space.top_k) != {2}:
+        return None
+    return tuple(median_gate_ratio(layer) for layer in observer.about(GateRatios()).layers)
 
 
 def _check_blend(blend: Mapping[str, float], tasks: Sequence[str]) -> None:
@@ -158,20 +245,3 @@ def _check_blend(blend: Mapping[str, float], tasks: Sequence[str]) -> None:
             raise ConfigError(f"--blend: got {name}: {times:g}, expected 0 or more")
     if not any(blend.get(name, 1.0) for name in tasks):
         raise ConfigError(f"--blend: got 0 for {', '.join(tasks)}, expected more for one task at least")
-
-
-def _way(allocation: Allocation, *, progressive: bool) -> str:
-    """The function of a method that makes the genome; raises ConfigError for options that exclude each other."""
-    if progressive and allocation != "uniform":
-        raise ConfigError(f"--progressive: got it beside --allocation {allocation}, expected only one of them")
-    return "progressive_genome" if progressive else "genome" if allocation == "uniform" else "global_genome"
-
-
-def _check_way(method: str, way: str) -> None:
-    """Raise ConfigError for a method that has no such way to make a genome."""
-    from moe_evo.criteria.registry import METHODS
-
-    able = [name for name, one in METHODS.items() if hasattr(one, way)]
-    if method not in able:
-        option = "--progressive" if way == "progressive_genome" else "--allocation"
-        raise ConfigError(f"{option}: {method} knows no such way; expected one of {', '.join(able)}")

@@ -18,9 +18,10 @@ from moe_evo.genomes.file import save_individual
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Individual, Population
 from moe_evo.genomes.space import SearchSpace, check_fits
+from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder, check_inputs, default_folder, task_hashes, with_absolute_paths
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.records.result import run_result
+from moe_evo.records.make_result import run_result
 from moe_evo.runs.checks import check_methods_of, check_model
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.searches.eep import eep_config, schedule
@@ -122,8 +123,8 @@ def _run(
         if row.key in folder.winners:
             outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
-            provenance = {key: result[key] for key in ("model", "router", "tasks")}
-            provenance |= {"alignment": alignment_digest(config.model), "row": row.to_json()}
+            provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
+            provenance |= {"alignment": alignment_digest(config.model), "row": plain(row.to_row())}
             save_individual(folder.winners[row.key], individual, space, provenance)
     from moe_evo.report.figure import kept_figure, search_figure  # Matplotlib: not before there is something to draw
 

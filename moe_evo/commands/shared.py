@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_evo.config.check import require
 from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import GenomeError
 from moe_evo.genomes.population import EvaluationFailure
+from moe_evo.plain import Plain
 from moe_evo.records.result import Score
 from moe_evo.tasks.data import TaskData, is_share
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.genomes.genome import Genome
 
-Scores = dict[str, dict[str, Any]]
-"""By what was scored, a `Score` as plain data."""
+Scores = dict[str, Score]
+"""By what was scored."""
 
 
 def require_one_process(config: ScoringConfig, command: str) -> None:
@@ -42,16 +42,14 @@ def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], d
     for name, outcome in zip(genomes, evaluator.evaluate(list(genomes.values()), "test"), strict=True):
         if isinstance(outcome, EvaluationFailure):
             raise GenomeError(f"the {name} model has no score on the test split ({outcome.reason})")
-        scores[name] = asdict(Score.of(outcome, is_share=is_share(data)))
+        scores[name] = Score.of(outcome, is_share=is_share(data))
     return scores
 
 
-def provenance(
-    config: ScoringConfig, model_hash: str, data: Sequence[TaskData], how: Mapping[str, Any], scores: Scores
-) -> dict[str, Any]:
+def provenance(config: ScoringConfig, model_hash: str, data: Sequence[TaskData], how: Plain, scores: Scores) -> Plain:
     """For the model card: the base model, the data, `how` it was changed, and the scores."""
     is_embedded = config.model.path == "embedded"
-    told = [f"{name} model {one['fitness']:.4f} [{one['low']:.4f}, {one['high']:.4f}]" for name, one in scores.items()]
+    told = [f"{name} model {one.fitness:.4f} [{one.low:.4f}, {one.high:.4f}]" for name, one in scores.items()]
     return {
         "base_model": "moe_evo embedded Mixtral" if is_embedded else Path(config.model.path).name,
         "hash of the base model": model_hash,

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -26,35 +26,15 @@ from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
+from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
 from moe_evo.searches.registry import build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
+from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # Ray is imported when a sweep begins
     from moe_evo.gangs.tune_runs import Report, RunEvent
-
-
-class SweepFolder:
-    """A folder with one folder a run, the config of the sweep, and what came of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "sweep.yaml"
-        self.result = path / "sweep.json"
-        self.figure = path / "sweep.png"
-        self.tune = path / "tune"
-        self.logs = path / "logs"
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.path / "runs" / name)
-
-    def log(self, name: str) -> Path:
-        return self.logs / f"{name}.txt"
-
-    def read_result(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
-        return result
 
 
 def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[str, RunConfig]:
@@ -119,7 +99,7 @@ def _like(task: TaskConfig, configured: Sequence[TaskConfig]) -> TaskConfig:
     return same[0] if same else replace(configured[0], data=task.data, name="", kind="auto", metric="default")
 
 
-def sweep(config: SweepConfig, tracker: TerminalTracker, *, use_tune: bool) -> SweepFolder:
+def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFolder:
     """Make all runs of a sweep, or those that are missing; afterwards the folder holds table and figure.
 
     Everything that can be wrong with any of the runs is found before the first begins.
@@ -178,8 +158,8 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
     unfinished = [name for name in runs if not folder.run(name).result.is_file()]
     finished = {name: folder.run(name).read_result() for name in runs if name not in unfinished}
     if finished:
-        result = sweep_result(finished)
-        write_whole(folder.result, json.dumps({**result, "unfinished": unfinished}, indent=2) + "\n")
+        result = sweep_result(finished, unfinished)
+        folder.write_result(result)
         sweep_figure(folder.figure, result)
     if unfinished:
         raise RunError(
@@ -191,7 +171,7 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
 class _Progress:
     """Tells in a line where each run stands."""
 
-    def __init__(self, folder: SweepFolder, tracker: TerminalTracker, *, total: int, done: int) -> None:
+    def __init__(self, folder: SweepFolder, tracker: Tracker, *, total: int, done: int) -> None:
         self._folder, self._tracker, self._total, self._ended = folder, tracker, total, done
 
     def __call__(self, name: str, event: RunEvent) -> None:
@@ -208,15 +188,15 @@ class _Progress:
         run = self._folder.run(name)
         if not run.result.is_file():
             return f"failed, see {self._folder.log(name)}"
-        scores = run.read_result()["rows"][-1]["scores"]
-        return ", ".join(["done", *(f"{split} {score['fitness']:.3f}" for split, score in scores.items())])
+        scores = run.read_result().best.scores
+        return ", ".join(["done", *(f"{split} {score.fitness:.3f}" for split, score in scores.items())])
 
 
 def _one_by_one(
     config: SweepConfig,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
-    tracker: TerminalTracker,
+    tracker: Tracker,
     progress: _Progress,
 ) -> None:
     """In this process, with the model loaded once where there is no cluster."""
@@ -245,7 +225,7 @@ def _with_tune(
     config: SweepConfig,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
-    tracker: TerminalTracker,
+    tracker: Tracker,
     progress: _Progress,
 ) -> None:
     """As trials of Ray Tune that share one service of gangs."""
@@ -264,7 +244,7 @@ def _with_tune(
 
 
 @contextmanager
-def _service(config: SweepConfig, folder: SweepFolder, tracker: TerminalTracker) -> Iterator[ClusterConfig]:
+def _service(config: SweepConfig, folder: SweepFolder, tracker: Tracker) -> Iterator[ClusterConfig]:
     """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
     from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
     from moe_evo.models.load import model_hash
@@ -308,7 +288,7 @@ def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) 
         except MoeEvoError as error:
             tracker.message(f"error: {error}")
             return
-    report({split: score["fitness"] for split, score in run.read_result()["rows"][-1]["scores"].items()})
+    report({split: score.fitness for split, score in run.read_result().best.scores.items()})
 
 
 def _default_folder(config: SweepConfig) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import yaml
 
@@ -17,10 +17,10 @@ from moe_evo.config.file import read_config
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, difference
 from moe_evo.errors import MoeEvoError, RunError
+from moe_evo.plain import Plain, PlainError, plain, value_of
 from moe_evo.records.journal import Journal
+from moe_evo.records.result import RunResult, VersionError
 from moe_evo.tasks.data import TaskData, embedded_task_names, task_name
-
-RESULT_VERSION = 1
 
 _NAME_LENGTH = 200
 
@@ -140,26 +140,24 @@ class RunFolder:
         """The journal, for reading."""
         return Journal(self.journal, read_only=True)
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        text = json.dumps({"version": RESULT_VERSION, **result}, indent=2, ensure_ascii=False)
-        write_whole(self.result, text + "\n")
+    def write_result(self, result: RunResult) -> None:
+        write_whole(self.result, json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n")
 
-    def read_result(self) -> dict[str, Any]:
-        """The result of a finished run."""
+    def read_result(self) -> RunResult:
+        """The result of a finished run, of this or an older version."""
         if not self.result.is_file():
             raise RunError(f"{self.path}: this run is not finished; go on with: moe-evo search --resume {self.path}")
+        again = "delete it and run the same search again, it is made anew"
         try:
-            result: dict[str, Any] = json.loads(self.result.read_text("utf-8"))
+            data = json.loads(self.result.read_text("utf-8"))
         except ValueError as error:
-            raise RunError(
-                f"{self.result}: is not JSON ({error}); delete it and run the same search again, it is made anew"
-            ) from error
-        if result.get("version") != RESULT_VERSION:
-            raise RunError(
-                f"{self.result}: version {result.get('version')}, expected {RESULT_VERSION}; "
-                "use the moe_evo that wrote it"
-            )
-        return result
+            raise RunError(f"{self.result}: is not JSON ({error}); {again}") from error
+        try:
+            return value_of(RunResult, data)
+        except VersionError as error:
+            raise RunError(f"{self.result}: {error}") from error
+        except PlainError as error:
+            raise RunError(f"{self.result}: {error}; {again}") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -172,22 +170,22 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def asdict_plain(config: RunConfig) -> dict[str, Any]:
+def asdict_plain(config: RunConfig) -> Plain:
     """The config as plain data, as YAML holds it."""
-    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    data: Plain = json.loads(json.dumps(asdict(config)))
     return data
 
 
-def _defining(config: RunConfig) -> dict[str, Any]:
+def _defining(config: RunConfig) -> Plain:
     """The part of a config on which outcomes depend."""
     data = asdict_plain(config)
     for section, keys in _FREE_TO_CHANGE.items():
         part = data[section] if section else data
         for key in keys:
             del part[key]
-    for task, plain in zip(config.tasks, data["tasks"], strict=True):
+    for task, told in zip(config.tasks, data["tasks"], strict=True):
         # the journal knows a task's content by hash, which may lie elsewhere on another machine
-        plain |= {"name": task_name(task), "data": "", "few_shot": task.few_shot is not None}
+        told |= {"name": task_name(task), "data": "", "few_shot": task.few_shot is not None}
     data["search"]["warm_start"] = config.search.warm_start is not None  # its prunings are known by hash, too
     return data
 

@@ -25,6 +25,7 @@ from moe_evo.errors import GenomeError, JournalError
 from moe_evo.genomes.file import genome_from_bytes, genome_to_bytes
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.plain import Plain
 
 SCHEMA_VERSION = "3"
 
@@ -170,7 +171,7 @@ class Journal:
                 rows,
             )
 
-    def record_pool(self, events: Sequence[tuple[float, int, str, str]], status: Mapping[str, Any]) -> None:
+    def record_pool(self, events: Sequence[tuple[float, int, str, str]], status: Mapping[str, object]) -> None:
         """Write what happened to gangs, as (seconds since the epoch, gang, kind, detail), and how they are now."""
         with self._write() as database:
             database.executemany("INSERT INTO gang_events VALUES (?, ?, ?, ?)", events)
@@ -181,10 +182,10 @@ class Journal:
         """What happened to gangs, as `record_pool` takes it, in order."""
         return self._fetch("SELECT at, gang, kind, detail FROM gang_events ORDER BY rowid", ())
 
-    def pool_status(self) -> dict[str, Any] | None:
+    def pool_status(self) -> Plain | None:
         """How the gangs were when it was last written; None for a run without gangs."""
         rows = self._fetch("SELECT status FROM pool_status ORDER BY rowid DESC LIMIT 1", ())
-        return json.loads(rows[0][0]) if rows else None
+        return dict(json.loads(rows[0][0])) if rows else None
 
     def candidates(self, search: str) -> list[Candidate]:
         """All candidates of a search in the order of their numbers."""

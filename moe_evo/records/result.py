@@ -1,27 +1,24 @@
-"""What a finished run found: the final table as values, and everything that result.json tells."""
+"""What a finished run found, as frozen values: the final table, and everything else that result.json tells."""
 
 from __future__ import annotations
 
 import math
-import platform
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from moe_evo.config.run import RunConfig
-from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, ExampleScores, Outcome
-from moe_evo.genomes.space import ModelShape
-from moe_evo.records.journal import MAIN, REFERENCE, Journal
-from moe_evo.tasks.data import SPLITS, TaskData
+from moe_evo.errors import RunError
+from moe_evo.genomes.population import Candidate, Evaluation
+from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
+from moe_evo.records.statistics import WinnersCurse
+
+RESULT_VERSION = 1
 
 _Z_95 = 1.959963984540054
 
 
-def runs_stock_experts(result: Mapping[str, Any]) -> bool:
-    """Whether tokens ran all experts that they were routed to, as a stock architecture does; result: of a run."""
-    return result.get("experts", "own") == "own" and result.get("dynamic_skipping") is None
+class VersionError(PlainError):
+    """A result of a version that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,15 @@ class Score:
     """Fitness on one split with its 95 % interval over examples.
 
     The interval of a share is Wilson's, with the number of examples that its standard error speaks of;
-    that of an unbounded metric is normal.
+    that of an unbounded metric is normal. metrics: `task/metric` -> value.
     """
 
     fitness: float
     low: float
     high: float
-    standard_error: float
-    num_examples: int
-    metrics: Mapping[str, float]
+    standard_error: float = 0.0
+    num_examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, evaluation: Evaluation, *, is_share: bool) -> Score:
@@ -50,6 +47,9 @@ class Score:
             num_examples=evaluation.num_examples,
             metrics=dict(evaluation.metrics),
         )
+
+    def __str__(self) -> str:
+        return f"{self.fitness:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def _normal(evaluation: Evaluation) -> tuple[float, float]:
@@ -73,9 +73,51 @@ def _wilson(evaluation: Evaluation) -> tuple[float, float]:
 class Row:
     """One line of the final table.
 
-    key: full | frequency | random_search | best_pruning | best. evaluations: how many were spent to
-    find it. scores: by split, `search`, `validation` and `test`.
+    key: full | random_search | soup | best_pruning | best, or the name of a one-shot method. evaluations: how many
+    were spent to find it. candidate: its number in its search. num_kept, top_k: one number a MoE layer. kept: the
+    experts that each layer keeps; of a merge the one that weighs most in each slot. scores: by split, `search`,
+    `validation` and `test`; a split that failed has none. parameters, bytes: of its checkpoint; None where an older
+    version did not write them down.
     """
+
+    key: str
+    title: str
+    evaluations: int
+    candidate: int
+    operator: str
+    parents: tuple[int, ...]
+    digest: str
+    is_pruning: bool
+    num_kept: tuple[int, ...]
+    top_k: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    scores: Mapping[str, Score] = field(default_factory=dict, hash=False)
+    parameters: int | None = None
+    bytes: int | None = None
+
+    @property
+    def search(self) -> Score | None:
+        """The score on the examples that were searched with; None where it failed."""
+        return self.scores.get("search")
+
+    @property
+    def validation(self) -> Score | None:
+        """The score on the examples by which the winner was chosen; None where it failed."""
+        return self.scores.get("validation")
+
+    @property
+    def test(self) -> Score | None:
+        """The score on the examples that nothing was chosen by; None where it failed."""
+        return self.scores.get("test")
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{split} {score}" for split, score in self.scores.items())
+        return f"{self.title}: {scores or 'no scores'}"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A line of the final table while its genome is at hand."""
 
     key: str
     title: str
@@ -83,105 +125,159 @@ class Row:
     evaluations: int
     scores: Mapping[str, Score]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_row(self, parameters: int | None = None, size: int | None = None) -> Row:
+        """The line as result.json keeps it; size: bytes of its checkpoint."""
         genome = self.candidate.genome
-        return {
-            "key": self.key,
-            "title": self.title,
-            "evaluations": self.evaluations,
-            "candidate": self.candidate.number,
-            "operator": self.candidate.operator,
-            "parents": list(self.candidate.parents),
-            "digest": genome.digest,
-            "is_pruning": genome.is_pruning,
-            "num_kept": list(genome.num_kept),
-            "top_k": list(genome.top_k),
-            "kept": [list(layer) for layer in genome.kept],
-            "scores": {split: asdict(score) for split, score in self.scores.items()},
-        }
+        return Row(
+            key=self.key,
+            title=self.title,
+            evaluations=self.evaluations,
+            candidate=self.candidate.number,
+            operator=self.candidate.operator,
+            parents=self.candidate.parents,
+            digest=genome.digest,
+            is_pruning=genome.is_pruning,
+            num_kept=genome.num_kept,
+            top_k=genome.top_k,
+            kept=genome.kept,
+            scores=self.scores,
+            parameters=parameters,
+            bytes=size,
+        )
 
 
-def software_versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
-    packages = ("moe_evo", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that was searched: where it was, the hash of its files, and the shape of its MoE layers.
 
-
-def run_result(
-    config: RunConfig,
-    shape: ModelShape,
-    journal: Journal,
-    data: Sequence[TaskData],
-    rows: Sequence[Row],
-) -> dict[str, Any]:
-    from moe_evo.models.size.memory import exported_size
-    from moe_evo.models.size.size import read_size
-
-    size = read_size(config.model, ranks=1)
-    sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
-    outcomes = journal.outcomes(MAIN, "search")
-    return {
-        "software": software_versions(),
-        "model": {"path": config.model.path, "hash": journal.meta("hash/model"), **asdict(shape)},
-        "tasks": [
-            {
-                "name": one.name,
-                "kind": one.kind,
-                "metric": one.metric,
-                "hash": one.hash,
-                "examples": {split: len(examples) for split, examples in one.splits.items()},
-            }
-            for one in data
-        ],
-        "fitness": config.evaluation.fitness,
-        "router": config.model.router,
-        "experts": config.model.experts,
-        "dynamic_skipping": config.model.dynamic_skipping,
-        "search": {
-            "algorithm": config.search.algorithm,
-            "seed": config.search.seed,
-            "evaluations": len(outcomes),
-            **failure_facts(outcomes.values()),
-            "stopped_early": sum(isinstance(one, Evaluation) and one.is_stopped for one in outcomes.values()),
-            "evaluation_s": sum(one.duration_s for one in outcomes.values()),
-        },
-        "winners_curse": _winners_curse(journal, rows),
-        "gangs": gang_facts(journal),
-        "rows": [
-            {**row.to_json(), "parameters": parameters, "bytes": total}
-            for row, (parameters, total) in zip(rows, sizes, strict=True)
-        ],
-    }
-
-
-def _winners_curse(journal: Journal, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """How much of its lead over the full model the winner does not keep from split to split; see `winners_curse`.
-
-    None where one of the two has no scores on some split.
+    See `ModelShape` for the numbers.
     """
-    import numpy as np
 
-    from moe_evo.records.statistics import winners_curse
-
-    def scores(search: str, row: Row) -> dict[str, ExampleScores]:
-        found = {split: journal.outcomes(search, split)[row.candidate.number] for split in SPLITS}
-        return {split: one.scores for split, one in found.items() if isinstance(one, Evaluation) and one.scores}
-
-    full, winner = scores(REFERENCE, rows[0]), scores(MAIN, rows[-1])
-    if not len(full) == len(winner) == len(SPLITS):
-        return None
-    return asdict(winners_curse(winner, np.random.default_rng(0), full))
+    path: str
+    hash: str | None
+    family: str
+    num_experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    decoder_layers: tuple[int, ...]
+    num_expert_groups: int = 1
+    top_k_groups: int = 1
+    min_kept_per_group: int = 1
 
 
-def gang_facts(journal: Journal) -> dict[str, Any] | None:
-    """What became of the gangs of a run on a cluster: counts by kind of event, and why gangs broke."""
-    events = journal.gang_events()
-    if not events:
-        return None
-    kinds = Counter(kind for _, _, kind, _ in events)
-    return {**kinds, "reasons": sorted({detail for _, _, kind, detail in events if kind == "broken"})}
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task that was searched for. hash: of its data. examples: how many, by split."""
+
+    name: str
+    kind: str
+    metric: str
+    hash: str
+    examples: Mapping[str, int] = field(hash=False)
 
 
-def failure_facts(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    failed = [one for one in outcomes if isinstance(one, EvaluationFailure)]
-    return {"failures": len(failed), "failure_reasons": sorted({one.reason for one in failed})}
+@dataclass(frozen=True)
+class FailureFacts:
+    """How many evaluations gave no fitness, and every reason once."""
+
+    failures: int = 0
+    failure_reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchFacts:
+    """What the search did. stopped_early: evaluations that saw some of the examples. evaluation_s: of all together."""
+
+    algorithm: str
+    seed: int
+    evaluations: int
+    failures: int = 0
+    failure_reasons: tuple[str, ...] = ()
+    stopped_early: int = 0
+    evaluation_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GangFacts:
+    """What became of the gangs of a run on a cluster. counts: by kind of event. reasons: why gangs broke."""
+
+    counts: Mapping[str, int] = field(default_factory=dict, hash=False)
+    reasons: tuple[str, ...] = ()
+
+    def to_plain(self) -> Plain:
+        """The counts, with the reasons beside them."""
+        return {**self.counts, "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_plain(cls, data: object, where: str) -> GangFacts:
+        """Raises PlainError."""
+        found = dict(value_of(dict[str, Any], data, where))
+        reasons = value_of(tuple[str, ...], found.pop("reasons", ()), f"{where}.reasons")
+        return cls(value_of(dict[str, int], found, where), reasons)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RunResult:
+    """Everything that result.json tells of a finished run.
+
+    software: versions of everything that can change a number. fitness: how tasks make one score. router, experts,
+    dynamic_skipping: as in the model's config. winners_curse: how much of its lead over the full model the winner
+    does not keep from split to split. gangs: None for a run in one process. rows: the final table, the full model
+    first and the winner last.
+    """
+
+    software: Mapping[str, str] = field(default_factory=dict, hash=False)
+    model: ModelFacts
+    tasks: tuple[TaskFacts, ...]
+    fitness: str = "mean"
+    router: str = "exported"
+    experts: str = "own"
+    dynamic_skipping: float | tuple[float, ...] | None = None
+    search: SearchFacts
+    winners_curse: WinnersCurse | None = None
+    gangs: GangFacts | None = None
+    rows: tuple[Row, ...]
+
+    def row(self, key: str) -> Row | None:
+        """The line of the final table with this key, such as 'full' or 'best_pruning'; None where there is none."""
+        return next((row for row in self.rows if row.key == key), None)
+
+    @property
+    def best(self) -> Row:
+        """The winner: what was best on the validation split."""
+        return self._known("best")
+
+    @property
+    def full(self) -> Row:
+        """The whole model, to compare with."""
+        return self._known("full")
+
+    def _known(self, key: str) -> Row:
+        row = self.row(key)
+        if row is None:
+            raise RunError(f"result.json: has no row {key!r}, only {', '.join(one.key for one in self.rows)}")
+        return row
+
+    @property
+    def runs_stock_experts(self) -> bool:
+        """Whether tokens ran all experts that they were routed to, as a stock architecture does."""
+        return self.experts == "own" and self.dynamic_skipping is None
+
+    def to_plain(self) -> Plain:
+        """As result.json holds it."""
+        return {"version": RESULT_VERSION, **plain_fields(self)}
+
+    @classmethod
+    def from_plain(cls, data: object, where: str = "") -> RunResult:
+        """What `to_plain`, of this version or an older one, wrote; raises PlainError for anything else."""
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if version != RESULT_VERSION:
+            raise VersionError(f"version {version}, expected {RESULT_VERSION}; use the moe_evo that wrote it")
+        result = fields_of(cls, data, where)
+        if not result.rows:
+            raise PlainError("rows: got none, expected the final table")
+        return result
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(f"{task.name} ({task.metric})" for task in self.tasks)
+        rows = "; ".join(f"{row.key} {row.test or 'without a test score'}" for row in self.rows)
+        return f"<RunResult of {self.model.path} on {tasks}; on the test split: {rows}>"

@@ -1,17 +1,17 @@
-"""Pictures of a run as PNG: fitness against evaluations, and the experts that the winner keeps."""
+"""Pictures of a run as PNG: fitness against evaluations, and the experts that the winner keeps.
+
+Nothing here uses pyplot, whose figures and backend belong to the whole process, such as a notebook's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_evo.genomes.genome import Genome
@@ -30,14 +30,12 @@ def search_figure(
     path: Path, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float, winner: Genome
 ) -> None:
     """Left: fitness of each individual and the best so far; right: the winner's experts, layer by layer."""
-    figure, (curve, experts) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
-    try:
-        draw_curve(curve, individuals, random, full_fitness)
-        draw_experts(experts, winner)
-        experts.set_title("experts of the winner")
-        figure.savefig(path, dpi=130)
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curve, experts = figure.subplots(1, 2, width_ratios=(3, 2))
+    draw_curve(curve, individuals, random, full_fitness)
+    draw_experts(figure, experts, winner)
+    experts.set_title("experts of the winner")
+    figure.savefig(path, dpi=130)
 
 
 def draw_curve(
@@ -71,12 +69,12 @@ def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str
         axes.step(np.arange(1, len(best) + 1), best, where="post", color=colour, label=label)
 
 
-def draw_experts(axes: Axes, genome: Genome) -> None:
+def draw_experts(figure: Figure, axes: Axes, genome: Genome) -> None:
     """Heat map (layers, experts) of how much of each expert is kept."""
     weights = expert_weights(genome)
     # the square root of the weight, so that small parts are seen
     image = axes.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
-    plt.colorbar(image, ax=axes, label="weight in what is kept", ticks=[0, 0.1, 0.25, 0.5, 1])
+    figure.colorbar(image, ax=axes, label="weight in what is kept", ticks=[0, 0.1, 0.25, 0.5, 1])
     rows, columns = weights.shape
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
@@ -96,9 +94,6 @@ def kept_figure(path: Path, genome: Genome) -> None:
     """The experts of a genome alone."""
     layers, experts = expert_weights(genome).shape
     size = (min(3 + experts * 0.25, 16), min(2 + layers * 0.25, 12))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    try:
-        draw_experts(axes, genome)
-        figure.savefig(path, dpi=130)
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=size, layout="constrained")
+    draw_experts(figure, figure.subplots(), genome)
+    figure.savefig(path, dpi=130)

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.population import Evaluation
+from moe_evo.records.result import Row
 from moe_evo.report.plan import count_label
 from moe_evo.report.record import Record
-from moe_evo.report.terminal import print_whole
+from moe_evo.report.table import print_whole
 
 SPLITS = ("search", "validation", "test")
 
@@ -67,39 +68,41 @@ def lines_of(record: Record) -> list[Line]:
     common: dict[str, Any] = {
         "run": record.label,
         "folder": str(record.folder),
-        "model": str(record.config["model"]["path"]),
+        "model": record.config.model.path,
+        "tasks": _tasks(record),
         "algorithm": record.search.algorithm,
         "seed": record.search.seed,
     }
-    common["tasks"] = _tasks(record)
     if record.result is None:
         return _unfinished(record, common)
-    model = record.result["model"]
-    whole = next((row.get("parameters") for row in record.result["rows"] if row["key"] == "full"), None)
-    lines = []
-    for row in record.result["rows"]:
-        parameters = row.get("parameters")
-        scores: dict[str, Any] = {
-            f"{split}{suffix}": float(score[name])
-            for split, score in row["scores"].items()
-            for suffix, name in (("", "fitness"), ("_low", "low"), ("_high", "high"))
-        }
-        lines.append(
-            Line(
-                **common,
-                state="finished",
-                key=row["key"],
-                title=row["title"],
-                num_kept=float(np.mean(row["num_kept"])),
-                num_experts=float(np.mean(model["num_experts"])),
-                kept_share=sum(row["num_kept"]) / sum(model["num_experts"]),
-                parameters=parameters,
-                parameters_share=parameters / whole if parameters and whole else None,
-                evaluations=row["evaluations"],
-                **scores,
-            )
+    num_experts = record.result.model.num_experts
+    full = record.result.row("full")
+    whole = None if full is None else full.parameters
+    return [
+        Line(
+            **common,
+            state="finished",
+            key=row.key,
+            title=row.title,
+            num_kept=float(np.mean(row.num_kept)),
+            num_experts=float(np.mean(num_experts)),
+            kept_share=sum(row.num_kept) / sum(num_experts),
+            parameters=row.parameters,
+            parameters_share=row.parameters / whole if row.parameters and whole else None,
+            evaluations=row.evaluations,
+            **_intervals(row),
         )
-    return lines
+        for row in record.result.rows
+    ]
+
+
+def _intervals(row: Row) -> dict[str, Any]:
+    """Fitness, low and high of every split that has them, as `Line` names them."""
+    return {
+        f"{split}{suffix}": value
+        for split, score in row.scores.items()
+        for suffix, value in (("", score.fitness), ("_low", score.low), ("_high", score.high))
+    }
 
 
 def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
@@ -140,7 +143,7 @@ def _tasks(record: Record) -> str:
     """Names with metrics; of an unfinished run the names alone, as data decide what the default metric is."""
     if record.result is None:
         return ", ".join(record.task_names)
-    return ", ".join(f"{task['name']} ({task['metric']})" for task in record.result["tasks"])
+    return ", ".join(f"{task.name} ({task.metric})" for task in record.result.tasks)
 
 
 def lines_of_all(records: Sequence[Record]) -> list[Line]:
@@ -153,9 +156,8 @@ def lines_of_all(records: Sequence[Record]) -> list[Line]:
     ]
 
 
-def _tasks_key(record: Record) -> tuple[Any, ...]:
-    options = ("name", "data", "kind", "metric")
-    return tuple(tuple(task.get(option) for option in options) for task in record.config["tasks"])
+def _tasks_key(record: Record) -> tuple[tuple[str, ...], ...]:
+    return tuple((task.name, task.data, task.kind, task.metric) for task in record.config.tasks)
 
 
 def sorted_lines(records: Sequence[Record]) -> list[Line]:
@@ -166,7 +168,7 @@ def sorted_lines(records: Sequence[Record]) -> list[Line]:
     return sorted(lines_of_all(records), key=_order)
 
 
-def _order(line: Line) -> tuple[Any, ...]:
+def _order(line: Line) -> tuple[str | float, ...]:
     test = -np.inf if line.test is None else line.test
     return (line.tasks, line.model, line.num_kept or 0.0, -test, line.run, line.seed)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -12,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.population import Evaluation, ExampleScores
+from moe_evo.records.result import TaskFacts
 from moe_evo.records.statistics import exact_mcnemar, paired_difference
 from moe_evo.report.record import Record
-from moe_evo.report.table import plain_table
-from moe_evo.report.terminal import print_whole
+from moe_evo.report.table import plain_table, print_whole
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,29 @@ def _other_examples(record: Record, first: Record) -> str | None:
         return f"other tasks: {', '.join(sorted(own))}, not {', '.join(sorted(others))}"
     for name, task in own.items():
         other = others[name]
-        if task["metric"] != other["metric"]:
-            return f"another metric of task {name}: {task['metric']}, not {other['metric']}"
-        if task["hash"] != other["hash"]:
+        if task.metric != other.metric:
+            return f"another metric of task {name}: {task.metric}, not {other.metric}"
+        if task.hash != other.hash:
             return f"other data of task {name}"
-        sizes = task["examples"]["test"], other["examples"]["test"]
+        sizes = task.examples["test"], other.examples["test"]
         if sizes[0] != sizes[1]:
             return f"other test examples of task {name}: {sizes[0]}, not {sizes[1]}"
         # of one file that is split by hash, the share says which examples are left for the test
-        shares = task["split_shares"][2], other["split_shares"][2]
+        shares = _test_share(record, name), _test_share(first, name)
         if abs(shares[0] - shares[1]) > 1e-9:
             return f"another test share of task {name}: {shares[0]:g}, not {shares[1]:g}"
     return None
 
 
-def _tasks_by_name(record: Record) -> dict[str, dict[str, Any]]:
-    """The tasks of a finished run: what result.json and the config tell of each."""
+def _tasks_by_name(record: Record) -> dict[str, TaskFacts]:
+    """The tasks of a finished run."""
     assert record.result is not None
-    configs = dict(zip(record.task_names, record.config["tasks"], strict=True))
-    return {task["name"]: {**configs[task["name"]], **task} for task in record.result["tasks"]}
+    return {task.name: task for task in record.result.tasks}
+
+
+def _test_share(record: Record, name: str) -> float:
+    configs = dict(zip(record.task_names, record.config.tasks, strict=True))
+    return configs[name].split_shares[2]
 
 
 def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, Outcome
+from moe_evo.records.folder import asdict_plain
 from moe_evo.report.lines import Line
 from moe_evo.report.record import Record
 
@@ -49,7 +50,7 @@ def run_payload(record: Record) -> dict[str, Any]:
         "curve": curve(record),
         "maps": expert_maps(record),
         "lineage": lineage(record),
-        "config": flat({key: value for key, value in record.config.items() if key != "folder"}),
+        "config": flat({key: value for key, value in asdict_plain(record.config).items() if key != "folder"}),
     }
 
 
@@ -160,18 +161,17 @@ def expert_maps(record: Record) -> list[dict[str, Any]]:
     if record.result is None:
         genome = record.genomes.get("best")
         return [] if genome is None else [_map("best", "best so far", genome, list(range(len(genome.layers))))]
-    model = record.result["model"]
+    model = record.result.model
     maps = []
-    for row in reversed(record.result["rows"]):  # the winner first
-        if row["key"] == "full":
+    for row in reversed(record.result.rows):  # the winner first
+        if row.key == "full":
             continue
-        genome = record.genomes.get(row["key"])
-        if genome is None or genome.digest != row["digest"]:
-            genome = Genome.from_kept(
-                [sorted(set(layer)) for layer in row["kept"]], model["num_experts"], [1] * len(row["kept"])
-            )
-        one = _map(row["key"], row["title"], genome, model["decoder_layers"])
-        maps.append(one | {"top_k": row["top_k"], "num_kept": row["num_kept"]})
+        genome = record.genomes.get(row.key)
+        if genome is None or genome.digest != row.digest:
+            kept = [sorted(set(layer)) for layer in row.kept]
+            genome = Genome.from_kept(kept, model.num_experts, [1] * len(kept))
+        one = _map(row.key, row.title, genome, model.decoder_layers)
+        maps.append(one | {"top_k": list(row.top_k), "num_kept": list(row.num_kept)})
     return maps
 
 

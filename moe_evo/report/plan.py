@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from moe_evo.report.table import experts_label, plain_table
-from moe_evo.report.terminal import print_whole
+from moe_evo.report.planned import (
+    CheckpointPlan,
+    ClusterPlan,
+    Estimate,
+    MemoryPlan,
+    ModelPlan,
+    ModeMemory,
+    Plan,
+    SearchPlan,
+    TaskPlan,
+)
+from moe_evo.report.table import experts_label, plain_table, print_whole
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def print_plan(plan: Mapping[str, Any], next_command: str, console: Console | None = None) -> None:
+def print_plan(plan: Plan, next_command: str, console: Console | None = None) -> None:
     """Print what `moe_evo.commands.plan.plan` answered. next_command: the search that was planned for."""
     console = console or Console()
-    for line in _lines(plan, {"model": _model, "tasks": _tasks, "search": _search}):
+    for line in [*_model(plan.model), *_tasks(plan.tasks), *_search(plan.search)]:
         _line(console, line)
-    if plan["memory"]:
-        print_whole(console, memory_table(plan["memory"]))
-        for line in _on_top(plan["memory"]):
+    if plan.memory is not None:
+        print_whole(console, memory_table(plan.memory))
+        for line in _on_top(plan.memory):
             _line(console, line)
-    for line in _lines(plan, {"checkpoint": _checkpoint, "cluster": _cluster, "estimate": _estimate}):
+    for line in [*_checkpoint(plan.checkpoint), *_cluster(plan.cluster), *_estimate(plan.estimate)]:
         _line(console, line)
-    for note in plan["notes"]:
+    for note in plan.notes:
         _line(console, f"note        {note}")
-    for number, problem in enumerate(plan["problems"], start=1):
+    for number, problem in enumerate(plan.problems, start=1):
         _line(console, f"problem {number:<3} {problem}", style="bold red")
-    next_step = f"mend the {len(plan['problems'])} above, then plan again" if plan["problems"] else next_command
+    next_step = f"mend the {len(plan.problems)} above, then plan again" if plan.problems else next_command
     _line(console, f"next        {next_step}")
 
 
-def memory_table(memory: Mapping[str, Any]) -> Table:
+def memory_table(memory: MemoryPlan) -> Table:
     """One line a way of sharding; an arrow marks the config's own."""
-    known = memory["device_bytes"]
+    known = memory.device_bytes
     device_memory = f", device memory {size_label(known)}" if known is not None else ""
-    table = plain_table(f"memory of the fullest rank, gangs of {memory['gang_size']}{device_memory}")
+    table = plain_table(f"memory of the fullest rank, gangs of {memory.gang_size}{device_memory}")
     table.add_column("", no_wrap=True)
     for heading in ("weights", "gathered", "host", "disk", "with a batch", "merged layers"):
         table.add_column(heading, justify="right", no_wrap=True)
     if known is not None:
         table.add_column("fits", no_wrap=True)
-    for mode in memory["modes"]:
-        sizes = ("device", "gathered", "host", "disk", "needed", "merged")
-        cells = [size_label(mode[f"{name}_bytes"]) for name in sizes]
-        if mode["refusal"]:
+    for mode in memory.modes:
+        held = (mode.device_bytes, mode.gathered_bytes, mode.host_bytes, mode.disk_bytes)
+        cells = [size_label(size) for size in (*held, mode.needed_bytes, mode.merged_bytes)]
+        if mode.refusal:
             cells = ["not possible", *[""] * 5]
-        verdict = [] if known is None else ["" if mode["fits"] is None else "yes" if mode["fits"] else "no"]
+        verdict = [] if known is None else ["" if mode.fits is None else "yes" if mode.fits else "no"]
         table.add_row(
-            f"{'>' if mode['chosen'] else ' '} {_mode_label(mode)}", *cells, *verdict,
-            style="bold" if mode["chosen"] else "",
+            f"{'>' if mode.chosen else ' '} {_mode_label(mode)}", *cells, *verdict,
+            style="bold" if mode.chosen else "",
         )  # fmt: skip
     return table
 
@@ -80,40 +89,39 @@ def time_label(hours: float) -> str:
     return f"{hours * 3600:.0f} s"
 
 
-def _mode_label(mode: Mapping[str, Any]) -> str:
-    return mode["sharding"] if mode["offload"] == "none" else f"{mode['sharding']}, {mode['offload']}"
+def _mode_label(mode: ModeMemory) -> str:
+    return mode.sharding if mode.offload == "none" else f"{mode.sharding}, {mode.offload}"
 
 
-def _lines(plan: Mapping[str, Any], sections: Mapping[str, Callable[[Any], list[str]]]) -> list[str]:
-    """The lines of all sections; a part that could not be planned has none."""
-    return [line for key, section in sections.items() if plan[key] is not None for line in section(plan[key])]
-
-
-def _model(model: Mapping[str, Any]) -> list[str]:
+def _model(model: ModelPlan | None) -> list[str]:
+    if model is None:
+        return []
     return [
-        f"model       {model['path']} ({model['family']}, {model['dtype']})",
-        f"layers      {model['moe_layers']} with experts of {model['decoder_layers']}, "
-        f"{experts_label(model['num_experts'])} experts each, top-{experts_label(model['top_k'])}",
-        f"parameters  {count_label(model['parameters'])}: {count_label(model['expert_parameters'])} in experts, "
-        f"{count_label(model['parameters'] - model['expert_parameters'])} else; "
-        f"{count_label(model['active_parameters'])} active a token; {size_label(model['bytes'])}",
+        f"model       {model.path} ({model.family}, {model.dtype})",
+        f"layers      {model.moe_layers} with experts of {model.decoder_layers}, "
+        f"{experts_label(model.num_experts)} experts each, top-{experts_label(model.top_k)}",
+        f"parameters  {count_label(model.parameters)}: {count_label(model.expert_parameters)} in experts, "
+        f"{count_label(model.parameters - model.expert_parameters)} else; "
+        f"{count_label(model.active_parameters)} active a token; {size_label(model.bytes)}",
     ]
 
 
-def _tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+def _tasks(tasks: Sequence[TaskPlan]) -> list[str]:
     return [
-        f"task        {task['name']} ({task['kind']}, {task['metric']}): "
-        + ", ".join(f"{number} {split}" for split, number in task["examples"].items())
+        f"task        {task.name} ({task.kind}, {task.metric}): "
+        + ", ".join(f"{number} {split}" for split, number in task.examples.items())
         for task in tasks
     ]
 
 
-def _search(search: Mapping[str, Any]) -> list[str]:
-    kind = "prunings, then merges" if search["merges"] else "prunings only"
+def _search(search: SearchPlan | None) -> list[str]:
+    if search is None:
+        return []
+    kind = "prunings, then merges" if search.merges else "prunings only"
     return [
-        f"search      {search['algorithm']}, keeps {experts_label(search['num_kept'])}, {kind}; "
-        f"{_number_label(search['log10_prunings'])} prunings to choose from",
-        "evaluations at most " + ", ".join(f"{number} {split}" for split, number in search["evaluations"].items()),
+        f"search      {search.algorithm}, keeps {experts_label(search.num_kept)}, {kind}; "
+        f"{_number_label(search.log10_prunings)} prunings to choose from",
+        "evaluations at most " + ", ".join(f"{number} {split}" for split, number in search.evaluations.items()),
     ]
 
 
@@ -122,49 +130,47 @@ def _number_label(log10: float) -> str:
     return f"{round(10**log10):,}" if log10 < 12 else f"10^{log10:.0f}"
 
 
-def _on_top(memory: Mapping[str, Any]) -> list[str]:
-    chosen = next(mode for mode in memory["modes"] if mode["chosen"])
+def _on_top(memory: MemoryPlan) -> list[str]:
     lines = [
-        f"on top      logits of a batch at most {size_label(memory['logits_bytes'])}, activations roughly "
-        f"{size_label(memory['activations_bytes'])}"
+        f"on top      logits of a batch at most {size_label(memory.logits_bytes)}, activations roughly "
+        f"{size_label(memory.activations_bytes)}"
     ]
-    if chosen["merged_bytes"]:
+    if memory.chosen.merged_bytes:
         lines.append(
-            f"            merged layers of one genome {size_label(chosen['merged_bytes'])}; what finds no room is "
+            f"            merged layers of one genome {size_label(memory.chosen.merged_bytes)}; what finds no device_memory is "
             "merged in every forward pass"
         )
     return lines
 
 
-def _checkpoint(checkpoint: Mapping[str, Any]) -> list[str]:
+def _checkpoint(checkpoint: CheckpointPlan | None) -> list[str]:
+    if checkpoint is None:
+        return []
     return [
-        f"export      {count_label(checkpoint['parameters'])} parameters, {size_label(checkpoint['bytes'])} "
-        f"(loads with {checkpoint['loader']})"
+        f"export      {count_label(checkpoint.parameters)} parameters, {size_label(checkpoint.bytes)} "
+        f"(loads with {checkpoint.loader})"
     ]
 
 
-def _cluster(cluster: Mapping[str, Any]) -> list[str]:
-    nodes = f"{cluster['nodes']} node{'s' * (cluster['nodes'] != 1)}"
+def _cluster(cluster: ClusterPlan | None) -> list[str]:
+    if cluster is None:
+        return []
+    nodes = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)}"
     return [
-        f"cluster     {nodes}; gangs of {cluster['needs']}: {cluster['gangs_free']} fit now, "
-        f"{cluster['gangs_whole']} when all is free"
+        f"cluster     {nodes}; gangs of {cluster.needs}: {cluster.gangs_free} fit now, "
+        f"{cluster.gangs_whole} when all is free"
     ]
 
 
-def _estimate(estimate: Mapping[str, Any]) -> list[str]:
-    parts = ", ".join(f"{split} {time_label(estimate[f'{split}_h'])}" for split in _splits(estimate))
+def _estimate(estimate: Estimate | None) -> list[str]:
+    if estimate is None:
+        return []
+    parts = ", ".join(f"{split} {time_label(hours)}" for split, hours in estimate.hours.items())
     return [
-        f"speed       {estimate['evaluation_s']:.3g} s an evaluation, {estimate['gangs']} at a time: "
-        f"{estimate['evaluations_per_h']:.0f} evaluations an hour",
-        f"time        {time_label(estimate['total_h'])} ({parts})",
+        f"speed       {estimate.evaluation_s:.3g} s an evaluation, {estimate.gangs} at a time: "
+        f"{estimate.evaluations_per_h:.0f} evaluations an hour",
+        f"time        {time_label(estimate.total_h)} ({parts})",
     ]
-
-
-def _splits(estimate: Mapping[str, Any]) -> Sequence[str]:
-    return [key.removesuffix("_h") for key in estimate if key.endswith("_h") and key not in _NO_SPLITS]
-
-
-_NO_SPLITS = ("evaluations_per_h", "total_h")
 
 
 def _line(console: Console, text: str, style: str = "") -> None:

@@ -5,22 +5,24 @@ Only the genomes that are shown are decoded; a journal may hold thousands of lar
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from moe_evo.config.search import EEPConfig, SearchConfig
-from moe_evo.config.task import TaskConfig
+from moe_evo.config.run import RunConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.errors import ConfigError, RunError
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
+from moe_evo.plain import PlainError, value_of
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.records.make_result import gang_facts
+from moe_evo.records.result import GangFacts, RunResult
 from moe_evo.searches.eep import eep_config, schedule
 from moe_evo.tasks.data import task_name
 
@@ -34,13 +36,29 @@ class Ancestry:
 
 
 @dataclass(frozen=True)
+class GangNow:
+    """How a gang was when its run last wrote it down."""
+
+    number: int
+    node: str = ""
+    evaluations: int = 0
+    evaluations_per_s: float | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class _Status:
+    gangs: tuple[GangNow, ...] = ()
+
+
+@dataclass(frozen=True)
 class Record:
     """All that is told of one run.
 
-    label: its name in a report, different from those of the runs beside it. config: as plain data.
-    result: None while the run is not finished. outcomes, random, validation, test: by candidate number, in the
-    order in which they finished; of the search, of the random search beside it, of the search's finalists, and of
-    those of them that are in the final table.
+    label: its name in a report, different from those of the runs beside it. result: None while the run is not
+    finished. outcomes, random, validation, test: by candidate number, in the order in which they finished; of the
+    search, of the random search beside it, of the search's finalists, and of those of them that are in the final
+    table.
     full: the full model on the search split. gang_events: as `Journal.gang_events`; gangs: their last status.
     genomes: by key of the final table, those that are more than a list of kept experts; of an unfinished run the
     best so far, as 'best'.
@@ -48,10 +66,8 @@ class Record:
 
     folder: Path
     label: str
-    config: Mapping[str, Any]
-    search: SearchConfig
-    task_names: tuple[str, ...]
-    result: Mapping[str, Any] | None
+    config: RunConfig
+    result: RunResult | None
     outcomes: Mapping[int, Outcome] = field(default_factory=dict)
     ancestry: Mapping[int, Ancestry] = field(default_factory=dict)
     random: Mapping[int, Outcome] = field(default_factory=dict)
@@ -59,8 +75,16 @@ class Record:
     test: Mapping[int, Outcome] = field(default_factory=dict)
     full: Evaluation | None = None
     gang_events: Sequence[tuple[float, int, str, str]] = ()
-    gangs: Mapping[str, Any] | None = None
+    gangs: tuple[GangNow, ...] = ()
     genomes: Mapping[str, Genome] = field(default_factory=dict)
+
+    @property
+    def search(self) -> SearchConfig:
+        return self.config.search
+
+    @cached_property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(map(task_name, self.config.tasks))
 
     @property
     def is_finished(self) -> bool:
@@ -70,8 +94,8 @@ class Record:
     def best(self) -> int | None:
         """The candidate of the winner; of an unfinished run the best so far by search fitness, if any."""
         if self.result is not None:
-            row = next((row for row in self.result["rows"] if row["key"] == "best"), None)
-            return None if row is None else int(row["candidate"])
+            row = self.result.row("best")
+            return None if row is None else row.candidate
         return _best(self.outcomes)
 
     @property
@@ -108,14 +132,10 @@ class Record:
                 waiting.extend(self.ancestry[number].parents)
         return sorted(found)
 
-    def gang_summary(self) -> dict[str, Any] | None:
-        """Counts by kind of event and why gangs broke, as result.json has it; None for a run without gangs."""
-        if self.result is not None and self.result.get("gangs"):
-            return dict(self.result["gangs"])
-        if not self.gang_events:
-            return None
-        kinds = Counter(kind for _, _, kind, _ in self.gang_events)
-        return {**kinds, "reasons": sorted({detail for _, _, kind, detail in self.gang_events if kind == "broken"})}
+    def gang_summary(self) -> GangFacts | None:
+        """Counts by kind of event and why gangs broke; None for a run without gangs."""
+        known = None if self.result is None else self.result.gangs
+        return known or gang_facts(self.gang_events)
 
 
 def read_records(folders: Sequence[str | Path]) -> list[Record]:
@@ -136,16 +156,9 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(run: RunFolder, label: str) -> Record:
-    config = _plain_config(run.config)
-    try:
-        search = SearchConfig(**{**config["search"], "eep": EEPConfig(**config["search"]["eep"])})
-        names = tuple(task_name(TaskConfig(**task)) for task in config["tasks"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise RunError(
-            f"{run.config}: is not the config of a run of this moe_evo ({error}); use the moe_evo that wrote it"
-        ) from error
+    config = _config(run.config)
     result = run.read_result() if run.result.is_file() else None
-    record = Record(run.path, label, config, search, names, result, genomes=_winners(run))
+    record = Record(run.path, label, config, result, genomes=_winners(run))
     if not run.journal.is_file():  # a result that was kept without its journal
         return record
     with run.open_journal() as journal:
@@ -159,8 +172,6 @@ def _read(run: RunFolder, label: str) -> Record:
             folder=run.path,
             label=label,
             config=config,
-            search=search,
-            task_names=names,
             result=result,
             outcomes=outcomes,
             ancestry={number: Ancestry(*one) for number, one in journal.ancestry(MAIN).items()},
@@ -169,20 +180,25 @@ def _read(run: RunFolder, label: str) -> Record:
             test=journal.outcomes(MAIN, "test"),
             full=full if isinstance(full, Evaluation) else None,
             gang_events=journal.gang_events(),
-            gangs=journal.pool_status(),
+            gangs=value_of(_Status, journal.pool_status() or {}).gangs,
             genomes=genomes,
         )
 
 
-def _plain_config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> RunConfig:
     # not through the command line's parser, which takes a tenth of a second a run
     try:
         content = yaml.load(path.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: got {type(content).__name__}, expected the config of a run")
-    return content
+    try:
+        if not isinstance(content, dict) or not {"model", "tasks", "search"} <= content.keys():
+            raise PlainError("it has no sections model, tasks and search")
+        return value_of(RunConfig, content)
+    except (PlainError, ConfigError) as error:
+        raise RunError(
+            f"{path}: is not the config of a run of this moe_evo ({error}); use the moe_evo that wrote it"
+        ) from error
 
 
 def _winners(run: RunFolder) -> dict[str, Genome]:

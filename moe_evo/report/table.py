@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.genome import Genome
+from moe_evo.records.result import RunResult
 
 _SHADES = " ░▒▓█"
 
@@ -23,21 +24,29 @@ def plain_table(title: str | None = None) -> Table:
     )
 
 
-def final_table(result: dict[str, Any]) -> Table:
+def print_whole(console: Console, table: Table) -> None:
+    """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    width, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = width
+
+
+def final_table(result: RunResult) -> Table:
     """One line a contender: experts kept, evaluations spent (evals), validation and test with 95 % intervals."""
-    tasks = ", ".join(f"{task['name']} ({task['metric']})" for task in result["tasks"])
-    table = plain_table(f"{result['fitness']} over {tasks}; higher is better")
+    tasks = ", ".join(f"{task.name} ({task.metric})" for task in result.tasks)
+    table = plain_table(f"{result.fitness} over {tasks}; higher is better")
     table.add_column("", no_wrap=True)
     for heading in ("experts", "evals", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in result["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["title"],
-            experts_label(row["num_kept"]),
-            str(row["evaluations"] or ""),
-            *(_score(row["scores"].get(split)) for split in ("search", "validation")),
-            _interval(row["scores"].get("test")),
-            style="bold" if row["key"] == "best" else "",
+            row.title,
+            experts_label(row.num_kept),
+            str(row.evaluations or ""),
+            *("failed" if score is None else f"{score.fitness:.3f}" for score in (row.search, row.validation)),
+            "failed" if row.test is None else str(row.test),
+            style="bold" if row.key == "best" else "",
         )
     return table
 
@@ -47,14 +56,6 @@ def experts_label(num_kept: Sequence[int]) -> str:
     if len(set(num_kept)) == 1:
         return str(num_kept[0])
     return f"{np.mean(num_kept):.1f} ({min(num_kept)}-{max(num_kept)})"
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    return f"{score['fitness']:.3f}" if score else "failed"
-
-
-def _interval(score: dict[str, Any] | None) -> str:
-    return f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" if score else "failed"
 
 
 def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

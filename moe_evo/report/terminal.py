@@ -4,43 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
-from moe_evo.records.result import runs_stock_experts
-from moe_evo.report.table import experts_label, final_table, kept_picture
+from moe_evo.records.result import GangFacts, RunResult, Score
+from moe_evo.report.answers import (
+    CompressedModel,
+    ExportedRun,
+    MethodFacts,
+    Progress,
+    PrunedModel,
+    ScoredGenome,
+    WrittenReport,
+)
+from moe_evo.report.table import experts_label, final_table, kept_picture, print_whole
 from moe_evo.tasks.data import SPLITS
 
 
-def print_run(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Table, kept experts, files and next commands of a run."""
+def print_run(folder: RunFolder, told: RunResult | Progress) -> None:
+    """Of a finished run table, kept experts, files and next commands; of an unfinished one how far it has come."""
+    if isinstance(told, Progress):
+        _print_progress(folder, told)
+    else:
+        _print_result(folder, told)
+
+
+def _print_progress(folder: RunFolder, progress: Progress) -> None:
+    best = progress.best_fitness
+    Console().print(
+        f"{folder.path}: {progress.evaluations} of {progress.budget} evaluations done, "
+        f"{progress.failed.failures} failed, best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
+        f"{_reasons(progress.failed.failure_reasons)}{_gangs(progress.gangs)}"
+        f"go on with: moe-evo search --resume {folder.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_result(folder: RunFolder, result: RunResult) -> None:
     console = Console()
-    if result.get("unfinished"):
-        best = result["best_fitness"]
-        console.print(
-            f"{folder.path}: {result['evaluations']} of {result['of']} evaluations done, {result['failures']} failed, "
-            f"best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
-            f"{_reasons(result)}{_gangs(result)}"
-            f"go on with: moe-evo search --resume {folder.path}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return
     print_whole(console, final_table(result))
     winner = load_genome(folder.best)
-    console.print(kept_picture(winner, result["model"]["decoder_layers"]))
-    search = result["search"]
-    stopped = f", {search['stopped_early']} stopped early" if search.get("stopped_early") else ""
+    console.print(kept_picture(winner, result.model.decoder_layers))
+    search = result.search
+    stopped = f", {search.stopped_early} stopped early" if search.stopped_early else ""
     console.print(
-        f"{search['evaluations']} evaluations ({search['failures']} failed{stopped}), seed {search['seed']}, "
-        f"{search['evaluation_s']:.0f} s of evaluation\n"
-        f"{_examples(result)}{_reasons(search)}{_gangs(result)}{_luck(result)}{_soup(result)}"
+        f"{search.evaluations} evaluations ({search.failures} failed{stopped}), seed {search.seed}, "
+        f"{search.evaluation_s:.0f} s of evaluation\n"
+        f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}{_luck(result)}{_soup(result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -57,159 +72,147 @@ def print_check(name: str, state: str, detail: str) -> None:
     Console().print(line, highlight=False, soft_wrap=True)
 
 
-def _reasons(counted: dict[str, Any]) -> str:
-    return "".join(f"failed   {reason}\n" for reason in counted["failure_reasons"])
+def _reasons(reasons: Sequence[str]) -> str:
+    return "".join(f"failed   {reason}\n" for reason in reasons)
 
 
-def _examples(result: dict[str, Any]) -> str:
+def _examples(result: RunResult) -> str:
     """On how many examples the scores of the table rest, of all tasks together."""
-    counts = {split: sum(task["examples"][split] for task in result["tasks"]) for split in SPLITS}
+    counts = {split: sum(task.examples[split] for task in result.tasks) for split in SPLITS}
     return f"examples {', '.join(f'{count} {split}' for split, count in counts.items())}\n"
 
 
-def _soup(result: dict[str, Any]) -> str:
+def _soup(result: RunResult) -> str:
     """Which genome is exported, where there are two to choose from."""
-    titles = {row["key"]: row["title"] for row in result["rows"]}
-    if "soup" not in titles:
+    soup = result.row("soup")
+    if soup is None:
         return ""
-    return f"exported is {titles['best']}, the last row; with --which soup it is the {titles['soup']}\n"
+    return f"exported is {result.best.title}, the last row; with --which soup it is the {soup.title}\n"
 
 
-def _gangs(result: dict[str, Any]) -> str:
+def _gangs(gangs: GangFacts | None) -> str:
     """How often gangs of a run on a cluster were loaded, and why they broke."""
-    gangs = result.get("gangs")
-    if not gangs:
+    if gangs is None:
         return ""
-    lines = [f"gangs    loaded {gangs.get('ready', 0)} times, broken {gangs.get('broken', 0)} times"]
-    return "\n".join([*lines, *(f"broken   {reason}" for reason in gangs["reasons"])]) + "\n"
+    lines = [f"gangs    loaded {gangs.counts.get('ready', 0)} times, broken {gangs.counts.get('broken', 0)} times"]
+    return "\n".join([*lines, *(f"broken   {reason}" for reason in gangs.reasons)]) + "\n"
 
 
-def _luck(result: dict[str, Any]) -> str:
+def _luck(result: RunResult) -> str:
     """How much of what the winner was chosen for it does not keep."""
-    curse = result.get("winners_curse")
-    if not curse:
+    if result.winners_curse is None:
         return ""
-    lost = curse["search_test"]
-    told = f"{lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}]"
+    lost = result.winners_curse.search_test
+    told = f"{lost.value:.3f} [{lost.low:.3f}, {lost.high:.3f}]"
     return f"luck     from search to test split the winner loses {told} against the full model\n"
 
 
-def print_whole(console: Console, table: Table) -> None:
-    """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    width, console.width = console.width, max(console.width, needed)
-    console.print(table)
-    console.width = width
-
-
-def _next_step(folder: RunFolder, result: dict[str, Any], *, is_pruning: bool) -> str:
+def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str:
     target = folder.path / "checkpoint"
-    exportable = is_pruning or result["router"] == "exported"  # what is merged in mode 'eep' has no stock router
-    if target.exists() or not runs_stock_experts(result) or not (exportable or folder.best_pruning.is_file()):
+    exportable = is_pruning or result.router == "exported"  # what is merged in mode 'eep' has no stock router
+    if target.exists() or not result.runs_stock_experts or not (exportable or folder.best_pruning.is_file()):
         return f"moe-evo evaluate {folder.path} --split test"
     which = "" if exportable else " --which best_pruning"
     return f"moe-evo export {folder.path} --to {target}{which}"
 
 
-def print_scores(scores: dict[str, Any]) -> None:
+def print_scores(scored: ScoredGenome) -> None:
     """One genome's scores on one split."""
-    console = Console()
+    console, score = Console(), scored.score
     console.print(
-        f"{scores['genome']}: {scores['fitness']:.4f} ({scores['low']:.4f} to {scores['high']:.4f}) on "
-        f"{scores['num_examples']} {scores['split']} examples, {experts_label(scores['num_kept'])} experts a layer",
+        f"{scored.genome}: {score.fitness:.4f} ({score.low:.4f} to {score.high:.4f}) on "
+        f"{score.num_examples} {scored.split} examples, {experts_label(scored.num_kept)} experts a layer",
         highlight=False,
         soft_wrap=True,
     )
-    for name, value in sorted(scores["metrics"].items()):
+    for name, value in sorted(score.metrics.items()):
         console.print(f"  {name}: {value:.4f}", highlight=False)
 
 
-def print_export(report: dict[str, Any]) -> None:
+def print_export(exported: ExportedRun | PrunedModel | CompressedModel) -> None:
     """Where the checkpoint is, how much smaller, how well it agrees."""
-    console = Console()
-    mib = 2**20
-    which = f"exported    {report['title']} ({report['which']} of the run)\n" if "which" in report else ""
-    console.print(
+    report, mib = exported.report, 2**20
+    which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
+    Console().print(
         f"{which}"
-        f"checkpoint  {report['folder']} (loads with {report['loader']})\n"
-        f"parameters  {report['parameters_before']:,} -> {report['parameters_after']:,}\n"
-        f"on disk     {report['bytes_before'] / mib:.1f} MiB -> {report['bytes_after'] / mib:.1f} MiB\n"
-        f"reloaded    logits differ by at most {report['max_logit_difference']:.1e} from what was evaluated",
+        f"checkpoint  {report.folder} (loads with {report.loader})\n"
+        f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}\n"
+        f"on disk     {report.bytes_before / mib:.1f} MiB -> {report.bytes_after / mib:.1f} MiB\n"
+        f"reloaded    logits differ by at most {report.max_logit_difference:.1e} from what was evaluated",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def print_one_shot(report: dict[str, Any]) -> None:
+def print_one_shot(pruned: PrunedModel) -> None:
     """What a one-shot method kept or merged, and how good it is."""
     console = Console()
-    for layer, slots in enumerate(report["made_of"]):
+    for layer, slots in enumerate(pruned.made_of):
         verb = "keeps" if all(len(members) == 1 for members in slots) else "merges"
         experts = ", ".join("+".join(map(str, members)) for members in slots)
         console.print(f"layer {layer:3}   {verb} {experts}", highlight=False, soft_wrap=True)
-    _print_scores_of_models(console, report["scores"])
-    lines = [f"{name:<12}{report[name]}" for name in ("genome", "alignment") if name in report]
-    if "dynamic_skipping_beta" in report:
-        thresholds = ", ".join(f"{one:.3f}" for one in report["dynamic_skipping_beta"])
+    _print_scores_of_models(console, pruned.scores)
+    lines = [f"{'genome':<12}{pruned.genome}"]
+    if pruned.alignment is not None:
+        lines.append(f"{'alignment':<12}{pruned.alignment}")
+    if pruned.dynamic_skipping_beta is not None:
+        thresholds = ", ".join(f"{one:.3f}" for one in pruned.dynamic_skipping_beta)
         lines.append(f"skipping    --model.dynamic_skipping '[{thresholds}]' (evaluates only; no checkpoint holds it)")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_scores_of_models(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_scores_of_models(console: Console, scores: Mapping[str, Score]) -> None:
     width = max(map(len, scores)) + len(" model  ")
     for name, score in scores.items():
-        told = f"{score['fitness']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-        where = f"on {score['num_examples']} examples of the test split"
-        line = f"{name + ' model':{width}}{told} {where} (95 % interval)"
+        where = f"on {score.num_examples} examples of the test split"
+        line = f"{name + ' model':{width}}{score} {where} (95 % interval)"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_compression(report: dict[str, Any]) -> None:
+def print_compression(compressed: CompressedModel) -> None:
     """What became of the experts, how far they moved, how good the model is, and what they would take packed."""
     console = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("MoE layer", "relative error", "weighted by inputs", "experts that saw no token"):
         table.add_column(column, justify="right")
-    for number, layer in enumerate(report["layers"]):
-        weighted = layer["weighted_error"]
-        cells = ("", "") if weighted is None else (f"{weighted:.4f}", str(layer["num_idle"]))
-        table.add_row(str(number), f"{layer['relative_error']:.4f}", *cells)
+    for number, layer in enumerate(compressed.layers):
+        weighted = layer.weighted_error
+        cells = ("", "") if weighted is None else (f"{weighted:.4f}", str(layer.num_idle))
+        table.add_row(str(number), f"{layer.relative_error:.4f}", *cells)
     print_whole(console, table)
-    _print_scores_of_models(console, report["scores"])
-    experts, mib = report["experts"], 2**20
-    share = experts["num_nonzero"] / experts["num_weights"]
+    _print_scores_of_models(console, compressed.scores)
+    experts, mib = compressed.experts, 2**20
+    share = experts.num_nonzero / experts.num_weights
     lines = [
-        f"experts     {report['description']}",
-        f"not zero    {experts['num_nonzero']:,} of {experts['num_weights']:,} weights of experts ({share:.1%})",
-        f"as written  {experts['dense_bytes'] / mib:.2f} MiB of experts, as before: they are stored densely",
+        f"experts     {compressed.description}",
+        f"not zero    {experts.num_nonzero:,} of {experts.num_weights:,} weights of experts ({share:.1%})",
+        f"as written  {experts.dense_bytes / mib:.2f} MiB of experts, as before: they are stored densely",
     ]
-    for way, packed in experts["packed_bytes"].items():
-        larger = ", more than densely" if packed > experts["dense_bytes"] else ""
-        ratio = packed / experts["dense_bytes"]
+    for way, packed in experts.packed_bytes.items():
+        larger = ", more than densely" if packed > experts.dense_bytes else ""
+        ratio = packed / experts.dense_bytes
         lines.append(f"would take  {packed / mib:.2f} MiB as {way} ({ratio:.1%} of dense{larger})")
-    lines.append(f"that needs  {report['needs']}")
+    lines.append(f"that needs  {compressed.needs}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def print_criteria(criteria: Sequence[Mapping[str, str]]) -> None:
+def print_criteria(methods: Sequence[MethodFacts]) -> None:
     """What each method does and under it where it is from, in the width of the terminal."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
     table.add_column("keeps the experts with the highest, or what else it does")
-    for one in criteria:
-        table.add_row(one["name"], one["description"])
-        table.add_row("", one["source"], style="dim")
+    for one in methods:
+        table.add_row(one.name, one.description)
+        table.add_row("", one.source, style="dim")
     Console().print(table)
 
 
-def print_report(written: dict[str, Any]) -> None:
+def print_report(written: WrittenReport) -> None:
     """Where the page is, and what to do next."""
     console = Console()
-    path = Path(written["report"]).resolve()
-    runs = f"{written['runs']} run{'s' * (written['runs'] != 1)}"
-    lines = [f"report   {written['report']} ({runs}, {written['bytes'] / 2**20:.1f} MiB, needs no network)"]
-    lines += [
-        f"         {folder} is not finished: go on, then write the report again" for folder in written["unfinished"]
-    ]
+    path = Path(written.report).resolve()
+    runs = f"{written.runs} run{'s' * (written.runs != 1)}"
+    lines = [f"report   {written.report} ({runs}, {written.bytes / 2**20:.1f} MiB, needs no network)"]
+    lines += [f"         {folder} is not finished: go on, then write the report again" for folder in written.unfinished]
     lines.append(f"next     open {path.as_uri()} in a browser, or send the file to somebody")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

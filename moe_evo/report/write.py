@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_evo.errors import RunError
 from moe_evo.records.folder import write_whole
+from moe_evo.report.answers import WrittenReport
+from moe_evo.report.html import lines_table, pairings_table
 from moe_evo.report.lines import Line, sorted_lines
 from moe_evo.report.page import is_report, render_page
 from moe_evo.report.pairing import Pairing, pairings
 from moe_evo.report.record import read_records
 
 
-def compare(folders: Sequence[str], *, in_pairs: bool = True) -> tuple[list[Line], list[Pairing]]:
-    """The final tables of runs as one sorted list, and each winner against that of the first run.
+@dataclass(frozen=True)
+class Comparison:
+    """The final tables of several runs as one sorted list, and each winner against that of the first run."""
 
-    in_pairs: without, the second list is empty, which saves its time. Raises RunError for what is no run.
+    lines: tuple[Line, ...]
+    paired: tuple[Pairing, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return lines_table(self.lines) + (pairings_table(self.paired) if self.paired else "")
+
+
+def compare(folders: Sequence[str], *, in_pairs: bool = True) -> Comparison:
+    """The final tables of runs, and their winners in pairs.
+
+    in_pairs: without, there are no pairs, which saves its time. Raises RunError for what is no run.
     """
     records = read_records(folders)
-    return sorted_lines(records), pairings(records) if in_pairs else []
+    return Comparison(tuple(sorted_lines(records)), tuple(pairings(records)) if in_pairs else ())
 
 
-def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> dict[str, Any]:
+def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> WrittenReport:
     """Write one HTML page over runs, whole or not at all, and tell where it is.
 
     to: the file; None means report.html in the folder of the only run. overwrite: replace a file that is no report.
@@ -34,12 +47,12 @@ def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> 
     # names of folders need not be text; what is not becomes a question mark
     text = render_page(records).encode("utf-8", "replace").decode("utf-8")
     _write(target, text)
-    return {
-        "report": str(target),
-        "bytes": target.stat().st_size,
-        "runs": len(records),
-        "unfinished": [str(record.folder) for record in records if not record.is_finished],
-    }
+    return WrittenReport(
+        report=str(target),
+        bytes=target.stat().st_size,
+        runs=len(records),
+        unfinished=tuple(str(record.folder) for record in records if not record.is_finished),
+    )
 
 
 def _target(folders: Sequence[str], to: str | None) -> Path:

@@ -15,7 +15,7 @@ from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure,
 from moe_evo.genomes.soup import alike, greedy_soup
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.records.result import Row, Score
+from moe_evo.records.result import Score, TableRow
 from moe_evo.runs.loop import FULL, Run
 from moe_evo.searches.random_search import RandomSearch
 from moe_evo.searches.registry import build_search
@@ -44,7 +44,7 @@ def run_search(
     is_share: bool,
     observer: Observer,
     wider: Sequence[Genome] = (),
-) -> list[Row]:
+) -> list[TableRow]:
     """Search, choose on the validation split, report on the test split.
 
     is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: of the pool's model and tasks.
@@ -133,7 +133,7 @@ def _validated(run: Run, config: RunConfig, name: str, title: str, population: P
     return scored
 
 
-def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[Row]:
+def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[TableRow]:
     entries = [(one.search, one.candidate) for one in contenders]
     scores: list[dict[str, Score]] = [{} for _ in contenders]
     for split in SPLITS:
@@ -141,6 +141,6 @@ def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[
             if isinstance(individual.outcome, Evaluation):
                 found[split] = Score.of(individual.outcome, is_share=is_share)
     return [
-        Row(one.key, one.title, one.candidate, one.evaluations, found)
+        TableRow(one.key, one.title, one.candidate, one.evaluations, found)
         for one, found in zip(contenders, scores, strict=True)
     ]

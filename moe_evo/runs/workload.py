@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moe_evo.config.run import RunConfig
 from moe_evo.config.search import SearchConfig
+from moe_evo.report.planned import Estimate
 from moe_evo.searches.eep import eep_config, schedule
 
 
@@ -37,9 +38,7 @@ def merges(config: SearchConfig, *, can_prune: bool) -> bool:
     return not can_prune or schedule(eep_config(config), config.evaluations)[1] < config.evaluations
 
 
-def estimate(
-    evaluations: Mapping[str, int], examples: Mapping[str, int], evaluation_s: float, gangs: int
-) -> dict[str, float]:
+def estimate(evaluations: Mapping[str, int], examples: Mapping[str, int], evaluation_s: float, gangs: int) -> Estimate:
     """Time of a run whose evaluations on the search split take `evaluation_s` on one gang.
 
     evaluations, examples: by split; an evaluation takes as long as its split has examples. Hours are those
@@ -48,10 +47,10 @@ def estimate(
     seconds = {
         split: number * evaluation_s * examples[split] / examples["search"] for split, number in evaluations.items()
     }
-    return {
-        "evaluation_s": evaluation_s,
-        "gangs": gangs,
-        "evaluations_per_h": 3600 * gangs / evaluation_s,
-        **{f"{split}_h": second / gangs / 3600 for split, second in seconds.items()},
-        "total_h": sum(seconds.values()) / gangs / 3600,
-    }
+    return Estimate(
+        evaluation_s=evaluation_s,
+        gangs=gangs,
+        evaluations_per_h=3600 * gangs / evaluation_s,
+        hours={split: second / gangs / 3600 for split, second in seconds.items()},
+        total_h=sum(seconds.values()) / gangs / 3600,
+    )

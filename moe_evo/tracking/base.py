@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moe_evo.evaluation.pool import PoolNews
 from moe_evo.genomes.population import Individual
+from moe_evo.records.result import RunResult
 
 
 class Tracker(Protocol):
@@ -16,7 +17,7 @@ class Tracker(Protocol):
     message: a line to read. stage: `total` evaluations begin, `done` of which an earlier process did.
     evaluated: one of them is done. recorded: an outcome stands in the journal, told once for every
     candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool: what gangs do. finished: the result,
-    as result.json holds it, and the files of the winners.
+    and the files of the winners.
     """
 
     def message(self, text: str) -> None: ...
@@ -29,7 +30,7 @@ class Tracker(Protocol):
 
     def pool(self, news: PoolNews) -> None: ...
 
-    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None: ...
+    def finished(self, result: RunResult, files: Sequence[Path]) -> None: ...
 
 
 class Trackers:
@@ -58,6 +59,6 @@ class Trackers:
         for tracker in self._trackers:
             tracker.pool(news)
 
-    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         for tracker in self._trackers:
             tracker.finished(result, files)

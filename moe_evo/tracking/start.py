@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from moe_evo.config.run import RunConfig
 from moe_evo.errors import ConfigError, RunError
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.plain import Plain
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.records.result import software_versions
+from moe_evo.records.make_result import software_versions
 from moe_evo.searches.eep import eep_config
 from moe_evo.tasks.data import SPLITS, task_name
 from moe_evo.tracking.base import Tracker, Trackers
@@ -27,6 +27,17 @@ from moe_evo.tracking.wandb_tracker import wandb_tracker
 _META_ID = "wandb/id"
 _NAME_LENGTH = 120
 _REPLAY_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A run of W&B that was written from a journal. replaced_id: of the older one; where: its page, or its upload."""
+
+    mode: Mode
+    id: str
+    replaced_id: str | None
+    outcomes: int
+    where: str
 
 
 @contextmanager
@@ -46,7 +57,7 @@ def tracked(
         yield Trackers(terminal, wandb)
 
 
-def replay(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+def replay(folder: RunFolder, config: RunConfig) -> Replay:
     """Write a new run of W&B from the journal of a search, finished or not; the search goes on with that one."""
     mode = wandb_mode(config.tracking)
     if mode == "disabled":
@@ -70,7 +81,7 @@ def replay(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
                 wandb.finished(folder.read_result(), winner_files(folder))
     if wandb.failure is not None:
         raise RunError(f"W&B: {wandb.failure}; try again, or add --tracking.wandb offline and upload with wandb sync")
-    return {"mode": mode, "id": run.id, "replaced_id": old, "outcomes": len(history), "where": wandb.where}
+    return Replay(mode, run.id, old, len(history), wandb.where)
 
 
 def winner_files(folder: RunFolder) -> list[Path]:
@@ -112,7 +123,7 @@ def _wandb_run(
 
 def _settings(
     config: RunConfig, num_experts: Sequence[int], num_kept: Sequence[int], hashes: Mapping[str, str | None]
-) -> dict[str, Any]:
+) -> Plain:
     """What runs are filtered and grouped by, flat; of paths only the last part."""
     model, search, evaluation, selection = config.model, config.search, config.evaluation, config.selection
     path = Path(model.path)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.genomes.population import Evaluation, Individual
+from moe_evo.records.result import RunResult
 
 _PLAIN_INTERVAL_S = 5.0
 _LOADING_INTERVAL_S = 30.0
@@ -121,7 +121,7 @@ class TerminalTracker:
     def recorded(self, search: str, split: str, individual: Individual) -> None:
         """Nothing to show: `evaluated` says it with its stage."""
 
-    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         """Nothing to show: the command prints what a run found."""
 
     def pool(self, news: PoolNews) -> None:

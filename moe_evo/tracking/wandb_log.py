@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from safetensors.numpy import save as save_tensors
 from moe_evo.evaluation.pool import PoolStatus
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
+from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
+from moe_evo.records.result import RunResult
 from moe_evo.tracking.curves import SearchStatistics
 
 if TYPE_CHECKING:
@@ -121,7 +124,7 @@ class SearchLog:
         self._times: deque[float] = deque()
         self._drawn: Genome | None = None
         self._drawn_at = monotonic()
-        self._result: Mapping[str, Any] | None = None
+        self._result: RunResult | None = None
         run.define_metric("evaluations")
         run.define_metric("*", step_metric="evaluations")
 
@@ -149,19 +152,19 @@ class SearchLog:
         counts = {"gangs/restarts": status.restarts, "queue/waiting": status.waiting}
         self._run.log({**values, **counts, "queue/under_way": status.under_way, **self._here()})
 
-    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         """The final table, summary, pictures of the winner, and the files as an artifact."""
         self._result = result
         self._run.summary.update(_summary(result))
         self._run.log({"final": _final_table(result), **self._here()})
         artifact = wandb.Artifact(f"result-{self._run.id}", type="result")
-        path = str(result["model"]["path"])
+        path = result.model.path
         name = Path(path).name if Path(path).is_absolute() else path
         for file in files:
             with artifact.new_file(file.name, mode="wb") as target:
                 target.write(_renamed(file, path, name))
         with artifact.new_file("result.json", encoding="utf-8") as stream:
-            json.dump({**result, "model": {**result["model"], "path": name}}, stream, indent=2)
+            json.dump(plain(replace(result, model=replace(result.model, path=name))), stream, indent=2)
         self._run.log_artifact(artifact)
 
     def close(self) -> None:
@@ -169,7 +172,7 @@ class SearchLog:
         self._flush()
         best = self._statistics[MAIN].best
         if self._result is not None:
-            best = self._individuals[MAIN, self._result["rows"][-1]["candidate"]]
+            best = self._individuals[MAIN, self._result.rows[-1].candidate]
         if best is not None:
             self._draw(best)
 
@@ -248,31 +251,35 @@ def _row(search: str, individual: Individual) -> list[Any]:
     return [*head, *numbers, failure, outcome.duration_s]
 
 
-def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(result: RunResult) -> dict[str, float]:
     """Numbers to sort runs by: `best/test`, `best/test_low`, `gain/test`, ..."""
-    rows = {row["key"]: row for row in result["rows"]}
-    values: dict[str, Any] = {}
-    for key, row in rows.items():
-        for split, score in row["scores"].items():
-            values |= {f"{key}/{split}": score["fitness"]}
-            values |= {f"{key}/{split}_{end}": score[end] for end in ("low", "high") if split == "test"}
+    values: dict[str, float] = {}
+    for row in result.rows:
+        for split, score in row.scores.items():
+            values[f"{row.key}/{split}"] = score.fitness
+            if split == "test":
+                values |= {f"{row.key}/test_low": score.low, f"{row.key}/test_high": score.high}
     for split in ("validation", "test"):
         if f"best/{split}" in values and f"full/{split}" in values:
             values[f"gain/{split}"] = values[f"best/{split}"] - values[f"full/{split}"]
-    best, num_experts = rows["best"], result["model"]["num_experts"]
-    values |= {"num_kept": float(np.mean(best["num_kept"])), "share_kept": sum(best["num_kept"]) / sum(num_experts)}
-    values |= {key: best[key] for key in ("parameters", "bytes") if key in best}
-    search = result["search"]
-    return values | {key: search[key] for key in ("failures", "evaluations", "evaluation_s")}
+    best, num_experts = result.best, result.model.num_experts
+    values |= {"num_kept": float(np.mean(best.num_kept)), "share_kept": sum(best.num_kept) / sum(num_experts)}
+    if best.parameters is not None and best.bytes is not None:
+        values |= {"parameters": best.parameters, "bytes": best.bytes}
+    search = result.search
+    return values | {
+        "failures": search.failures, "evaluations": search.evaluations, "evaluation_s": search.evaluation_s,
+    }  # fmt: skip
 
 
-def _final_table(result: Mapping[str, Any]) -> wandb.Table:
+def _final_table(result: RunResult) -> wandb.Table:
     splits = ("search", "validation", "test")
     parts = [f"{split}{part}" for split in splits for part in ("", "_low", "_high")]
     table = wandb.Table(columns=["key", "title", "num_kept", "evaluations", *parts])
-    for row in result["rows"]:
-        scores = [row["scores"].get(split, {}).get(part) for split in splits for part in ("fitness", "low", "high")]
-        table.add_data(row["key"], row["title"], float(np.mean(row["num_kept"])), row["evaluations"], *scores)
+    for row in result.rows:
+        found = (row.scores.get(split) for split in splits)
+        scores = [part for one in found for part in ((one.fitness, one.low, one.high) if one else (None, None, None))]
+        table.add_data(row.key, row.title, float(np.mean(row.num_kept)), row.evaluations, *scores)
     return table
 
 

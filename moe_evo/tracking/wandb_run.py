@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moe_evo.config.run import TrackingConfig
+from moe_evo.plain import Plain
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -40,7 +41,7 @@ class WandbRun:
     id: str
     name: str
     folder: Path
-    settings: Mapping[str, Any]
+    settings: Plain
     num_rows: int
     tags: Sequence[str] = ()
     finish_timeout_s: float = field(default_factory=lambda: _FINISH_TIMEOUT_S)

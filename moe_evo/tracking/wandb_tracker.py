@@ -11,14 +11,15 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from moe_evo.evaluation.pool import PoolNews
 from moe_evo.genomes.population import Individual
+from moe_evo.records.result import RunResult
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.wandb_run import WandbRun
 
@@ -114,7 +115,7 @@ class WandbTracker:
             self._pool_at = now
             self._put(lambda log: log.pool(news.status))
 
-    def finished(self, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         self._put(lambda log: log.finished(result, files))
 
     def close(self, exit_code: int) -> None:

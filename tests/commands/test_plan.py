@@ -28,7 +28,9 @@ from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
+from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder
+from moe_evo.report.planned import CheckpointPlan
 from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
 from moe_evo.runs.workload import estimate
 from moe_evo.tracking.terminal import TerminalTracker
@@ -102,10 +104,10 @@ def test_what_is_busy_counts_in_the_whole_cluster_only() -> None:
 def test_time_follows_evaluations_examples_and_gangs() -> None:
     counts, examples = {"search": 90, "validation": 10, "test": 4}, {"search": 100, "validation": 200, "test": 500}
     told = estimate(counts, examples, 10.0, 2)
-    assert told["evaluations_per_h"] == 720
-    assert told["search_h"] == pytest.approx(90 * 10 / 2 / 3600)
-    assert told["test_h"] == pytest.approx(4 * 50 / 2 / 3600)
-    assert told["total_h"] == pytest.approx((900 + 200 + 200) / 2 / 3600)
+    assert told.evaluations_per_h == 720
+    assert told.hours["search"] == pytest.approx(90 * 10 / 2 / 3600)
+    assert told.hours["test"] == pytest.approx(4 * 50 / 2 / 3600)
+    assert told.total_h == pytest.approx((900 + 200 + 200) / 2 / 3600)
 
 
 @pytest.mark.parametrize(
@@ -121,27 +123,27 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
 def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_path: Path) -> None:
     run = replace(small(tmp_path, **config), selection=SelectionConfig(random_search=True, finalists=3, soup=True))
     told = plan(run)
-    assert told["problems"] == []
+    assert told.problems == ()
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
         search_command(run, tracker)
     with RunFolder(tmp_path / "run").open_journal() as journal:
         made = {
             split: sum(len(journal.outcomes(name, split)) for name in (MAIN, RANDOM, REFERENCE))
-            for split in told["search"]["evaluations"]
+            for split in told.search.evaluations
         }
     for split, number in made.items():
-        assert number <= told["search"]["evaluations"][split] <= number + 10
+        assert number <= told.search.evaluations[split] <= number + 10
 
 
 def test_the_embedded_model_is_told_and_the_plan_is_json(tmp_path: Path) -> None:
     told = plan(small(tmp_path))
-    assert told["model"]["parameters"] == 3_019_904
-    assert told["checkpoint"] == {"parameters": 1_739_904, "bytes": 4 * 1_739_904, "loader": "transformers"}
-    chosen = [mode for mode in told["memory"]["modes"] if mode["chosen"]]
-    assert [mode["sharding"] for mode in chosen] == ["single"]
-    assert chosen[0]["device_bytes"] == 4 * 3_019_904
-    assert told["tasks"][0]["examples"] == {"search": 4, "validation": 4, "test": 4}
-    assert json.loads(json.dumps(told)) == told
+    assert told.model.parameters == 3_019_904
+    assert told.checkpoint == CheckpointPlan(1_739_904, 4 * 1_739_904, "transformers")
+    chosen = [mode for mode in told.memory.modes if mode.chosen]
+    assert [mode.sharding for mode in chosen] == ["single"]
+    assert chosen[0].device_bytes == 4 * 3_019_904
+    assert told.tasks[0].examples == {"search": 4, "validation": 4, "test": 4}
+    assert json.loads(json.dumps(plain(told))) == plain(told)
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_methods_that_cannot_be_asked_are_problems(tmp_path: Path) -> None:
         search=replace(config.search, init=["luck"]),
         model=replace(config.model, dynamic_skipping=[0.5], alignment="nowhere"),
     )
-    skipping, alignment, baseline, seed = plan(config)["problems"]
+    skipping, alignment, baseline, seed = plan(config).problems
     assert alignment.startswith("nowhere: cannot be read (No such file or directory)")
     assert skipping == "model.dynamic_skipping: got 1 thresholds, the model has 4 MoE layers"
     assert baseline.startswith("selection.baselines: router_norm compares with the checkpoint before fine-tuning")
@@ -176,34 +178,35 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         search=SearchConfig(num_kept=9, num_layer_groups=7),
         folder=str(tmp_path),
     )
-    problems = plan(config)["problems"]
+    told = plan(config)
+    problems = told.problems
     expected = [
         "task nowhere", "tasks (syll).metric", "'nli' twice", "search.num_kept", "search.num_layer_groups",
         "model.device", "holds other files",
     ]  # fmt: skip
     assert [part in line for part, line in zip(expected, problems, strict=True)] == [True] * len(expected)
     with pytest.raises(ConfigError, match=r"cannot start: task nowhere.* \(and 6 more\)"):
-        require_no_problems({"problems": problems})
+        require_no_problems(told)
 
 
 def test_an_unknown_model_leaves_tasks_and_folder_checked(tmp_path: Path) -> None:
     told = plan(replace(small(tmp_path), model=ModelConfig(path=str(tmp_path / "none"))))
-    assert (told["model"], told["search"], told["memory"], told["checkpoint"]) == (None, None, None, None)
-    assert len(told["problems"]) == 1 and "no such folder" in told["problems"][0]
-    assert len(told["tasks"]) == 1
+    assert (told.model, told.search, told.memory, told.checkpoint) == (None, None, None, None)
+    assert len(told.problems) == 1 and "no such folder" in told.problems[0]
+    assert len(told.tasks) == 1
 
 
 def test_a_folder_is_told_as_free_held_by_another_run_or_resumed(tmp_path: Path) -> None:
     config = small(tmp_path)
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
         search_command(config, tracker)
-    assert "finished" in plan(config)["notes"][0]
+    assert "finished" in plan(config).notes[0]
     other = replace(config, search=SearchConfig(evaluations=7))
-    assert "another config (search.evaluations: 6 -> 7)" in plan(other)["problems"][0]
+    assert "another config (search.evaluations: 6 -> 7)" in plan(other).problems[0]
     (tmp_path / "run" / "result.json").unlink()
-    assert "goes on where it stands" in plan(config)["notes"][0]
+    assert "goes on where it stands" in plan(config).notes[0]
     shutil.rmtree(tmp_path / "run")
-    assert plan(config)["notes"] == []
+    assert plan(config).notes == ()
 
 
 def test_weights_that_do_not_fit_are_a_problem_with_what_would_fit(tmp_path: Path) -> None:
@@ -213,16 +216,16 @@ def test_weights_that_do_not_fit_are_a_problem_with_what_would_fit(tmp_path: Pat
         model=ModelConfig(sharding="tensor_parallel", offload="none"),
         cluster=ClusterConfig(address="auto", gang_size=2),
     )
-    by_mode = {(mode["sharding"], mode["offload"]): mode for mode in plan(sharded, memory_gib=1.0)["memory"]["modes"]}
+    by_mode = {(mode.sharding, mode.offload): mode for mode in plan(sharded, memory_gib=1.0).memory.modes}
     chosen = by_mode["tensor_parallel", "none"]
-    assert chosen["chosen"] and chosen["fits"]
-    assert chosen["device_bytes"] < 0.6 * by_mode["single", "none"]["device_bytes"]
-    assert chosen["merged_bytes"] * 2 == by_mode["single", "none"]["merged_bytes"]
-    too_small = plan(sharded, memory_gib=0.004)["problems"]
+    assert chosen.chosen and chosen.fits
+    assert chosen.device_bytes < 0.6 * by_mode["single", "none"].device_bytes
+    assert chosen.merged_bytes * 2 == by_mode["single", "none"].merged_bytes
+    too_small = plan(sharded, memory_gib=0.004).problems
     assert len(too_small) == 1 and "tensor_parallel needs" in too_small[0]
     tight = plan(sharded, memory_gib=0.02)
-    assert tight["problems"] == [] and "evaluation.batch_tokens" in tight["notes"][0]
-    assert plan(sharded)["memory"]["device_bytes"] is None
+    assert tight.problems == () and "evaluation.batch_tokens" in tight.notes[0]
+    assert plan(sharded).memory.device_bytes is None
 
 
 def test_experts_that_a_gang_cannot_share_are_a_problem(tmp_path: Path) -> None:
@@ -232,8 +235,8 @@ def test_experts_that_a_gang_cannot_share_are_a_problem(tmp_path: Path) -> None:
         cluster=ClusterConfig(address="auto", gang_size=7),
     )
     told = plan(config)
-    assert any("7 ranks" in line for line in told["problems"])
-    assert next(mode for mode in told["memory"]["modes"] if mode["chosen"])["refusal"]
+    assert any("7 ranks" in line for line in told.problems)
+    assert next(mode for mode in told.memory.modes if mode.chosen).refusal
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_a_cluster_without_room_is_told(
         cluster=ClusterConfig(address="auto", gang_size=2, strategy="STRICT_PACK"),
     )
     told = plan(config, capacity=ClusterCapacity(nodes, GPU, can_grow=grows))
-    for lines, part in ((told["problems"], problem), (told["notes"], note)):
+    for lines, part in ((told.problems, problem), (told.notes, note)):
         assert len(lines) == (part is not None)
         assert part is None or part in lines[0]
 
@@ -266,8 +269,8 @@ def test_a_device_map_is_one_process_on_a_cluster(tmp_path: Path) -> None:
         cluster=ClusterConfig(address="auto", gang_size=4, num_gangs=3),
     )
     told = plan(config, capacity=ClusterCapacity((node(8),), {"GPU": 4.0}))
-    assert told["cluster"]["gangs"] == told["cluster"]["gangs_whole"] == 2
-    assert "asks for 3, 2 fit now" in told["notes"][0]
+    assert told.cluster.gangs == told.cluster.gangs_whole == 2
+    assert "asks for 3, 2 fit now" in told.notes[0]
 
 
 def test_speed_is_measured_only_where_nothing_is_wrong(tmp_path: Path) -> None:
@@ -278,15 +281,15 @@ def test_speed_is_measured_only_where_nothing_is_wrong(tmp_path: Path) -> None:
     )
     capacity = ClusterCapacity((node(8),), GPU)
     told = plan(config, capacity=capacity, calibrate=lambda: 2.0)
-    assert told["estimate"]["gangs"] == 4
-    assert told["estimate"]["evaluations_per_h"] == 7200
+    assert told.estimate.gangs == 4
+    assert told.estimate.evaluations_per_h == 7200
 
     def fails() -> float:
         raise ClusterError("gang 0: lost")
 
-    assert plan(config, capacity=capacity, calibrate=fails)["problems"] == ["gang 0: lost"]
+    assert plan(config, capacity=capacity, calibrate=fails).problems == ("gang 0: lost",)
     wrong = replace(config, tasks=[TaskConfig(data="nowhere")])
-    assert plan(wrong, capacity=capacity, calibrate=pytest.fail)["estimate"] is None
+    assert plan(wrong, capacity=capacity, calibrate=pytest.fail).estimate is None
 
 
 def test_torch_and_ray_are_not_imported_before_a_model_is_looked_at() -> None:

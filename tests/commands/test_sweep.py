@@ -19,7 +19,7 @@ from rich.console import Console
 
 from moe_evo.cli.main import main
 from moe_evo.commands.search import search as search_command
-from moe_evo.commands.sweep import SweepFolder, grid, sweep
+from moe_evo.commands.sweep import grid, sweep
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.file import config_parser, parse_config
 from moe_evo.config.model import ModelConfig
@@ -32,6 +32,8 @@ from moe_evo.gangs.connection import connected
 from moe_evo.gangs.tune_runs import Report, trainable, tune
 from moe_evo.models.load import read_shape
 from moe_evo.records.journal import Journal
+from moe_evo.records.result import ModelFacts, Row, RunResult, Score, SearchFacts, TaskFacts
+from moe_evo.records.sweep import SweepFolder
 from moe_evo.report.sweep import print_sweep, sweep_result
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -142,9 +144,9 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
 
 def test_a_sweep_ends_with_a_table_and_a_figure(one_by_one: SweepFolder) -> None:
     result = one_by_one.read_result()
-    assert result["runs"] == ["keep1-seed0", "keep1-seed1", "keep2-seed0", "keep2-seed1"]
-    assert result["unfinished"] == []
-    assert {line["key"] for line in result["lines"]} == {"full", "frequency", "reap", "best"}
+    assert result.runs == ("keep1-seed0", "keep1-seed1", "keep2-seed0", "keep2-seed1")
+    assert result.unfinished == ()
+    assert {line.key for line in result.lines} == {"full", "frequency", "reap", "best"}
     assert one_by_one.figure.read_bytes().startswith(b"\x89PNG")
     console = Console(width=60, record=True, file=io.StringIO())
     print_sweep(result, console)
@@ -186,30 +188,35 @@ def test_what_is_wrong_with_examples_is_found_before_a_model_is_loaded(tmp_path:
     assert not (tmp_path / "sweep").exists()
 
 
+def made_result(row: Row, algorithm: str = "eep", seed: int = 0) -> RunResult:
+    return RunResult(
+        model=ModelFacts("embedded", "", "mixtral", (2,), (1,), (0,)),
+        tasks=(TaskFacts("a", "choice", "accuracy", "", {}),),
+        search=SearchFacts(algorithm, seed, 1),
+        rows=(row,),
+    )
+
+
+def made_row(key: str, title: str, size: int, score: Score) -> Row:
+    row = Row(key, title, 1, 0, "x", (), title, True, (1,), (1,), ((0,),), {"test": score})
+    return replace(row, parameters=size, bytes=size)
+
+
 def test_the_front_holds_what_nothing_beats_in_both_size_and_score() -> None:
-    def run(name: str, parameters: int, test: float) -> tuple[str, dict[str, object]]:
-        score = {"fitness": test, "low": test, "high": test}
-        row = {
-            "key": "best", "title": "best", "num_kept": [1], "parameters": parameters, "bytes": parameters,
-            "digest": name, "scores": {"test": score},
-        }  # fmt: skip
-        return name, {"rows": [row], "tasks": [{"name": "a"}], "search": {"algorithm": "eep", "seed": 0}}
+    def run(name: str, parameters: int, test: float) -> tuple[str, RunResult]:
+        return name, made_result(made_row("best", "best", parameters, Score(test, test, test)))
 
     runs = [run("small", 1, 0.5), run("better", 2, 0.7), run("beaten", 3, 0.7), run("worse", 2, 0.6)]
-    lines = sweep_result(dict(runs))["lines"]  # type: ignore[arg-type]
-    assert [line["run"] for line in lines if line["front"]] == ["small", "better"]
+    lines = sweep_result(dict(runs)).lines
+    assert [line.run for line in lines if line.front] == ["small", "better"]
 
 
 def test_soups_of_two_algorithms_are_two_lines_of_the_table() -> None:
-    runs = {}
-    for number, algorithm in enumerate(["eep", "eep", "eep_release"]):
-        score = {"fitness": 0.5, "low": 0.4, "high": 0.6}
-        row = {
-            "key": "soup", "title": f"soup of {number + 2}", "num_kept": [1], "parameters": 1, "bytes": 1, "digest": "",
-            "scores": {"test": score},
-        }  # fmt: skip
-        search = {"algorithm": algorithm, "seed": number}
-        runs[str(number)] = {"rows": [row], "tasks": [{"name": "a"}], "search": search}
+    score = Score(0.5, 0.4, 0.6)
+    runs = {
+        str(number): made_result(made_row("soup", f"soup of {number + 2}", 1, score), algorithm, number)
+        for number, algorithm in enumerate(["eep", "eep", "eep_release"])
+    }
     printed = io.StringIO()
     print_sweep(sweep_result(runs), Console(file=printed, width=200))
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("soup ")]

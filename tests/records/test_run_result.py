@@ -54,7 +54,7 @@ def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
     with TerminalTracker() as tracker:
         folder = search(config, tracker)
     result = folder.read_result()
-    assert {name: result[name] for name in option} == option
+    assert {name: getattr(result, name) for name in option} == option
     print_run(folder, result)
     assert "moe-evo export" not in capsys.readouterr().out
     assert main(["report", str(folder.path)]) == 0
@@ -76,6 +76,6 @@ def test_a_winner_without_a_test_score_still_ends_with_a_result(
     with TerminalTracker() as tracker:
         folder = search(config, tracker)
     result = folder.read_result()
-    assert result["winners_curse"] is None and "test" not in result["rows"][-1]["scores"]
+    assert result.winners_curse is None and result.best.test is None
     print_run(RunFolder(tmp_path / "run"), result)
     assert "luck" not in capsys.readouterr().out

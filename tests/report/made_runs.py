@@ -19,7 +19,7 @@ from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure,
 from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.records.folder import RunFolder, asdict_plain
 from moe_evo.records.journal import Journal
-from moe_evo.records.result import Row, Score
+from moe_evo.records.result import ModelFacts, RunResult, Score, SearchFacts, TableRow, TaskFacts
 
 LAYERS, EXPERTS = 4, 8
 
@@ -154,28 +154,39 @@ def _write_result(
          evaluation(score - 0.02, task)),
     ]  # fmt: skip
     rows = [
-        Row(key, title, one, spent, dict.fromkeys(("search", "validation", "test"), Score.of(outcome, is_share=True)))
+        TableRow(
+            key, title, one, spent, dict.fromkeys(("search", "validation", "test"), Score.of(outcome, is_share=True))
+        )
         for key, title, one, spent, outcome in entries
     ]
     space = SearchSpace.build(shape, num_kept=num_kept)
     save_individual(run.best, Individual(entries[-1][2], found[winner]), space, {})
     failed = [one for one in found if isinstance(one, EvaluationFailure)]
+    model = ModelFacts(
+        path="embedded",
+        hash="0" * 64,
+        family=shape.family,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        decoder_layers=shape.decoder_layers,
+    )
+    search = SearchFacts(
+        algorithm="eep",
+        seed=config.search.seed,
+        evaluations=len(found),
+        failures=len(failed),
+        failure_reasons=tuple(sorted({one.reason for one in failed})),
+        evaluation_s=0.25 * len(found),
+    )
+    examples = {"search": 200, "validation": 200, "test": 200}
     run.write_result(
-        {
-            "software": {"python": "3.11", "moe_evo": "0.1.0", "torch": "2.13.0"},
-            "model": {"path": "embedded", "hash": "0" * 64, "family": shape.family,
-                      "num_experts": shape.num_experts, "top_k": shape.top_k, "decoder_layers": shape.decoder_layers},
-            "tasks": [{"name": task, "kind": "choice", "metric": "accuracy", "hash": "1" * 64,
-                       "examples": {"search": 200, "validation": 200, "test": 200}}],
-            "fitness": "mean",
-            "router": "exported",
-            "search": {"algorithm": "eep", "seed": config.search.seed, "evaluations": len(found),
-                       "failures": len(failed), "failure_reasons": sorted({one.reason for one in failed}),
-                       "evaluation_s": 0.25 * len(found)},
-            "gangs": None,
-            "rows": [
-                row.to_json() | ({"parameters": 1_000_000 * sum(row.candidate.genome.num_kept)} if parameters else {})
-                for row in rows
-            ],
-        }
-    )  # fmt: skip
+        RunResult(
+            software={"python": "3.11", "moe_evo": "0.1.0", "torch": "2.13.0"},
+            model=model,
+            tasks=(TaskFacts(task, "choice", "accuracy", "1" * 64, examples),),
+            search=search,
+            rows=tuple(
+                row.to_row(1_000_000 * sum(row.candidate.genome.num_kept) if parameters else None) for row in rows
+            ),
+        )
+    )

@@ -224,9 +224,9 @@ def test_task_scores_that_are_no_shares_have_no_interval_of_a_share(tmp_path: Pa
 
     table = task_table(record)
     assert table is not None
-    for one in table["metrics"]:
-        for value, low, high in one["cells"]:
-            assert (low is None) == (one["metric"] == "log_likelihood")
+    for one in table.metrics:
+        for value, low, high in one.cells:
+            assert (low is None) == (one.metric == "log_likelihood")
             assert low is None or low <= value <= high
 
 
@@ -259,8 +259,8 @@ def test_sixty_runs_of_two_thousand_evaluations_make_less_than_five_megabytes(ma
     began = time.process_time()
     written = write_report([str(one) for one in many], str(target), overwrite=False)
     assert time.process_time() - began < 30
-    assert written["runs"] == 60
-    assert target.stat().st_size == written["bytes"] < 5_000_000
+    assert written.runs == 60
+    assert target.stat().st_size == written.bytes < 5_000_000
     page = Page(target.read_text("utf-8"))
     assert all(len(page.payload(number)["curve"]["fitness"]) == 1995 for number in (0, 59))
 

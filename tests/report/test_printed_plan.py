@@ -15,11 +15,12 @@ from moe_evo.config.run import RunConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity
 from moe_evo.report.plan import count_label, print_plan, size_label, time_label
+from moe_evo.report.planned import Plan
 
 CAPACITY = ClusterCapacity((NodeCapacity("a", {"GPU": 8}, {"GPU": 6}, {}),), {"GPU": 1.0})
 
 
-def printed(told: dict[str, object], *, width: int = 80) -> str:
+def printed(told: Plan, *, width: int = 80) -> str:
     output = io.StringIO()
     print_plan(told, "moe-evo search x.yaml", Console(file=output, width=width))
     return output.getvalue()

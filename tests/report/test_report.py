@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
+from moe_evo.records.result import ModelFacts, Row, RunResult, Score, SearchFacts, TaskFacts
 from moe_evo.report.figure import kept_figure, search_figure
 from moe_evo.report.table import expert_weights, experts_label, final_table, kept_picture
 
@@ -41,13 +42,18 @@ def test_experts_label_tells_the_range_where_layers_differ() -> None:
 
 
 def test_the_final_table_fits_eighty_columns_and_shows_a_failed_score() -> None:
-    score = {"fitness": 0.5, "low": 0.4, "high": 0.6}
-    rows = [
-        {"key": "full", "title": "full model", "num_kept": [8, 8], "evaluations": 0, "scores": {"test": score}},
-        {"key": "best", "title": "EEP prune + merge", "num_kept": [4, 4], "evaluations": 402,
-         "scores": dict.fromkeys(("search", "validation", "test"), score)},
-    ]  # fmt: skip
-    result = {"fitness": "mean", "tasks": [{"name": "nli", "metric": "accuracy"}], "rows": rows}
+    score = Score(0.5, 0.4, 0.6)
+    splits = dict.fromkeys(("search", "validation", "test"), score)
+    rows = (
+        Row("full", "full model", 0, 0, "full", (), "", True, (8, 8), (2, 2), ((0,), (0,)), {"test": score}),
+        Row("best", "EEP prune + merge", 402, 7, "x", (), "", False, (4, 4), (2, 2), ((0,), (0,)), splits),
+    )
+    result = RunResult(
+        model=ModelFacts("embedded", "", "mixtral", (8, 8), (2, 2), (0, 1)),
+        tasks=(TaskFacts("nli", "choice", "accuracy", "", {}),),
+        search=SearchFacts("eep", 0, 402),
+        rows=rows,
+    )
     text = printed(final_table(result))
     assert max(map(len, text.splitlines())) <= 80
     assert "mean over nli (accuracy); higher is better" in text

@@ -95,17 +95,14 @@ def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_finished_run_leaves_config_result_genomes_and_pictures(finished: RunFolder) -> None:
     result = finished.read_result()
     keys = ["full", "frequency", "reap", "random_search", "best_pruning", "best"]
-    assert [row["key"] for row in result["rows"]] == keys
-    for row in result["rows"]:
-        assert set(row["scores"]) == {"search", "validation", "test"}
-        test = row["scores"]["test"]
-        assert test["low"] <= test["fitness"] <= test["high"]
-        assert test["num_examples"] == 16
-    assert result["search"] == {**result["search"], "evaluations": 24, "failures": 0, "seed": 3, "algorithm": "eep"}
-    assert result["model"]["hash"]
-    assert result["tasks"][0]["hash"]
-    assert result["software"]["torch"]
-    assert load_genome(finished.best).digest == result["rows"][-1]["digest"]
+    assert [row.key for row in result.rows] == keys
+    for row in result.rows:
+        assert set(row.scores) == {"search", "validation", "test"}
+        assert row.test is not None and row.test.low <= row.test.fitness <= row.test.high
+        assert row.test.num_examples == 16
+    assert result.search == replace(result.search, evaluations=24, failures=0, seed=3, algorithm="eep")
+    assert result.model.hash and result.tasks[0].hash and result.software["torch"]
+    assert load_genome(finished.best).digest == result.best.digest
     assert load_genome(finished.best_pruning).is_pruning
     for picture in (finished.figure, finished.kept_figure):
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -151,7 +148,7 @@ def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
     # one layer group and 7 of 8: both searches see all 8 prunings, so they choose the same winner
     search = SearchConfig(num_kept=7, num_layer_groups=1, evaluations=8, eep=EEPConfig(num_pruning=31))
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
-    digests = {row["key"]: row["digest"] for row in result["rows"]}
+    digests = {row.key: row.digest for row in result.rows}
     assert digests["best"] == digests["random_search"]
     assert len(seen) == len(set(seen))
 
@@ -191,7 +188,7 @@ def test_a_full_model_without_fitness_does_not_bind_the_folder(
         run(tmp_path / "run")
     monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
     result = run(tmp_path / "run", replace(CONFIG, model=replace(CONFIG.model, dtype="float32"))).read_result()
-    assert result["search"]["evaluations"] == 24
+    assert result.search.evaluations == 24
 
 
 def test_a_config_written_before_an_option_existed_still_resumes(finished: RunFolder, resident: Evaluator) -> None:
@@ -375,9 +372,9 @@ def test_failed_genomes_are_kept_in_the_journal_and_never_win(
     monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: FailingEvaluator(evaluator, 0))
     config = replace(CONFIG, selection=SelectionConfig(finalists=3, baselines=[]))
     result = run(tmp_path / "run", config).read_result()
-    assert 0 < result["search"]["failures"] < 24
-    assert result["search"]["failure_reasons"] == ["logits are NaN"]
-    assert all(0 not in row["kept"][0] for row in result["rows"] if row["key"] != "full")
+    assert 0 < result.search.failures < 24
+    assert result.search.failure_reasons == ("logits are NaN",)
+    assert all(0 not in row.kept[0] for row in result.rows if row.key != "full")
     print_run(RunFolder(tmp_path / "run"), result)
     assert "failed   logits are NaN" in capsys.readouterr().out
 
@@ -393,12 +390,12 @@ def test_a_full_model_without_fitness_ends_the_run_with_one_message(
 def test_a_small_space_ends_when_all_of_it_is_evaluated(resident: Evaluator, tmp_path: Path) -> None:
     search = SearchConfig(algorithm="random", num_kept=7, num_layer_groups=1, evaluations=50)
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
-    assert result["search"]["evaluations"] == 8
-    assert result["rows"][-1]["title"] == "random, best of 8"
+    assert result.search.evaluations == 8
+    assert result.best.title == "random, best of 8"
 
 
 def test_a_run_that_keeps_all_experts_only_merges(resident: Evaluator, tmp_path: Path) -> None:
     search = SearchConfig(num_kept=8, top_k=1, evaluations=8)
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
-    assert result["rows"][-1]["num_kept"] == [8, 8, 8, 8]
-    assert result["rows"][-1]["top_k"] == [1, 1, 1, 1]
+    assert result.best.num_kept == (8, 8, 8, 8)
+    assert result.best.top_k == (1, 1, 1, 1)

@@ -77,14 +77,12 @@ def test_baselines_stand_in_the_table_and_seeds_at_the_beginning_of_the_search(
 ) -> None:
     folder = run(tmp_path / "run")
     assert asked == ["Routed syll", "Routed nli", "Weights "], "each question once, for all methods together"
-    rows = folder.read_result()["rows"]
-    assert [row["key"] for row in rows] == ["full", "reap", "frequency", "best_pruning", "best"]
-    assert [row["title"] for row in rows[1:3]] == ["reap pruning", "frequency pruning"]
+    rows = folder.read_result().rows
+    assert [row.key for row in rows] == ["full", "reap", "frequency", "best_pruning", "best"]
+    assert [row.title for row in rows[1:3]] == ["reap pruning", "frequency pruning"]
     space = SearchSpace.build(evaluator.model.shape, num_kept=4)
     genomes = {name: METHODS[name].genome(observer_of(evaluator), space) for name in ("reap", "frequency", "aimer")}
-    assert {row["key"]: row["digest"] for row in rows[1:3]} == {
-        name: genomes[name].digest for name in ("reap", "frequency")
-    }
+    assert {row.key: row.digest for row in rows[1:3]} == {name: genomes[name].digest for name in ("reap", "frequency")}
     first = candidates(folder, MAIN)[:8]
     operators = ["reap"] + ["reap_mutation"] * 2 + ["aimer"] + ["aimer_mutation"] + ["random_pruning"] * 3
     assert [one.operator for one in first] == operators
@@ -119,7 +117,7 @@ def test_a_run_that_was_interrupted_asks_only_what_it_does_not_know(
 def test_a_run_that_keeps_all_experts_has_neither_baselines_nor_seeds(asked: list[str], tmp_path: Path) -> None:
     folder = run(tmp_path / "run", replace(CONFIG, search=replace(CONFIG.search, num_kept=8)))
     assert not asked
-    assert [row["key"] for row in folder.read_result()["rows"]] == ["full", "best"]
+    assert [row.key for row in folder.read_result().rows] == ["full", "best"]
 
 
 def test_seeds_share_genes_where_the_search_does(asked: list[str], tmp_path: Path) -> None:

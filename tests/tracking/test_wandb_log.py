@@ -58,9 +58,9 @@ def test_a_run_says_what_it_is(record: Record, finished: RunFolder) -> None:
         ["first"],
     )
     result = finished.read_result()
-    assert config["model_hash"] == result["model"]["hash"]
-    assert config["task_hashes"] == {"syll": result["tasks"][0]["hash"]}
-    assert config["software"] == result["software"]
+    assert config["model_hash"] == result.model.hash
+    assert config["task_hashes"] == {"syll": result.tasks[0].hash}
+    assert config["software"] == result.software
     expected = {"ratio": 0.5, "num_kept": 4, "num_experts": 8, "algorithm": "eep", "seed": 3, "budget": 40}
     assert {key: config[key] for key in expected} == expected
     text = DOCUMENT.read_text()
@@ -119,13 +119,13 @@ def test_the_table_of_individuals_is_what_the_journal_holds(record: Record, fini
 
 def test_the_summary_is_the_result(record: Record, finished: RunFolder) -> None:
     result = finished.read_result()
-    for row in result["rows"]:
-        for split, score in row["scores"].items():
-            assert record.summary[f"{row['key']}/{split}"] == score["fitness"]
+    for row in result.rows:
+        for split, score in row.scores.items():
+            assert record.summary[f"{row.key}/{split}"] == score.fitness
     assert record.summary["gain/test"] == pytest.approx(record.summary["best/test"] - record.summary["full/test"])
     assert (record.summary["num_kept"], record.summary["share_kept"], record.summary["evaluations"]) == (4, 0.5, 40)
     final = json.loads((record.folder / "files" / record.summary["final.path"]).read_text())
-    assert [row[0] for row in final["data"]] == [row["key"] for row in result["rows"]]
+    assert [row[0] for row in final["data"]] == [row.key for row in result.rows]
 
 
 def test_the_winner_is_drawn_and_kept_as_an_artifact_without_folders(record: Record, finished: RunFolder) -> None:
@@ -139,7 +139,7 @@ def test_the_winner_is_drawn_and_kept_as_an_artifact_without_folders(record: Rec
     ours, kept = load_file(entries["best.safetensors"]), load_file(finished.best)
     assert ours.keys() == kept.keys()
     assert all(np.array_equal(ours[name], kept[name]) for name in kept)
-    assert json.loads(entries["result.json"].read_text())["rows"] == finished.read_result()["rows"]
+    assert json.loads(entries["result.json"].read_text())["rows"] == json.loads(finished.result.read_text())["rows"]
     assert all(finished.path in path.parents for path in entries.values())
 
 

@@ -127,7 +127,7 @@ def test_a_service_that_fails_from_the_start_costs_one_line(
         online(monkeypatch, server)
         shown = search(tmp_path / "run", SMALL)
         assert server.num_requests > 0
-    assert RunFolder(tmp_path / "run").read_result()["search"]["evaluations"] == 12
+    assert RunFolder(tmp_path / "run").read_result().search.evaluations == 12
     (line,) = [line for line in shown.splitlines() if "W&B" in line]
     assert f"moe-evo wandb-replay {tmp_path / 'run'}" in line
 

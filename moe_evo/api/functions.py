@@ -1,0 +1,223 @@
+"""What `moe_evo.search` and its neighbours do: the commands of `moe-evo`, called from Python.
+
+Every function takes the command's flags as keywords (see `moe_evo.api.options`), prints nothing unless
+`progress=True`, and raises a `MoeEvoError` whose message is the line that the command would print. Calls from several
+threads take turns (see `moe_evo.api.turns`); a running event loop, as in a notebook, is no hindrance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from moe_evo.api.options import Config, Model, Tasks, config_of
+from moe_evo.api.run import GenomeLike, Run, Split, Sweep, Which, genome_named
+from moe_evo.api.turns import turn
+from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.config.sweep import SweepConfig
+from moe_evo.errors import ConfigError
+from moe_evo.report.answers import ExportedRun, PrunedModel, ScoredGenome
+from moe_evo.report.write import Comparison
+
+
+def search(
+    model: Model | None = None,
+    tasks: Tasks | None = None,
+    *,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> Run:
+    """Search which experts of a model to keep, or go on where an earlier call with the same config stood.
+
+    model: checkpoint folder or Hugging Face name; default: the small model of this package. tasks: JSONL files,
+    folders or names of embedded tasks, or dicts with a task's options. config: a YAML file, a run's folder or a
+    config, which the other arguments change. options: any flag of `moe-evo search` by its last part.
+
+    >>> import moe_evo
+    >>> task = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
+    >>> run = moe_evo.search(tasks=[task], num_kept=4, evaluations=6, finalists=2, folder="my-run")
+    >>> run.is_finished
+    True
+    >>> [row.key for row in run.result.rows]
+    ['full', 'frequency', 'reap', 'best_pruning', 'best']
+    >>> 0 <= run.result.best.test.low <= run.result.best.test.fitness <= 1
+    True
+    """
+    from moe_evo.commands.search import search as command
+
+    checked = config_of(RunConfig, config, model, tasks, options)
+    with turn(progress=progress) as tracker:
+        return Run(command(checked, tracker).path)
+
+
+def load_run(folder: str | Path) -> Run:
+    """The run in a folder, finished or not, of this or an older version; raises RunError where there is none.
+
+    >>> import moe_evo
+    >>> run = moe_evo.load_run("my-run")
+    >>> run.config.search.num_kept, run.genome().num_kept
+    (4, (4, 4, 4, 4))
+    """
+    return Run(folder)
+
+
+def evaluate(
+    model: Model | Run | None = None,
+    tasks: Tasks | None = None,
+    *,
+    genome: GenomeLike | None = None,
+    split: Split = "validation",
+    top_k: int | None = None,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> ScoredGenome:
+    """Score one genome on one split.
+
+    model: as for `search`, or a run, whose winner is scored with its model on its tasks. genome: a file, a run, the
+    kept experts of each layer, or 'full', the default for a model. top_k: experts active a token, in place of the
+    genome's own.
+
+    >>> import moe_evo
+    >>> task = {"data": "syll", "num_validation": 8}
+    >>> scored = moe_evo.evaluate("embedded", [task], genome=[[0, 1, 2, 3]] * 4)
+    >>> scored.split, scored.score.num_examples, scored.num_kept
+    ('validation', 8, (4, 4, 4, 4))
+    >>> moe_evo.evaluate(moe_evo.load_run("my-run"), split="test").digest == moe_evo.load_run("my-run").genome().digest
+    True
+    """
+    from moe_evo.commands.evaluate import evaluate as command
+
+    run = model if isinstance(model, Run) else genome if isinstance(genome, Run) else None
+    if isinstance(model, Run):
+        if config is not None:
+            raise ConfigError("config: got it beside a run, expected one of them")
+        config, model = model.config, None
+        genome = run if genome is None else genome
+    checked = config_of(ScoringConfig, config, model, tasks, options)
+    named = genome_named("full" if genome is None else genome)
+    with turn(progress=progress) as tracker:
+        return command(checked, named, split, top_k, None if run is None else str(run.folder), tracker)
+
+
+def prune(
+    model: Model | None = None,
+    tasks: Tasks | None = None,
+    *,
+    method: str,
+    num_kept: int,
+    to: str | Path,
+    observations: str | Path | None = None,
+    allocation: Literal["uniform", "global"] = "uniform",
+    blend: Mapping[str, float] | None = None,
+    progressive: bool = False,
+    base_model: str | None = None,
+    aligned: bool | None = None,
+    overwrite: bool = False,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> PrunedModel:
+    """Prune or merge without a search, by a one-shot method, and write the checkpoint into the folder `to`.
+
+    method: `moe-evo criteria` lists them. See `moe-evo prune --help` for the other arguments.
+
+    >>> import moe_evo
+    >>> task = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
+    >>> small = moe_evo.prune(tasks=[task], method="reap", num_kept=4, to="pruned")
+    >>> small.report.loader, [len(kept) for kept in small.kept]
+    ('transformers', [4, 4, 4, 4])
+    """
+    from moe_evo.commands.prune import PruneOptions
+    from moe_evo.commands.prune import prune as command
+
+    checked = config_of(ScoringConfig, config, model, tasks, options)
+    wanted = PruneOptions(
+        method=method,
+        num_kept=num_kept,
+        observations=None if observations is None else Path(observations),
+        allocation=allocation,
+        blend=blend,
+        progressive=progressive,
+        base_model=base_model,
+        aligned=aligned,
+    )
+    with turn(progress=progress) as tracker:
+        return command(checked, wanted, Path(to), overwrite=overwrite, tracker=tracker)
+
+
+def export(
+    run: Run | str | Path,
+    to: str | Path,
+    *,
+    which: Which = "best",
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ExportedRun:
+    """Write the checkpoint of a finished run into the folder `to`, and check that it computes what was evaluated.
+
+    >>> import moe_evo
+    >>> exported = moe_evo.export("my-run", "exported", which="best_pruning")
+    >>> exported.report.loader, exported.report.max_logit_difference < 1e-4
+    ('transformers', True)
+    """
+    found = run if isinstance(run, Run) else Run(run)
+    return found.export(to, which=which, device=device, overwrite=overwrite, progress=progress)
+
+
+def sweep(
+    model: Model | None = None,
+    tasks: Tasks | None = None,
+    *,
+    no_tune: bool = False,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> Sweep:
+    """Search for every combination of numbers of experts, seeds, algorithms and tasks, or make what is missing.
+
+    no_tune: one run after the other in this process, without Ray Tune. Which runs: `sweep`, as in YAML.
+
+    >>> import moe_evo
+    >>> task = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
+    >>> swept = moe_evo.sweep(
+    ...     tasks=[task], sweep={"num_kept": [4, 6]}, evaluations=4, finalists=1, no_tune=True, folder="my-sweep"
+    ... )
+    >>> sorted(swept.runs), swept.result.unfinished
+    (['keep4-seed0', 'keep6-seed0'], ())
+    """
+    from moe_evo.commands.sweep import sweep as command
+
+    checked = config_of(SweepConfig, config, model, tasks, options)
+    with turn(progress=progress) as tracker:
+        return Sweep(command(checked, tracker, use_tune=not no_tune).path)
+
+
+def compare(*runs: Run | Sweep | str | Path, in_pairs: bool = True) -> Comparison:
+    """The final tables of several runs as one, and each winner against that of the first run on the same examples.
+
+    in_pairs: without, the runs are not paired, which saves the time of the bootstrap.
+
+    >>> import moe_evo
+    >>> found = moe_evo.compare("my-run", *moe_evo.load_run("my-sweep/runs/keep4-seed0").folder.parent.iterdir())
+    >>> len(found.paired), {line.run for line in found.lines} == {"my-run", "keep4-seed0", "keep6-seed0"}
+    (2, True)
+    """
+    from moe_evo.report.write import compare as command
+
+    if not runs:
+        raise ConfigError("compare: got no runs, expected one or more")
+    return command(_folders(runs), in_pairs=in_pairs)
+
+
+def _folders(runs: Sequence[Run | Sweep | str | Path]) -> list[str]:
+    found: list[str] = []
+    for one in runs:
+        if isinstance(one, Sweep):
+            found += [str(run.folder) for run in one.runs.values()]
+        else:
+            found.append(str(one.folder if isinstance(one, Run) else one))
+    return found

@@ -1,0 +1,178 @@
+"""A run, and a sweep of runs, as values to work with: they know their folders and read what lies there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from moe_evo.api.options import config_of
+from moe_evo.api.turns import turn
+from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.errors import RunError
+from moe_evo.genomes.file import load_genome
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Evaluation
+from moe_evo.records.folder import RunFolder, resumed_config
+from moe_evo.records.journal import MAIN, REFERENCE
+from moe_evo.records.result import RunResult
+from moe_evo.records.sweep import SweepFolder, SweepResult
+from moe_evo.report.answers import ExportedRun, Progress, ScoredGenome, WrittenReport
+from moe_evo.report.html import kept_map, learning_curve, result_table, sweep_table, table
+
+Split = Literal["search", "validation", "test"]
+Which = Literal["best", "best_pruning", "soup"]
+
+
+class Run:
+    """A run in its folder, finished or not.
+
+    In a notebook it shows its final table, the experts that the winner keeps, and how the search went.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises RunError where `folder` holds no run."""
+        self._folder = RunFolder.existing(folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return self._folder.path
+
+    @property
+    def config(self) -> RunConfig:
+        """What the run was asked for, with its folder where it lies now."""
+        return resumed_config(str(self.folder))
+
+    @property
+    def is_finished(self) -> bool:
+        return self._folder.result.is_file()
+
+    @property
+    def result(self) -> RunResult:
+        """What the run found; raises RunError while it is not finished."""
+        return self._folder.read_result()
+
+    @property
+    def so_far(self) -> Progress:
+        """How far the run has come, finished or not."""
+        from moe_evo.commands.show import progress
+
+        return progress(self._folder)
+
+    def genome(self, which: Which = "best") -> Genome:
+        """Which experts a winner keeps, and what is merged into them; raises RunError where there is no such one."""
+        file = self._folder.winners.get(which)
+        if file is None or not file.is_file():
+            found = ", ".join(name for name, path in self._folder.winners.items() if path.is_file())
+            raise RunError(f"{self.folder}: has no genome {which!r}, expected one of: {found or 'none so far'}")
+        return load_genome(file)
+
+    def resume(self, *, progress: bool = False) -> Run:
+        """Go on where the run stands; a finished one stays as it is."""
+        from moe_evo.commands.search import search
+
+        with turn(progress=progress) as tracker:
+            search(self.config, tracker)
+        return self
+
+    def export(
+        self, to: str | Path, *, which: Which = "best", device: str = "cpu", overwrite: bool = False,
+        progress: bool = False,
+    ) -> ExportedRun:  # fmt: skip
+        """Write the checkpoint of a finished run's genome into the folder `to`, and check that it computes the same.
+
+        which: the winner, the best that only prunes, or the soup. device: where the model is loaded. overwrite:
+        replace an older export.
+        """
+        from moe_evo.commands.export import export
+
+        with turn(progress=progress) as tracker:
+            return export(self._folder, Path(to), which, device, overwrite=overwrite, tracker=tracker)
+
+    def evaluate(
+        self, *, split: Split = "test", genome: GenomeLike | None = None, top_k: int | None = None,
+        progress: bool = False, **options: object,
+    ) -> ScoredGenome:  # fmt: skip
+        """Score a genome, or else the winner, with the run's model on the run's tasks.
+
+        options: what is different this time, as for `moe_evo.evaluate`.
+        """
+        from moe_evo.commands.evaluate import evaluate
+
+        config = config_of(ScoringConfig, self.config, None, None, options)
+        named = genome_named(self if genome is None else genome)
+        with turn(progress=progress) as tracker:
+            return evaluate(config, named, split, top_k, str(self.folder), tracker)
+
+    def report(self, to: str | Path | None = None, *, overwrite: bool = False) -> WrittenReport:
+        """Write everything about the run as one HTML page; to: the file, by default report.html in its folder."""
+        from moe_evo.report.write import write_report
+
+        return write_report([str(self.folder)], None if to is None else str(to), overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        state = "finished" if self.is_finished else "unfinished"
+        return f"<Run {state} in {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        if not self.is_finished:
+            told = self.so_far
+            best = "none yet" if told.best_fitness is None else f"{told.best_fitness:.4f}"
+            rows = [[f"{told.evaluations} of {told.budget}", str(told.failed.failures), best]]
+            return table(f"{self.folder}: not finished", ["evaluations", "failed", "best"], rows) + self._curve()
+        return result_table(self.result) + f"<div>{kept_map(self.genome())}</div>" + self._curve()
+
+    def _curve(self) -> str:
+        if not self._folder.journal.is_file():  # a result that was kept without its journal
+            return ""
+        with self._folder.open_journal() as journal:
+            outcomes = journal.outcomes(MAIN, "search").values()
+            full = journal.outcomes(REFERENCE, "search").get(0)
+        fitness = [one.fitness if isinstance(one, Evaluation) else None for one in outcomes]
+        return f"<div>{learning_curve(fitness, full.fitness if isinstance(full, Evaluation) else None)}</div>"
+
+
+class Sweep:
+    """A sweep in its folder. In a notebook it shows one table over all of its runs."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = SweepFolder(Path(folder))
+        if not self._folder.config.is_file():
+            raise RunError(f"{folder}: not the folder of a sweep (no {self._folder.config.name} in it)")
+
+    @property
+    def folder(self) -> Path:
+        """Where the sweep lies."""
+        return self._folder.path
+
+    @property
+    def result(self) -> SweepResult:
+        """The final tables of its runs as one."""
+        return self._folder.read_result()
+
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        """Its runs by name."""
+        found = sorted((self.folder / "runs").glob("*/config.yaml"))
+        return {file.parent.name: Run(file.parent) for file in found}
+
+    def __repr__(self) -> str:
+        return f"<Sweep of {len(self.runs)} runs in {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        return sweep_table(self.result)
+
+
+GenomeLike: TypeAlias = str | Path | Run | Genome | Sequence[Sequence[int]]
+"""A genome's file, a run (its winner), 'full', a genome, or the kept experts of each layer."""
+
+
+def genome_named(genome: GenomeLike) -> str | Genome:
+    """A genome as commands take it: by name, or as it is."""
+    if isinstance(genome, Run):
+        return str(genome.folder)
+    if isinstance(genome, str | Path):
+        return str(genome)
+    return genome if isinstance(genome, Genome) else json.dumps([list(map(int, layer)) for layer in genome])

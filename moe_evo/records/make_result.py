@@ -1,0 +1,112 @@
+"""The result of a run, made of what its journal holds and of the final table."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+from moe_evo.config.run import RunConfig
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.genomes.space import ModelShape
+from moe_evo.records.journal import MAIN, REFERENCE, Journal
+from moe_evo.records.result import (
+    FailureFacts,
+    GangFacts,
+    ModelFacts,
+    RunResult,
+    SearchFacts,
+    TableRow,
+    TaskFacts,
+)
+from moe_evo.records.statistics import WinnersCurse
+from moe_evo.tasks.data import SPLITS, TaskData
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    packages = ("moe_evo", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def run_result(
+    config: RunConfig, shape: ModelShape, journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]
+) -> RunResult:
+    """What a run found, when everything of it stands in its journal."""
+    from moe_evo.models.size.memory import exported_size
+    from moe_evo.models.size.size import read_size
+
+    size = read_size(config.model, ranks=1)
+    sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
+    skipping = config.model.dynamic_skipping
+    return RunResult(
+        software=software_versions(),
+        model=ModelFacts(path=config.model.path, hash=journal.meta("hash/model"), **asdict(shape)),
+        tasks=tuple(task_facts(one) for one in data),
+        fitness=config.evaluation.fitness,
+        router=config.model.router,
+        experts=config.model.experts,
+        dynamic_skipping=tuple(skipping) if isinstance(skipping, list) else skipping,
+        search=_search_facts(config, journal),
+        winners_curse=_winners_curse(journal, rows),
+        gangs=gang_facts(journal.gang_events()),
+        rows=tuple(row.to_row(*one) for row, one in zip(rows, sizes, strict=True)),
+    )
+
+
+def task_facts(data: TaskData) -> TaskFacts:
+    """What is told of a task: name, kind, metric, hash, and how many examples each split has."""
+    examples = {split: len(found) for split, found in data.splits.items()}
+    return TaskFacts(data.name, data.kind, data.metric, data.hash, examples)
+
+
+def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
+    outcomes = journal.outcomes(MAIN, "search")
+    failed = failure_facts(outcomes.values())
+    return SearchFacts(
+        algorithm=config.search.algorithm,
+        seed=config.search.seed,
+        evaluations=len(outcomes),
+        failures=failed.failures,
+        failure_reasons=failed.failure_reasons,
+        stopped_early=sum(isinstance(one, Evaluation) and one.is_stopped for one in outcomes.values()),
+        evaluation_s=sum(one.duration_s for one in outcomes.values()),
+    )
+
+
+def _winners_curse(journal: Journal, rows: Sequence[TableRow]) -> WinnersCurse | None:
+    """How much of its lead over the full model the winner does not keep from split to split; see `winners_curse`.
+
+    None where one of the two has no scores on some split.
+    """
+    import numpy as np
+
+    from moe_evo.records.statistics import winners_curse
+
+    def scores(search: str, row: TableRow) -> dict[str, ExampleScores]:
+        found = {split: journal.outcomes(search, split)[row.candidate.number] for split in SPLITS}
+        return {split: one.scores for split, one in found.items() if isinstance(one, Evaluation) and one.scores}
+
+    full, winner = scores(REFERENCE, rows[0]), scores(MAIN, rows[-1])
+    if not len(full) == len(winner) == len(SPLITS):
+        return None
+    return winners_curse(winner, np.random.default_rng(0), full)
+
+
+def gang_facts(events: Sequence[tuple[float, int, str, str]]) -> GangFacts | None:
+    """Counts by kind of what happened to gangs, and why they broke; None where there were none.
+
+    events: as `Journal.gang_events` tells them.
+    """
+    if not events:
+        return None
+    counts = Counter(kind for _, _, kind, _ in events)
+    return GangFacts(dict(counts), tuple(sorted({detail for _, _, kind, detail in events if kind == "broken"})))
+
+
+def failure_facts(outcomes: Iterable[Outcome]) -> FailureFacts:
+    """How many of these outcomes failed, and every reason once."""
+    failed = [one for one in outcomes if isinstance(one, EvaluationFailure)]
+    return FailureFacts(len(failed), tuple(sorted({one.reason for one in failed})))

@@ -1,0 +1,77 @@
+"""The folder of a sweep: one folder a run, the config of the sweep, and what came of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_evo.errors import RunError
+from moe_evo.plain import PlainError, plain, value_of
+from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.records.result import Score
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """One contender of one run; see `Row` for most of it.
+
+    test: its fitness on the test split; None where it failed. front: whether no other line of the same tasks has both
+    fewer parameters and a better test score, or one of them as good and the other better.
+    """
+
+    run: str
+    tasks: tuple[str, ...]
+    algorithm: str
+    seed: int
+    key: str
+    title: str
+    num_kept: tuple[int, ...]
+    parameters: int
+    bytes: int
+    digest: str
+    scores: Mapping[str, Score] = field(hash=False)
+    test: float | None = None
+    front: bool = False
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The final tables of a sweep's finished runs as one. unfinished: names of the runs that are not."""
+
+    runs: tuple[str, ...]
+    lines: tuple[SweepLine, ...]
+    unfinished: tuple[str, ...] = ()
+
+
+class SweepFolder:
+    """Paths of a sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "sweep.yaml"
+        self.result = path / "sweep.json"
+        self.figure = path / "sweep.png"
+        self.tune = path / "tune"
+        self.logs = path / "logs"
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.path / "runs" / name)
+
+    def log(self, name: str) -> Path:
+        return self.logs / f"{name}.txt"
+
+    def write_result(self, result: SweepResult) -> None:
+        write_whole(self.result, json.dumps(plain(result), indent=2) + "\n")
+
+    def read_result(self) -> SweepResult:
+        """The result, of this or an older version; raises RunError."""
+        try:
+            return value_of(SweepResult, json.loads(self.result.read_text("utf-8")))
+        except FileNotFoundError as error:
+            raise RunError(f"{self.path}: this sweep is not finished; give the same command again") from error
+        except (ValueError, PlainError) as error:
+            raise RunError(
+                f"{self.result}: cannot be read ({error}); delete it and give the same command again, it is made anew"
+            ) from error

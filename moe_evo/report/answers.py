@@ -1,0 +1,184 @@
+"""What the commands answer, as frozen values: printed for people, as plain data with --json, as HTML in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_evo.config.run import RunConfig
+from moe_evo.plain import Plain, plain, plain_fields
+from moe_evo.records.folder import asdict_plain
+from moe_evo.records.result import FailureFacts, GangFacts, Score
+from moe_evo.report.html import scores_table, table
+
+if TYPE_CHECKING:  # these import torch, which reading old runs does not need
+    from moe_evo.models.compress.compression import ExpertSize, LayerChange
+    from moe_evo.models.export.export import ExportReport
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an unfinished run has come.
+
+    evaluations: how many of its budget are done; under_way: proposed and not done. gangs: None for a run in one
+    process. best_fitness, best_kept: of the best so far on the search split, and the experts that each of its layers
+    keeps; None before the first success.
+    """
+
+    evaluations: int
+    budget: int
+    under_way: int
+    failed: FailureFacts
+    gangs: GangFacts | None
+    best_fitness: float | None
+    best_kept: tuple[tuple[int, ...], ...] | None
+    config: RunConfig
+
+    def to_plain(self) -> Plain:
+        """As `moe-evo show --json` prints it."""
+        return {
+            "unfinished": True,
+            "evaluations": self.evaluations,
+            "of": self.budget,
+            "under_way": self.under_way,
+            **plain(self.failed),
+            "gangs": plain(self.gangs),
+            "best_fitness": self.best_fitness,
+            "best_kept": plain(self.best_kept),
+            "config": asdict_plain(self.config),
+        }
+
+
+@dataclass(frozen=True)
+class ScoredGenome:
+    """One genome scored on one split. genome: as it was named; num_kept, top_k: one number a MoE layer."""
+
+    genome: str
+    digest: str
+    num_kept: tuple[int, ...]
+    top_k: tuple[int, ...]
+    split: str
+    duration_s: float
+    score: Score
+
+    def to_plain(self) -> Plain:
+        """The parts of the score beside the rest."""
+        told = plain_fields(self)
+        return {**{name: value for name, value in told.items() if name != "score"}, **told["score"]}
+
+    def __str__(self) -> str:
+        return f"{self.genome}: {self.score} on {self.score.num_examples} {self.split} examples"
+
+    def _repr_html_(self) -> str:
+        metrics = [[name, f"{value:.4f}"] for name, value in sorted(self.score.metrics.items())]
+        return table(str(self), ["metric", "value"], metrics)
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A one-shot method, and where it is from."""
+
+    name: str
+    description: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """A checkpoint that was made of a run. which: key of the genome's row in the final table, title: its name."""
+
+    report: ExportReport
+    which: str
+    title: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.report.folder
+
+    def to_plain(self) -> Plain:
+        """The export's report, with what was exported."""
+        return {**plain(self.report), "which": self.which, "title": self.title}
+
+    def _repr_html_(self) -> str:
+        return _report_table(f"{self.title} ({self.which} of the run)", self.report)
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A checkpoint that a one-shot method made.
+
+    genome, alignment: files that evaluate it again; the latter where neurons were reordered. kept: experts of each
+    layer, of a merge the one that weighs most in each slot; made_of: all experts of each slot. scores: on the test
+    split, of the 'full' and the 'smaller' model. dynamic_skipping_beta: for NAEE the threshold of its dynamic
+    skipping in each layer, which no checkpoint holds.
+    """
+
+    report: ExportReport
+    genome: str
+    alignment: str | None
+    method: str
+    aligned: bool
+    kept: tuple[tuple[int, ...], ...]
+    made_of: tuple[tuple[tuple[int, ...], ...], ...]
+    scores: Mapping[str, Score] = field(hash=False)
+    dynamic_skipping_beta: tuple[float, ...] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.report.folder
+
+    def to_plain(self) -> Plain:
+        """The export's report, with what was kept beside it; without what there is not."""
+        told = plain_fields(self)
+        optional = ("alignment", "dynamic_skipping_beta")
+        absent = {name for name in optional if told[name] is None} | {"report"}
+        return {**told["report"], **{name: value for name, value in told.items() if name not in absent}}
+
+    def _repr_html_(self) -> str:
+        return _report_table(self.method, self.report) + scores_table("test split", self.scores)
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A checkpoint with compressed experts.
+
+    description: what was done; needs: what would have to run them to make use of it. scores: on the test split, of
+    the 'original' and the 'compressed' model. layers: how far each moved. experts: what they take.
+    """
+
+    report: ExportReport
+    method: str
+    description: str
+    needs: str
+    scores: Mapping[str, Score] = field(hash=False)
+    layers: tuple[LayerChange, ...]
+    experts: ExpertSize = field(hash=False)
+
+    def to_plain(self) -> Plain:
+        """The export's report, with the rest beside it."""
+        told = plain_fields(self)
+        return {**told.pop("report"), **told}
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A page that was written over runs. unfinished: folders of those that are not finished."""
+
+    report: str
+    bytes: int
+    runs: int
+    unfinished: tuple[str, ...]
+
+
+def _report_table(title: str, report: ExportReport) -> str:
+    rows = [
+        ["folder", f"{report.folder} (loads with {report.loader})"],
+        ["parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"],
+        ["bytes", f"{report.bytes_before:,} → {report.bytes_after:,}"],
+        ["largest difference of a logit after reloading", f"{report.max_logit_difference:.1e}"],
+    ]
+    return table(title, ["", ""], rows)

@@ -1,0 +1,144 @@
+"""What `moe-evo plan` answers, as frozen values. Sizes are bytes; what could not be planned is None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moe_evo.config.model import Offload, Sharding
+from moe_evo.plain import Plain
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model, from its config and the headers of its weights. num_experts, top_k: one number a MoE layer."""
+
+    path: str
+    family: str
+    dtype: str
+    decoder_layers: int
+    moe_layers: int
+    num_experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    parameters: int
+    expert_parameters: int
+    active_parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """A task whose data are good. examples: how many, by split."""
+
+    name: str
+    kind: str
+    metric: str
+    examples: Mapping[str, int] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is searched. log10_prunings: of how many there are to choose from. evaluations: at most, by split."""
+
+    algorithm: str
+    num_kept: tuple[int, ...]
+    top_k: tuple[int, ...]
+    log10_prunings: float
+    merges: bool
+    evaluations: Mapping[str, int] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class ModeMemory:
+    """What one way of sharding takes on the fullest rank.
+
+    chosen: whether it is the config's own. device, gathered, host, disk: of weights. merged: the merged layers of one
+    genome. needed: weights and a batch. fits, merged_fit: None where the device's memory is not known. refusal: why
+    this way is not possible.
+    """
+
+    sharding: Sharding
+    offload: Offload
+    chosen: bool
+    ranks: int
+    device_bytes: int
+    gathered_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    merged_bytes: int
+    needed_bytes: int
+    fits: bool | None
+    merged_fit: bool | None
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory by way of sharding; device_bytes: of one rank. logits, activations: bounds of what a batch takes."""
+
+    gang_size: int
+    device_bytes: int | None
+    modes: tuple[ModeMemory, ...]
+    logits_bytes: int
+    activations_bytes: int
+
+    @property
+    def chosen(self) -> ModeMemory:
+        """The config's own way of sharding."""
+        return next(mode for mode in self.modes if mode.chosen)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What the exported checkpoint will be; loader: 'transformers', or 'moe_evo' where layers differ."""
+
+    parameters: int
+    bytes: int
+    loader: str
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """Gangs that fit on what is free, and on the whole cluster; gangs: how many would run."""
+
+    nodes: int
+    needs: str
+    gangs_free: int
+    gangs_whole: int
+    gangs: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The time of a run whose evaluations take `evaluation_s` on one gang; hours: by split."""
+
+    evaluation_s: float
+    gangs: int
+    evaluations_per_h: float
+    hours: Mapping[str, float] = field(hash=False)
+    total_h: float
+
+    def to_plain(self) -> Plain:
+        """The hours of each split beside the rest, as `search_h`."""
+        hours = {f"{split}_h": hours for split, hours in self.hours.items()}
+        head = {name: getattr(self, name) for name in ("evaluation_s", "gangs", "evaluations_per_h")}
+        return {**head, **hours, "total_h": self.total_h}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that can be known of a run before it starts.
+
+    problems: what the search would refuse, or fail of. notes: what may surprise. cluster: None for a run in one
+    process. estimate: where it was measured.
+    """
+
+    model: ModelPlan | None
+    tasks: tuple[TaskPlan, ...]
+    search: SearchPlan | None
+    memory: MemoryPlan | None
+    checkpoint: CheckpointPlan | None
+    cluster: ClusterPlan | None
+    estimate: Estimate | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
