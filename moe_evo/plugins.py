@@ -91,8 +91,8 @@ class Registry(Generic[Thing]):
         for known in (self._builtin, self._registered, self._loaded):
             if name in known:
                 return known[name]
-        thing = self._loaded[name] = self._sound(name, self._imported(name, option), option or self.noun)
-        return thing
+        self._loaded[name] = self._sound(name, self._imported(name, option), option or self.noun)
+        return self._loaded[name]
 
     def check(self, name: str, option: str = "", also: Sequence[str] = ()) -> None:
         """Raise ConfigError for a name that nothing has; imports nothing.

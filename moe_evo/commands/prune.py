@@ -30,7 +30,8 @@ def criteria() -> list[dict[str, str]]:
     """Name, description and source of every one-shot method."""
     from moe_evo.criteria.registry import METHODS
 
-    return [{"name": one.name, "description": one.description, "source": one.source} for one in METHODS.values()]
+    methods = {name: METHODS[name] for name in METHODS.names()}
+    return [{"name": name, "description": one.description, "source": one.source} for name, one in methods.items()]
 
 
 def prune(
@@ -69,11 +70,12 @@ def prune(
     from moe_evo.evaluation.local_pool import LocalPool
 
     check_methods("--method", [method], has_base_model=base_model is not None)
-    if base_model is not None and not (method in CRITERIA and CRITERIA[method].needs_base_model):
+    chosen = METHODS[method]
+    if base_model is not None and not (isinstance(chosen, Criterion) and chosen.needs_base_model):
         needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
         raise ConfigError(f"--base_model: {method} compares with no other checkpoint; only {needing} do")
     _check_way(method, _way(allocation, progressive=progressive))
-    if (progressive or blend) and method in CRITERIA and not CRITERIA[method].question.needs_data:
+    if (progressive or blend) and isinstance(chosen, Criterion) and not chosen.question.needs_data:
         option = "--progressive" if progressive else "--blend"
         raise ConfigError(f"{option}: {method} looks at weights alone, so that it would change nothing; leave it out")
     is_aligned = aligns(config.model, method, aligned)
@@ -95,7 +97,6 @@ def prune(
     space = SearchSpace.build(shape, num_kept=num_kept)
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
     known_as = model_hash(config.model)
-    chosen = METHODS[method]
     if allocation == "global":
         check_global(space)
     check_methods("--method", [method], space, has_base_model=base_model is not None)
@@ -171,7 +172,7 @@ def _check_way(method: str, way: str) -> None:
     """Raise ConfigError for a method that has no such way to make a genome."""
     from moe_evo.criteria.registry import METHODS
 
-    able = [name for name, one in METHODS.items() if hasattr(one, way)]
-    if method not in able:
+    if not hasattr(METHODS[method], way):
+        able = [name for name, one in METHODS.items() if hasattr(one, way)]
         option = "--progressive" if way == "progressive_genome" else "--allocation"
         raise ConfigError(f"{option}: {method} knows no such way; expected one of {', '.join(able)}")
