@@ -27,6 +27,7 @@ from rich.table import Table
 
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.run import ScoringConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
@@ -159,7 +160,7 @@ def drive(pool: Pool, evaluations: int, folder: Path) -> float:
     with Journal(folder / "journal.sqlite") as journal:
         run = Run(journal, pool, TerminalTracker(Console(quiet=True)))
         started = time.perf_counter()
-        run.evolve(MAIN, "random search", RandomSearch(SPACE, seed=0), evaluations)
+        run.evolve(MAIN, "random search", RandomSearch(SPACE, SearchConfig()), evaluations)
         return time.perf_counter() - started
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.questions import Trials
@@ -46,7 +47,7 @@ def proxies(task: str, tracker: TerminalTracker) -> tuple[dict[str, Scores], Sco
     """Each proxy's scores of the prunings, higher is better, and their test accuracies."""
     evaluator = _evaluator(TaskConfig(data=task, num_search=NUM_SEARCH), tracker)
     space = SearchSpace.build(evaluator.model.shape, num_kept=NUM_KEPT)
-    genomes = [one.genome for one in RandomSearch(space, seed=0).ask(NUM_PRUNINGS)]
+    genomes = [one.genome for one in RandomSearch(space, SearchConfig()).ask(NUM_PRUNINGS)]
     observer = Observer(LocalPool(evaluator).ask, {task: task}, "embedded")
     found = {
         f"accuracy, {NUM_SEARCH} examples": _fitness(evaluator, genomes, "search"),

@@ -28,14 +28,16 @@ def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
 
     Raises ConfigError where there is nothing to align, or where it is done already.
     """
-    from moe_evo.criteria.merges import MERGES
+    from moe_evo.criteria.merges import MERGES, Merge
+    from moe_evo.criteria.registry import METHODS
 
-    if wanted and method not in MERGES:
+    merge = METHODS[method]
+    if wanted and not isinstance(merge, Merge):
         raise ConfigError(f"--aligned: got true, but {method} merges nothing; expected one of {', '.join(MERGES)}")
     if wanted and model.alignment is not None:
         raise ConfigError("--aligned: got true beside --model.alignment, expected only one of them")
     if wanted is None:
-        return method in MERGES and MERGES[method].aligns and model.alignment is None
+        return isinstance(merge, Merge) and merge.aligns and model.alignment is None
     return wanted
 
 

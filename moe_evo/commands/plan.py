@@ -18,7 +18,7 @@ import numpy as np
 from moe_evo.commands.memory import planned_memory
 from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig
-from moe_evo.config.search import SearchConfig
+from moe_evo.config.search import RANDOM, SearchConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.genomes.operators import random_pruning
@@ -28,7 +28,7 @@ from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan,
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
-from moe_evo.searches.registry import build_space
+from moe_evo.searches.registry import build_space, check_search
 from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, read_task
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -201,12 +201,12 @@ def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
 def _check_methods(config: RunConfig, space: SearchSpace | None, problems: list[str]) -> None:
     from moe_evo.criteria.registry import check_methods
 
-    for option, names in (
-        ("selection.baselines", config.selection.baselines),
-        ("search.init", config.search.init_methods),
-    ):
-        with _Noted(problems):
-            check_methods(option, names, space)
+    with _Noted(problems):
+        check_search(config.search, space)
+    with _Noted(problems):
+        check_methods("selection.baselines", config.selection.baselines, space)
+    with _Noted(problems):
+        check_methods("search.init", config.search.init_methods, space, also=[RANDOM])
 
 
 def _space(shape: ModelShape, config: SearchConfig, problems: list[str]) -> SearchSpace | None:

@@ -54,17 +54,18 @@ class PruneOptions:
 
     def check(self) -> None:
         """Raise ConfigError for a method that is not known, or that cannot be asked in this way."""
-        from moe_evo.criteria.registry import CRITERIA, METHODS, check_methods
+        from moe_evo.criteria.registry import CRITERIA, METHODS, Criterion, check_methods
 
         check_methods("--method", [self.method], has_base_model=self.base_model is not None)
-        criterion = CRITERIA.get(self.method)
+        method = METHODS[self.method]
+        criterion = method if isinstance(method, Criterion) else None
         if self.base_model is not None and not (criterion and criterion.needs_base_model):
             needing = ", ".join(name for name, one in CRITERIA.items() if one.needs_base_model)
             raise ConfigError(f"--base_model: {self.method} compares with no other checkpoint; only {needing} do")
         if self.progressive and self.allocation != "uniform":
             raise ConfigError(f"--progressive: got it beside --allocation {self.allocation}, expected only one of them")
-        able = [name for name, one in METHODS.items() if hasattr(one, self.way)]
-        if self.method not in able:
+        if not hasattr(method, self.way):
+            able = [name for name, one in METHODS.items() if hasattr(one, self.way)]
             option = "--progressive" if self.progressive else "--allocation"
             raise ConfigError(f"{option}: {self.method} knows no such way; expected one of {', '.join(able)}")
         if (self.progressive or self.blend) and criterion and not criterion.question.needs_data:
@@ -85,7 +86,8 @@ def criteria() -> tuple[MethodFacts, ...]:
     """Name, description and source of every one-shot method."""
     from moe_evo.criteria.registry import METHODS
 
-    return tuple(MethodFacts(one.name, one.description, one.source) for one in METHODS.values())
+    methods = {name: METHODS[name] for name in METHODS.names()}
+    return tuple(MethodFacts(name, one.description, one.source) for name, one in methods.items())
 
 
 def prune(

@@ -24,8 +24,8 @@ from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
 from moe_evo.runs.checks import check_methods_of, check_model
 from moe_evo.runs.open_pool import open_pool
-from moe_evo.searches.eep import eep_config, schedule
-from moe_evo.searches.registry import build_space
+from moe_evo.runs.workload import merges
+from moe_evo.searches.registry import build_space, check_search, planned_phases
 from moe_evo.tasks.data import TaskData, check_tasks, is_share
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
@@ -47,6 +47,7 @@ def search(
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
+    check_search(config.search)
     data = check_tasks(config.tasks)
     from moe_evo.models.load import model_hash, read_shape, resolve_device
 
@@ -108,10 +109,11 @@ def _run(
     from moe_evo.models.load import alignment_digest
     from moe_evo.runs.selection import run_search
 
-    if config.search.algorithm != "random" and space.can_prune:
-        merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
-        if merging_starts >= config.search.evaluations:
-            tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
+    phases = planned_phases(config.search, can_prune=space.can_prune)
+    merging = next((phase for phase in phases if not phase.only_prunes), None)
+    if merging is not None and not merges(config.search, can_prune=space.can_prune):
+        planned = sum(phase.evaluations for phase in phases)
+        tracker.message(f"this budget only prunes: {merging.name} would start after {planned} evaluations")
     with open_pool(replace(config, cluster=cluster), data, tracker, space, model) as pool:
         names = observed_names(config.model, data)
         observer = Observer(pool.ask, names, model_hash, folder.observations, tracker.message)

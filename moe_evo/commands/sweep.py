@@ -28,7 +28,7 @@ from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
 from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
-from moe_evo.searches.registry import build_space
+from moe_evo.searches.registry import begins_from, build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
@@ -81,7 +81,7 @@ def _linked(runs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     larger: dict[str, str | None] = {}
     for name, run in sorted(runs.items(), key=lambda one: -_num_kept(one[1])):
         kind = json.dumps([[task.data for task in run.tasks], run.search.algorithm, run.search.seed])
-        if run.search.algorithm != "random":
+        if begins_from(run.search.algorithm, "wider"):
             run = replace(run, search=replace(run.search, warm_start=larger.get(kind)))
             larger[kind] = run.folder
         linked[name] = run

@@ -30,8 +30,8 @@ class SelectionConfig:
         random_search: Also spend the same number of evaluations on random prunings (best of N).
         soup: Also average finalists that keep the same experts, for as long as it helps on the validation split;
             moe-evo export takes the winner, or this with --which soup.
-        baselines: One-shot methods whose genomes are scored beside the winner (moe-evo criteria lists them). Merges
-            are taken without reordering neurons; see model.alignment.
+        baselines: One-shot methods whose genomes are scored beside the winner (moe-evo criteria lists them, and
+            package.module:name is one, too). Merges are taken without reordering neurons; see model.alignment.
     """
 
     finalists: int = 20

@@ -7,7 +7,6 @@ from typing import Literal
 
 from moe_evo.config.check import require
 
-Algorithm = Literal["eep", "eep_release", "random"]
 RANDOM = "random"
 """The origin of initial candidates that no one-shot method made."""
 
@@ -95,7 +94,8 @@ class SearchConfig:
     """What is searched, by which algorithm, for how long.
 
     Args:
-        algorithm: 'eep'; 'eep_release', the same with the published parameters; or 'random'.
+        algorithm: 'eep'; 'eep_release', the same with the published parameters; 'random'; or the search of another
+            package, by its name or as package.module:name.
         num_kept: Experts kept in every MoE layer, or a list with one number a layer.
         top_k: Experts active a token; default: the model's.
         num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
@@ -105,12 +105,12 @@ class SearchConfig:
         eep: Parameters of 'eep'.
         warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
             prunings keep only experts that one of its ten best prunings keeps ('eep' only).
-        init: What the initial candidates are: 'random', or one-shot methods (moe-evo criteria lists them), each
-            as it is and with some experts swapped. One name, a list for equal shares, or shares as in
-            {random: 2, reap: 1}.
+        init: What the initial candidates are: 'random', or one-shot methods (moe-evo criteria lists them; or
+            package.module:name), each as it is and with some experts swapped. One name, a list for equal shares, or
+            shares as in {random: 2, reap: 1}.
     """
 
-    algorithm: Algorithm = "eep"
+    algorithm: str = "eep"
     num_kept: int | list[int] = 4
     top_k: int | None = None
     num_layer_groups: int | None = None

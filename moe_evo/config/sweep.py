@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from moe_evo.config.check import require
 from moe_evo.config.run import RunConfig
-from moe_evo.config.search import Algorithm
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class GridConfig:
 
     num_kept: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    algorithms: list[Algorithm] = field(default_factory=list)
+    algorithms: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     warm_start: bool = False
     max_concurrent: int = 4

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moe_evo.config.check import require
 
-TaskKind = Literal["auto", "choice", "generation", "perplexity", "distillation"]
-Metric = Literal[
-    "default", "accuracy", "accuracy_norm", "log_likelihood",
-    "exact_match", "contains", "f1", "first_option", "number_match", "negative_kl",
-]  # fmt: skip
+AUTO, DEFAULT = "auto", "default"
+"""The kind of task that the examples' fields tell, and the metric that its kind has first."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +16,14 @@ class TaskConfig:
 
     Args:
         name: Name in results; default: the data's file or folder name.
-        kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields.
+        kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields; or the kind of
+            another package, by its name or as package.module:name.
         data: A JSONL file, a folder of them, or the name of an embedded task (arith, city, gloss, infl,
             langid, nli, sarcasm, sentiment, syll). A folder holds
             search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
-        metric: What counts; 'default' is accuracy (choice), exact_match (generation), log_likelihood
-            (perplexity) or negative_kl (distillation).
+        metric: What counts: accuracy, accuracy_norm or log_likelihood (choice); exact_match, contains, f1,
+            first_option, number_match, or that of another package, as its name or package.module:name
+            (generation); log_likelihood (perplexity); negative_kl (distillation). 'default' is the first of them.
         split_shares: Shares of search, validation and test where one file is split by hash.
         num_search: Most examples of the search split that are used; 0 means all.
         num_validation: The same for the validation split.
@@ -40,9 +38,9 @@ class TaskConfig:
     """
 
     name: str = ""
-    kind: TaskKind = "auto"
+    kind: str = AUTO
     data: str = ""
-    metric: Metric = "default"
+    metric: str = DEFAULT
     split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
     num_search: int = 0
     num_validation: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from moe_evo.criteria.task_specific import TaskSpecific
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.plugins import Registry, lacking
 
 REAP_PAPER = "Lasby et al. 2025, arXiv 2510.13999; CerebrasResearch/reap"
 CHOWDHURY = "Chowdhury et al. 2024, arXiv 2405.16646; nowazrabbani/MoE_Pruning"
@@ -157,21 +158,33 @@ CRITERIA: dict[str, Criterion] = {
 
 _OTHERS: tuple[Method, ...] = (Naee("naee"), TaskSpecific())
 
-METHODS: dict[str, Method] = {**CRITERIA, **{one.name: one for one in _OTHERS}, **MERGES}
-"""All that make a genome without a search."""
+_MEMBERS = ("title", "name", "description", "source", "genome")
+
+METHODS: Registry[Method] = Registry(
+    "one-shot method",
+    ["moe_evo.criteria", "moe_evo.merges"],
+    {**CRITERIA, **{one.name: one for one in _OTHERS}, **MERGES},
+    lambda thing: lacking(thing, _MEMBERS, "moe_evo.criteria.registry.Method, as a Criterion or a Merge is"),
+    hint=" (see moe-evo criteria)",
+)
+"""All that make a genome without a search: criteria, merges and others, also those of other packages."""
 
 
 def check_methods(
-    option: str, names: Iterable[str], space: SearchSpace | None = None, *, has_base_model: bool = False
+    option: str,
+    names: Iterable[str],
+    space: SearchSpace | None = None,
+    *,
+    has_base_model: bool = False,
+    also: Sequence[str] = (),
 ) -> None:
     """Raise ConfigError for a name that no method has, or that needs a checkpoint that is not given.
 
-    space: where it is known, also (or ModelError) for a method that cannot prune as it asks.
+    also: what the option takes beside methods. space: where it is known, also (or ModelError) for a method that
+    cannot prune as it asks.
     """
     for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"{option}: got {name!r}, expected one of {', '.join(METHODS)} (see moe-evo criteria)")
-        method = METHODS[name]
+        method = METHODS.get(name, option, also)
         if isinstance(method, TaskSpecific | Criterion) and space is not None:
             method.check(space)
         if isinstance(method, Criterion) and method.needs_base_model and not has_base_model:

@@ -20,6 +20,7 @@ from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ModelError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import ExampleScores, Outcome
+from moe_evo.plugins import import_modules
 from moe_evo.tasks.data import TaskData
 
 if TYPE_CHECKING:  # torch is imported when a rank loads its model
@@ -30,12 +31,14 @@ if TYPE_CHECKING:  # torch is imported when a rank loads its model
 class Work:
     """The tasks of a run, and how they are scored.
 
-    key: equal for equal tasks, data and scoring, whichever run they belong to.
+    key: equal for equal tasks, data and scoring, whichever run they belong to. modules: to import before, as they
+    register kinds of task or metrics.
     """
 
     key: str
     data: tuple[TaskData, ...]
     evaluation: EvaluationConfig
+    modules: tuple[str, ...] = ()
 
 
 class Rank:
@@ -95,6 +98,7 @@ class Rank:
         from moe_evo.evaluation.evaluator import Evaluator
         from moe_evo.tasks.registry import build_task
 
+        import_modules(work.modules)
         evaluation = replace(work.evaluation, batch_tokens=max(work.evaluation.batch_tokens >> halvings, 1))
         tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
         states = next((one.states for one in self._evaluators.values()), None)  # one memory for all works

@@ -27,6 +27,7 @@ from moe_evo.gangs.ray_border import ActorHandle, ray
 from moe_evo.gangs.service import News, ServiceSpec
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.genomes.space import ModelShape
+from moe_evo.plugins import registering_modules
 from moe_evo.tasks.data import TaskData
 
 _NEWS_S = 1.0
@@ -61,7 +62,7 @@ def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
     """The work of a run: equal keys for whatever gives equal scores on one model."""
     scoring = {name: value for name, value in asdict(evaluation).items() if name not in SPEED_ONLY}
     content = json.dumps([scoring, [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]])
-    return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation)
+    return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation, registering_modules())
 
 
 def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:

@@ -1,7 +1,7 @@
 """How each supported family of MoE models stores its experts and routes to them, as data.
 
-Nothing else in the package asks which family it deals with. A new family is one entry in `FAMILIES`
-and one tiny model in the contract suite.
+Nothing else in the package asks which family it deals with. A new family is one entry in `FAMILIES`, from here
+or from another package, and one tiny model in the contract suite.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.genomes.space import ModelShape
+from moe_evo.plugins import Registry
 
 Scoring = Literal["softmax", "top_k_softmax", "sigmoid"]
 Renormalisation = Literal["always", "norm_topk_prob", "never"]
@@ -137,7 +138,7 @@ def _sigmoid_family(model_type: str) -> Family:
     )
 
 
-FAMILIES: dict[str, Family] = {
+_BUILTIN: dict[str, Family] = {
     "mixtral": Family("mixtral", "num_local_experts"),
     "qwen2_moe": Family("qwen2_moe", "num_experts", renormalisation="norm_topk_prob"),
     "qwen3_moe": Family("qwen3_moe", "num_experts", renormalisation="norm_topk_prob"),
@@ -171,6 +172,15 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    ["moe_evo.families"],
+    _BUILTIN,
+    lambda thing: None if isinstance(thing, Family) else f"got {thing!r}, expected a moe_evo.models.families.Family",
+    takes_paths=False,  # names come from config.json, which must not say what is imported
+)
+"""By `model_type`. Another package adds one by an entry point, so that gangs know it, too."""
+
 PRUNED_TYPE = "moe_evo_pruned"
 """The model_type of our own checkpoints whose layers differ in experts; no stock class loads them."""
 
@@ -182,13 +192,13 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     model_type = raw_config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{where}: config.json has no model_type; give the folder of a checkpoint")
-    supported = ", ".join(sorted(FAMILIES))
     if model_type == PRUNED_TYPE:
         raise ModelError(
             f"{where}: its layers keep different numbers of experts, which only moe_evo.load_pruned reads; give the "
             "model that it was made of, and --genome with the genome that was exported"
         )
     if model_type not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES.names()))
         if not any(field in raw_config for field in _EXPERT_FIELDS):
             raise ModelError(f"{where}: {model_type} has no Mixture-of-Experts layers; supported families: {supported}")
         raise ModelError(
@@ -198,4 +208,4 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         raise ModelError(
             f"{where}: the checkpoint is quantised; moe_evo needs a bfloat16, float16 or float32 version of it"
         )
-    return FAMILIES[model_type]
+    return FAMILIES.get(model_type, where)

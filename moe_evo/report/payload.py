@@ -20,6 +20,7 @@ from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.records.folder import asdict_plain
 from moe_evo.report.lines import Line
 from moe_evo.report.record import Record
+from moe_evo.searches.base import Phase
 
 MOST_POINTS = 4000
 """Evaluations of a run that are drawn; improvements and finalists always are."""
@@ -93,11 +94,12 @@ def curve(record: Record) -> dict[str, Any]:
     best = rises(list(record.outcomes.values()))
     shown = _thinned(list(evaluated), keep={place for place, _ in best}, positions=positions, record=record)
     operators = sorted({record.ancestry[number].operator for number in shown})
-    phases = phases_of(record)
-    starts = list(phases.values())
+    phases = record.phases()
+    starts = [start for _, start in phases]
     return {
         "operators": operators,
-        "phase_names": list(phases),
+        "phase_names": [phase.name for phase, _ in phases],
+        "phase_tones": _tones([phase for phase, _ in phases]),
         "positions": [positions[number] for number in shown],
         "numbers": [] if all(positions[one] == one + 1 for one in shown) else shown,
         "fitness": [_short(evaluated[number].fitness) for number in shown],
@@ -117,13 +119,10 @@ def curve(record: Record) -> dict[str, Any]:
     }
 
 
-def phases_of(record: Record) -> dict[str, int]:
-    """The phases of a run's search in order, each with the candidate that it starts with."""
-    if record.search.algorithm == "random":
-        return {"random prunings": 0}
-    phases = {"initial prunings": 0, "children of prunings": record.num_initial}
-    merging = record.merging_starts
-    return phases if merging is None else phases | {"merging": merging}
+def _tones(phases: Sequence[Phase]) -> list[str]:
+    """The colour of each phase, by its name in report.css: what comes first, what else only prunes, what merges."""
+    only_prune = ["pruning" if place else "initial" for place in range(len(phases))]
+    return [tone if phase.only_prunes else "merging" for tone, phase in zip(only_prune, phases, strict=True)]
 
 
 def rises(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:

@@ -137,7 +137,7 @@ def _on_top(memory: MemoryPlan) -> list[str]:
     ]
     if memory.chosen.merged_bytes:
         lines.append(
-            f"            merged layers of one genome {size_label(memory.chosen.merged_bytes)}; what finds no device_memory is "
+            f"            merged layers of one genome {size_label(memory.chosen.merged_bytes)}; what finds no room is "
             "merged in every forward pass"
         )
     return lines

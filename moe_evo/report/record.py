@@ -23,7 +23,8 @@ from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
 from moe_evo.records.make_result import gang_facts
 from moe_evo.records.result import GangFacts, RunResult
-from moe_evo.searches.eep import eep_config, schedule
+from moe_evo.searches.base import Phase, phase_starts
+from moe_evo.searches.registry import planned_phases
 from moe_evo.tasks.data import task_name
 
 
@@ -103,23 +104,12 @@ class Record:
         """Failed evaluations of the search by candidate number."""
         return {number: one for number, one in self.outcomes.items() if isinstance(one, EvaluationFailure)}
 
-    @property
-    def merging_starts(self) -> int | None:
-        """The candidate with which merging starts; None where nothing is merged."""
-        if self.search.algorithm == "random":
-            return None
-        planned = schedule(eep_config(self.search), self.search.evaluations)[1]
-        # earlier where all prunings there are were tried
-        merged = (number for number, one in self.ancestry.items() if one.operator == "gaussian_mutation")
-        starts = min(planned, min(merged, default=planned))
-        return starts if starts < self.search.evaluations else None
-
-    @property
-    def num_initial(self) -> int:
-        """How many candidates are drawn at random before there are children."""
-        if self.search.algorithm == "random":
-            return self.search.evaluations
-        return schedule(eep_config(self.search), self.search.evaluations)[0]
+    def phases(self) -> list[tuple[Phase, int]]:
+        """The phases of the search that have candidates, each with the first of them."""
+        phases = planned_phases(self.search, can_prune=True)  # without pruning, the operators tell
+        starts = phase_starts(phases, {number: one.operator for number, one in self.ancestry.items()})
+        ends = [*starts[1:], self.search.evaluations]
+        return [(phase, start) for phase, start, end in zip(phases, starts, ends, strict=True) if start < end]
 
     def ancestors(self) -> list[int]:
         """The winner and all that it descends from, in the order of their numbers."""

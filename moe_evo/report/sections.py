@@ -18,7 +18,7 @@ from moe_evo.report.lines import SPLITS, Line, kept_label, lines_of, parameters_
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import GangNow, Record
 from moe_evo.report.table import experts_label
-from moe_evo.tasks.examples import UNITS
+from moe_evo.tasks.kinds import UNITS
 
 _MOST_EVENTS = 100
 

@@ -17,8 +17,9 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.result import Score, TableRow
 from moe_evo.runs.loop import FULL, Run
+from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
-from moe_evo.searches.registry import build_search
+from moe_evo.searches.registry import build_search, planned_phases
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
@@ -66,11 +67,13 @@ def run_search(
         if name in references
     ]
     if config.selection.random_search and config.search.algorithm != "random":
-        search = RandomSearch(space, config.search.seed)
+        search = RandomSearch(space, config.search)
         random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
-        title = f"random, best of {len(random)}"
-        contenders.append(_winner(run, config, RANDOM, "random_search", title, random))
-    contenders += _winners(run, config, population, can_prune=space.can_prune)
+        (drawn,) = RandomSearch.phases(config.search, can_prune=space.can_prune)
+        title = drawn.row_title(len(random))
+        best = _validated(run, config, RANDOM, title, random).best
+        contenders.append(Contender(RANDOM, "random_search", title, best.candidate, len(random)))
+    contenders += _winners(run, config, population, planned_phases(config.search, can_prune=space.can_prune))
     return _rows(run, contenders, is_share=is_share)
 
 
@@ -81,24 +84,21 @@ def _require_success(full: Individual) -> None:
         )
 
 
-def _winners(run: Run, config: RunConfig, population: Population, *, can_prune: bool) -> list[Contender]:
-    """The best pruning, where merging came after it, and the best of all that were validated."""
-    number = len(population)
-    if config.search.algorithm == "random":
-        return [_winner(run, config, MAIN, "best", f"random, best of {number}", population)]
-    prunings = population.prunings
-    if not can_prune or len(prunings) in (0, number):
-        title = "EEP prune" if can_prune and len(prunings) else "EEP merge"
-        winners = _validated(run, config, MAIN, title, population)
-        return [
-            *_soups(run, config, winners, number),
-            Contender(MAIN, "best", title, winners.best.candidate, number),
-        ]
-    validated = _validated(run, config, MAIN, "EEP prune", prunings)
-    pruning = Contender(MAIN, "best_pruning", "EEP prune", validated.best.candidate, len(prunings))
-    more = _validated(run, config, MAIN, "EEP prune + merge", population)
+def _winners(run: Run, config: RunConfig, population: Population, phases: Sequence[Phase]) -> list[Contender]:
+    """The best pruning, where a phase that only prunes was followed by another one, and the best of all."""
+    number, prunings = len(population), population.prunings
+    pruning = next((phase for phase in reversed(phases) if phase.only_prunes), None)
+    merges = len(prunings) < number
+    contenders, validated = [], Population()
+    if pruning is not None and merges and len(prunings):
+        title = pruning.row_title(len(prunings))
+        validated = _validated(run, config, MAIN, title, prunings)
+        contenders = [Contender(MAIN, "best_pruning", title, validated.best.candidate, len(prunings))]
+    last = phases[-1] if pruning is None or merges else pruning
+    title = last.row_title(number)
+    more = _validated(run, config, MAIN, title, population)
     validated = validated.with_outcomes(one for one in more if one not in validated.individuals)
-    contenders = [pruning, Contender(MAIN, "best", "EEP prune + merge", validated.best.candidate, number)]
+    contenders.append(Contender(MAIN, "best", title, validated.best.candidate, number))
     return [*_soups(run, config, validated, number), *contenders]
 
 
@@ -115,11 +115,6 @@ def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> l
     soup, num_ingredients = greedy_soup(validated, score)
     title = f"soup of {num_ingredients}"
     return [Contender(REFERENCE, "soup", title, soup.candidate, number)] if num_ingredients > 1 else []
-
-
-def _winner(run: Run, config: RunConfig, name: str, key: str, title: str, population: Population) -> Contender:
-    best = _validated(run, config, name, title, population).best
-    return Contender(name, key, title, best.candidate, len(population))
 
 
 def _validated(run: Run, config: RunConfig, name: str, title: str, population: Population) -> Population:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_evo.config.run import RunConfig
-from moe_evo.config.search import SearchConfig
+from moe_evo.config.search import RANDOM, SearchConfig
 from moe_evo.report.planned import Estimate
-from moe_evo.searches.eep import eep_config, schedule
+from moe_evo.searches.registry import planned_phases
 
 
 def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:
     """The most evaluations that a run makes on each split; equal genomes are not evaluated twice."""
     budget, finalists = config.search.evaluations, config.selection.finalists
-    evolves = config.search.algorithm != "random"
-    compares_random = config.selection.random_search and evolves
+    compares_random = config.selection.random_search and config.search.algorithm != RANDOM
     baselines = len(config.selection.baselines) if can_prune else 0
     is_merged = merges(config.search, can_prune=can_prune)
+    prunes_first = any(phase.only_prunes for phase in planned_phases(config.search, can_prune=can_prune))
     # the winner; the best pruning, where merging came after it; the best random one; full and baselines
-    populations = 1 + (is_merged and can_prune) + compares_random
+    populations = 1 + (is_merged and prunes_first) + compares_random
     references = 1 + baselines
     observes = can_prune and bool(config.selection.baselines or config.search.init_methods)  # a pass of its own
     # only merged individuals are averaged, one after the other with the best of them
-    averages = (1 + can_prune) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
+    averages = (1 + prunes_first) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
     soups = int(averages > 0)
     return {
         "search": budget * (1 + compares_random) + references + observes + soups,
@@ -33,9 +33,8 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
 
 def merges(config: SearchConfig, *, can_prune: bool) -> bool:
     """Whether the search leaves prunings behind before its budget is spent."""
-    if config.algorithm == "random":
-        return False
-    return not can_prune or schedule(eep_config(config), config.evaluations)[1] < config.evaluations
+    phases = planned_phases(config, can_prune=can_prune)
+    return any(phase.evaluations and not phase.only_prunes for phase in phases)
 
 
 def estimate(evaluations: Mapping[str, int], examples: Mapping[str, int], evaluation_s: float, gangs: int) -> Estimate:

@@ -1,4 +1,4 @@
-"""`Search`: what proposes candidates and hears of their outcomes, and `Archive`, what one remembers.
+"""`Search`: what proposes candidates and hears of their outcomes; its `Phase`s; `Archive`, what one remembers.
 
 A search has no hidden state: candidate n depends on `default_rng([seed, n])` and on the archive, which
 a journal can rebuild.
@@ -6,7 +6,8 @@ a journal can rebuild.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moe_evo.genomes.genome import Genome
@@ -32,6 +33,41 @@ class Search(Protocol):
     def tell(self, individuals: Iterable[Individual]) -> None: ...
 
     def restore(self, candidates: Sequence[Candidate]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a search, as it is planned before the first evaluation.
+
+    name: for a plot's legend. title: of the row in the final table with the best that is found until the phase
+    ends; '{evaluations}' in it stands for how many there were. evaluations: how many are planned; 0 where the
+    budget ends before, and the phase is reached only if those before it find nothing new. only_prunes: every
+    candidate is a pruning. own_operators: operators that no earlier phase uses, by which a report sees that the
+    phase began earlier than planned.
+    """
+
+    name: str
+    title: str
+    evaluations: int
+    only_prunes: bool = False
+    own_operators: tuple[str, ...] = ()
+
+    def row_title(self, evaluations: int) -> str:
+        return self.title.replace("{evaluations}", str(evaluations))
+
+
+def phase_starts(phases: Sequence[Phase], operators: Mapping[int, str]) -> list[int]:
+    """The candidate with which each phase starts.
+
+    operators: by candidate number, those that were used so far. A phase that was left out starts where the next
+    one does.
+    """
+    starts, planned = [], 0
+    for phase in phases:
+        used = (number for number, operator in operators.items() if operator in phase.own_operators)
+        starts.append(min(planned, min(used, default=planned)))
+        planned += phase.evaluations
+    return [min(starts[place:]) for place in range(len(starts))]
 
 
 class Archive:

@@ -7,7 +7,9 @@ nobody dies. Where this departs from the released search, the comment says why.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +27,11 @@ from moe_evo.genomes.operators import (
 )
 from moe_evo.genomes.population import Candidate, Individual, Population
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.base import Archive
+from moe_evo.searches.base import Archive, Phase
 from moe_evo.searches.enumeration import num_prunings, unseen_pruning
 
 _TRIES = 16
+_MERGING = "gaussian_mutation"  # an operator that only the merging phase uses
 
 
 def eep_config(config: SearchConfig) -> EEPConfig:
@@ -77,6 +80,23 @@ class EEPSearch:
         self._origins = origins(config.init_shares, self.num_initial)
         self._num_prunings = num_prunings(space)
         self._archive = Archive()
+
+    @staticmethod
+    def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
+        """Random prunings and what else is drawn at first, their children, and merges; only the last, if K = E."""
+        if not can_prune:
+            return [Phase("merging", "EEP merge", config.evaluations)]
+        num_initial, num_pruning = schedule(eep_config(config), config.evaluations)
+        return [
+            Phase("initial prunings", "EEP prune", num_initial, only_prunes=True),
+            Phase("children of prunings", "EEP prune", num_pruning - num_initial, only_prunes=True),
+            Phase("merging", "EEP prune + merge", config.evaluations - num_pruning, own_operators=(_MERGING,)),
+        ]
+
+    @staticmethod
+    def parameters(config: SearchConfig) -> dict[str, Any]:
+        """What a tracker writes down of this search, beside the config's general options."""
+        return {"eep": asdict(eep_config(config))}
 
     @property
     def population(self) -> Population:
@@ -158,11 +178,11 @@ class EEPSearch:
         if not self._all_pruned:
             return Candidate(number, genome, "random_pruning" if self.space.can_prune else "identity")
         parent = self._archive.number_of(genome)
-        return Candidate(number, self._mutated(genome, rng, self._first_group(rng)), "gaussian_mutation", (parent,))
+        return Candidate(number, self._mutated(genome, rng, self._first_group(rng)), _MERGING, (parent,))
 
     def _mutant(self, number: int, pool: Sequence[Individual], rng: np.random.Generator) -> Candidate:
         parent = pool[int(rng.integers(len(pool)))]
-        operator = "gaussian_mutation" if self.phase == "merging" else "swap_mutation"
+        operator = _MERGING if self.phase == "merging" else "swap_mutation"
         genome = self._mutated(parent.genome, rng, self._first_group(rng))
         return Candidate(number, genome, operator, (parent.number,))
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moe_evo.config.search import SearchConfig
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Candidate, Individual, Population
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.base import Archive
+from moe_evo.searches.base import Archive, Phase
 from moe_evo.searches.enumeration import unseen_pruning
 
 _TRIES = 32
@@ -18,10 +19,14 @@ _TRIES = 32
 class RandomSearch:
     """Best of N: every candidate is a random pruning, until the space holds no other."""
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
+    def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         self.space = space
-        self._seed = seed
+        self._seed = config.seed
         self._archive = Archive()
+
+    @staticmethod
+    def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
+        return [Phase("random prunings", "random, best of {evaluations}", config.evaluations, only_prunes=True)]
 
     @property
     def population(self) -> Population:

@@ -1,22 +1,66 @@
-"""The search algorithms by name, and what a config asks them to search."""
+"""The search algorithms by name, what each plans to do, and what a config asks them to search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from types import MappingProxyType
+from typing import Any
 
-from moe_evo.config.search import Algorithm, SearchConfig
+from moe_evo.config.search import RANDOM, SearchConfig
+from moe_evo.errors import ConfigError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.space import ModelShape, SearchSpace
-from moe_evo.searches.base import Search
+from moe_evo.plugins import Registry, lacking
+from moe_evo.searches.base import Phase, Search
 from moe_evo.searches.eep import EEPSearch
 from moe_evo.searches.random_search import RandomSearch
 
-SEARCHES: dict[Algorithm, Callable[[SearchSpace, SearchConfig, Sequence[Genome], Mapping[str, Genome]], Search]] = {
-    "eep": EEPSearch,
-    "eep_release": EEPSearch,
-    "random": lambda space, config, wider, seeds: RandomSearch(space, config.seed),
-}
+SearchMaker = Callable[..., Search]
+"""Makes a `Search` of (space, config), and of `wider` and `seeds` where it can begin from them; mostly a class."""
+
+_OPTION = "search.algorithm"
+_MEMBERS = ("population", "phase", "ask", "tell", "restore")
+
+
+def _problem(make: Any) -> str | None:
+    try:
+        signature(make).bind("space", "config")
+    except (TypeError, ValueError):
+        return f"got {make!r}, expected a class or function of (space, config)"
+    return None
+
+
+SEARCHES: Registry[SearchMaker] = Registry(
+    "search",
+    ["moe_evo.searches"],
+    {
+        "eep": EEPSearch,
+        "eep_release": EEPSearch,
+        "random": RandomSearch,
+    },
+    _problem,
+)
+
+
+def check_search(config: SearchConfig, space: SearchSpace | None = None) -> None:
+    """Raise ConfigError where no search has the name in `config`, or it cannot do what is asked of it.
+
+    space: where it is known, the search is made once, to see that it has all that a `Search` has.
+    """
+    SEARCHES.get(config.algorithm, _OPTION)
+    if config.init_methods and not begins_from(config.algorithm, "seeds"):
+        raise ConfigError(
+            f"search.init: got {config.init!r}, expected {RANDOM!r} alone: {config.algorithm} begins from no genomes"
+        )
+    if config.warm_start is not None and not begins_from(config.algorithm, "wider"):
+        raise ConfigError(
+            f"search.warm_start: got {config.warm_start!r}, expected none: {config.algorithm} begins from no prunings"
+        )
+    if space is not None:
+        problem = lacking(build_search(space, config), _MEMBERS, "moe_evo.searches.base.Search")
+        if problem is not None:
+            raise ConfigError(f"{_OPTION}: {config.algorithm!r} makes no search: {problem}")
 
 
 def build_search(
@@ -28,9 +72,42 @@ def build_search(
     """The search that `config.algorithm` names.
 
     wider: good prunings that keep more experts than `space`, for a search that can begin from them. seeds: the
-    genomes of `config.init_methods`, by name.
+    genomes of `config.init_methods`, by name. A search that takes no such argument does not get it.
     """
-    return SEARCHES[config.algorithm](space, config, wider, seeds)
+    offered = {"wider": wider, "seeds": seeds}
+    taken = {name: genomes for name, genomes in offered.items() if begins_from(config.algorithm, name)}
+    return SEARCHES.get(config.algorithm, _OPTION)(space, config, **taken)
+
+
+def begins_from(algorithm: str, genomes: str) -> bool:
+    """Whether a search can begin from the genomes that `build_search` calls so."""
+    return genomes in signature(SEARCHES[algorithm]).parameters
+
+
+def planned_phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
+    """The phases of the search that a config names, in order.
+
+    A search that tells of none, or that is not installed where its run is looked at, has one under its own name.
+    can_prune: whether fewer experts are kept than there are.
+    """
+    plan = _told_by(config, "phases")
+    name = config.algorithm.rpartition(":")[2]
+    return [Phase(name, name, config.evaluations)] if plan is None else list(plan(config, can_prune=can_prune))
+
+
+def search_parameters(config: SearchConfig) -> dict[str, Any]:
+    """What a search wants written down beside the config's general options."""
+    tell = _told_by(config, "parameters")
+    return {} if tell is None else dict(tell(config))
+
+
+def _told_by(config: SearchConfig, name: str) -> Callable[..., Any] | None:
+    """What a search may have beside the protocol."""
+    try:
+        found: Callable[..., Any] | None = getattr(SEARCHES.get(config.algorithm), name, None)
+    except ConfigError:
+        return None
+    return found
 
 
 def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:

@@ -6,7 +6,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
 
+from moe_evo.plugins import Registry
 from moe_evo.tasks.examples import Example, numbers_in
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -50,13 +53,30 @@ def number_match(text: str, example: Example) -> float:
     return float(bool(numbers) and numbers[-1] in rights)
 
 
-ANSWER_METRICS: dict[str, Callable[[str, Example], float]] = {
-    "exact_match": exact_match,
-    "contains": contains,
-    "f1": f1,
-    "first_option": first_option,
-    "number_match": number_match,
-}
+AnswerMetric = Callable[[str, Example], float]
+"""From what the model wrote and the example with its right answers to a share from 0 to 1."""
+
+
+def _problem(metric: Any) -> str | None:
+    try:
+        signature(metric).bind("text", "example")
+    except (TypeError, ValueError):
+        return f"got {metric!r}, expected a function of (text, example)"
+    return None
+
+
+ANSWER_METRICS: Registry[AnswerMetric] = Registry(
+    "metric",
+    ["moe_evo.metrics"],
+    {
+        "exact_match": exact_match,
+        "contains": contains,
+        "f1": f1,
+        "first_option": first_option,
+        "number_match": number_match,
+    },
+    _problem,
+)
 
 
 def _words(text: str) -> list[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_evo.config.task import TaskConfig
+from moe_evo.config.task import AUTO, DEFAULT, TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.tasks.examples import METRICS, UNITS, Example, kind_of, parse_row
+from moe_evo.tasks.examples import Example, kind_of
+from moe_evo.tasks.kinds import KINDS, SHARE
 
 SPLITS = ("search", "validation", "test")
-_SHARE = "a share from 0 to 1"
 MIN_EXAMPLES = 2  # a standard error needs two
 
 
@@ -58,7 +58,7 @@ def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
         if names.count(name) > 1:
             raise ConfigError(f"tasks: got the name {name!r} twice, expected distinct ones; set tasks.name")
     tasks = tuple(map(read_task, configs))
-    units = {task.name: UNITS.get(task.metric, _SHARE) for task in tasks}
+    units = {task.name: unit_of(task) for task in tasks}
     if len(set(units.values())) > 1:
         listed = ", ".join(f"{name} is {unit}" for name, unit in units.items())
         raise ConfigError(f"tasks: fitness would mix units ({listed}); give metrics of one unit")
@@ -67,14 +67,19 @@ def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
 
 def is_share(tasks: Sequence[TaskData]) -> bool:
     """Whether fitness over these tasks is a share from 0 to 1, as accuracy is."""
-    return all(task.metric not in UNITS for task in tasks)
+    return all(unit_of(task) == SHARE for task in tasks)
+
+
+def unit_of(task: TaskData) -> str:
+    """Of a task's score."""
+    return KINDS[task.kind].unit(task.metric)
 
 
 def read_task(config: TaskConfig) -> TaskData:
     """Read, check and split one task's data; raises TaskError or ConfigError."""
     _check_metric(config)
     files, few_shot_files = _split_files(config), _few_shot_files(config)
-    kind = config.kind if config.kind != "auto" else _kind(next(iter(files.values())))
+    kind = config.kind if config.kind != AUTO else _kind(next(iter(files.values())))
     metric = _metric(config, kind)
     parts = {name: tuple(_examples(file, kind, metric)) for name, file in files.items()}
     few_shot = tuple(example for file in few_shot_files for example in _shots(file, kind))
@@ -158,10 +163,10 @@ def _rows(file: _File) -> Iterator[tuple[str, Any]]:
 
 
 def _examples(file: _File, kind: str, metric: str) -> Iterator[Example]:
-    empty = True
+    empty, parse = True, KINDS[kind].parse
     for where, row in _rows(file):
         empty = False
-        yield parse_row(row, kind, metric, where)
+        yield parse(row, metric, where)
     if empty:
         raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
 
@@ -171,7 +176,7 @@ def _shots(file: _File, kind: str) -> Iterator[Example]:
     shot_kind = _kind(file) if kind == "distillation" else kind
     if shot_kind == "perplexity":
         raise TaskError(f"{file.shown}: few-shot examples have texts, expected prompts with answers")
-    return _examples(file, shot_kind, "default")
+    return _examples(file, shot_kind, DEFAULT)
 
 
 def _kind(file: _File) -> str:
@@ -183,21 +188,16 @@ def _kind(file: _File) -> str:
 
 
 def _check_metric(config: TaskConfig) -> None:
-    """Refuse a metric of another kind before any file is read, where the kind is known."""
-    if config.kind != "auto":
+    """Refuse an unknown kind, or a metric of another one, before any file is read."""
+    if config.kind != AUTO:
+        KINDS.get(config.kind, f"tasks ({task_name(config)}).kind", also=[AUTO])
         _metric(config, config.kind)
 
 
 def _metric(config: TaskConfig, kind: str) -> str:
-    allowed = METRICS[kind]
-    if config.metric == "default":
-        return allowed[0]
-    if config.metric not in allowed:
-        raise ConfigError(
-            f"tasks ({task_name(config)}).metric: got {config.metric!r}, "
-            f"expected {', '.join(allowed)} or default for a task of kind {kind}"
-        )
-    return config.metric
+    if config.metric == DEFAULT:
+        return next(iter(KINDS[kind].metrics))
+    return KINDS[kind].metric(config.metric, f"tasks ({task_name(config)}).metric", kind)
 
 
 def _check_options(config: TaskConfig, kind: str, examples: Sequence[Example]) -> None:

@@ -1,7 +1,7 @@
 """One row of a task's data as a frozen value, and the checks that a row must pass.
 
-Every complaint names the file and line, what was got and what was expected. No torch here, so that
-all data are checked before a model is loaded.
+A parser takes the row, the metric that counts, and `file:line`. Every complaint names the file and line, what was
+got and what was expected. No torch here, so that all data are checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -13,17 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moe_evo.errors import TaskError
-
-METRICS: dict[str, tuple[str, ...]] = {
-    "choice": ("accuracy", "accuracy_norm", "log_likelihood"),
-    "generation": ("exact_match", "contains", "f1", "first_option", "number_match"),
-    "perplexity": ("log_likelihood",),
-    "distillation": ("negative_kl",),
-}
-"""What may count as the score, by kind of task; the first is the default."""
-
-UNITS = {"log_likelihood": "in nats", "negative_kl": "in nats"}
-"""Units of the metrics that are not shares from 0 to 1."""
 
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d,]*(?:\.\d+)?")
 
@@ -73,21 +62,27 @@ def kind_of(row: dict[str, Any], where: str) -> str:
     )
 
 
-def parse_row(row: Any, kind: str, metric: str, where: str) -> Example:
-    """Check one row of JSON against what its kind of task and its metric need."""
-    if not isinstance(row, dict):
-        raise TaskError(f"{where}: got {_shown(row)}, expected a JSON object")
-    if kind == "choice":
-        choices = _choices(row, where)
-        return Example(where, _string(row, "prompt", where), choices, _label(row, len(choices), where))
-    if kind == "generation":
-        return _generation_example(row, metric, where)
-    if kind == "distillation" and "text" not in row:
-        return Example(where, _string(row, "prompt", where))
-    return Example(where, text=_string(row, "text", where))
+def parse_choice(row: Any, metric: str, where: str) -> Example:
+    """A prompt with choices, and the index of the right one."""
+    row = _object(row, where)
+    choices = _choices(row, where)
+    return Example(where, _string(row, "prompt", where), choices, _label(row, len(choices), where))
 
 
-def _generation_example(row: dict[str, Any], metric: str, where: str) -> Example:
+def parse_text(row: Any, metric: str, where: str) -> Example:
+    """A text."""
+    return Example(where, text=_string(_object(row, where), "text", where))
+
+
+def parse_input(row: Any, metric: str, where: str) -> Example:
+    """A text, or a prompt whose answer nobody needs to know."""
+    row = _object(row, where)
+    return parse_text(row, metric, where) if "text" in row else Example(where, _string(row, "prompt", where))
+
+
+def parse_answers(row: Any, metric: str, where: str) -> Example:
+    """A prompt with its right answers, and choices where the metric is about them."""
+    row = _object(row, where)
     prompt = _string(row, "prompt", where)
     choices = _choices(row, where) if "choices" in row or metric == "first_option" else ()
     if "answers" not in row and choices and "label" in row:
@@ -99,6 +94,12 @@ def _generation_example(row: dict[str, Any], metric: str, where: str) -> Example
     if metric == "first_option" and not {a.strip() for a in answers} & {c.strip() for c in choices}:
         _refuse(where, "answers", list(answers), "one of the choices, as the metric is first_option")
     return Example(where, prompt, choices, answers=answers)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise TaskError(f"{where}: got {_shown(row)}, expected a JSON object")
+    return row
 
 
 def _refuse(where: str, name: str, got: object, expected: str) -> NoReturn:

@@ -35,6 +35,8 @@ class GenerationScorer:
         if not all(any(map(numbers_in, example.answers)) for example in examples):
             meaningless.add("number_match")
         self._metrics = {name: metric for name, metric in ANSWER_METRICS.items() if name not in meaningless}
+        if format.data.metric in ANSWER_METRICS:  # that of another package is computed only where it counts
+            self._metrics[format.data.metric] = ANSWER_METRICS[format.data.metric]
 
     def rows(self, number: int, example: Example) -> list[Row]:
         tokens = self._format.prompt_tokens(example, reserved_tokens=self._max_new_tokens)

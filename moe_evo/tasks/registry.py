@@ -1,26 +1,18 @@
-"""The kinds of task, and how a config becomes a task."""
+"""How a config and its data become a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from moe_evo.errors import ModelError
-from moe_evo.tasks.choice import ChoiceScorer
+from moe_evo.errors import ConfigError, ModelError
+from moe_evo.plugins import lacking
 from moe_evo.tasks.data import TaskData
-from moe_evo.tasks.distillation import DistillationScorer
-from moe_evo.tasks.generation import GenerationScorer
-from moe_evo.tasks.perplexity import PerplexityScorer
+from moe_evo.tasks.kinds import KINDS
 from moe_evo.tasks.prompt import PromptFormat
 from moe_evo.tasks.rows import BatchLimits
-from moe_evo.tasks.task import Scorer, Task
+from moe_evo.tasks.task import Task
 
-SCORERS: dict[str, Callable[[PromptFormat], Scorer]] = {
-    "choice": ChoiceScorer,
-    "generation": GenerationScorer,
-    "perplexity": PerplexityScorer,
-    "distillation": DistillationScorer,
-}
+_MEMBERS = ("needs_reference", "rows", "batches", "score", "combine")
 
 
 def build_task(data: TaskData, tokenizer: Any, batch_tokens: int) -> Task:
@@ -32,5 +24,9 @@ def build_task(data: TaskData, tokenizer: Any, batch_tokens: int) -> Task:
         raise ModelError(
             f"task {data.name}: the model comes without a tokenizer; put tokenizer.json beside its weights"
         )
-    scorer = SCORERS[data.kind](PromptFormat(data.config, data, tokenizer))
+    option = f"tasks ({data.name}).kind"
+    scorer = KINDS.get(data.kind, option).build_scorer(PromptFormat(data.config, data, tokenizer))
+    problem = lacking(scorer, _MEMBERS, "moe_evo.tasks.task.Scorer")
+    if problem is not None:
+        raise ConfigError(f"{option}: {data.kind!r} makes no scorer: {problem}")
     return Task(data, scorer, BatchLimits(batch_tokens, len(tokenizer)))

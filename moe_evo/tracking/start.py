@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from moe_evo.plain import Plain
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import software_versions
-from moe_evo.searches.eep import eep_config
+from moe_evo.searches.registry import search_parameters
 from moe_evo.tasks.data import SPLITS, task_name
 from moe_evo.tracking.base import Tracker, Trackers
 from moe_evo.tracking.wandb_run import Mode, WandbRun, wandb_mode
@@ -151,6 +151,6 @@ def _settings(
         "budget": search.evaluations,
         "finalists": selection.finalists,
         "random_search": selection.random_search,
-        "eep": asdict(eep_config(search)) if search.algorithm != "random" else None,
+        **search_parameters(search),
         "software": software_versions(),
     }

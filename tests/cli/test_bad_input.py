@@ -138,7 +138,7 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "a single method that is none": (
         lambda _: ["search", "--search.init", "reep"],
-        "search.init: got 'reep', expected one of",
+        "search.init: got 'reep', did you mean 'reap'? expected one of",
     ),
     "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
     "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),

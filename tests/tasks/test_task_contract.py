@@ -11,7 +11,8 @@ import tiny_tasks as tiny
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ModelError
 from moe_evo.tasks.data import read_task
-from moe_evo.tasks.registry import SCORERS, build_task
+from moe_evo.tasks.kinds import KINDS as REGISTERED
+from moe_evo.tasks.registry import build_task
 from moe_evo.tasks.task import Scorer, Task
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe", "cat", "dog"]
@@ -23,7 +24,7 @@ ROWS = {
     "perplexity": [{"text": p} for p in PROMPTS],
     "distillation": [{"prompt": p} for p in PROMPTS],
 }
-KINDS = sorted(SCORERS)
+KINDS = sorted(REGISTERED)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def make(tmp_path, kind, tokenizer, **options) -> Task:
 
 
 def test_every_kind_is_in_this_suite():
-    assert set(ROWS) == set(SCORERS)
+    assert set(ROWS) == set(REGISTERED)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from moe_evo.models.forward.layer_halves import Start
 from moe_evo.tasks.base import ForwardBatch
 
 Steps = tuple[tuple[State | None, tuple[KeyValues, ...]], ...]
-"""From the beginning on, for each step between MoE blocks: the prefix_state's state there, and what was read of the batch."""
+"""For each step between MoE blocks, in order: the state of the shared prefix, and the keys and values of the batch."""
 
 
 class Reading:

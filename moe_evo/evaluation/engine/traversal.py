@@ -28,10 +28,11 @@ Found = TypeVar("Found", covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Node(Generic[Carried]):
-    """Genomes (by their numbers) that begin alike, at the place after that beginning.
+    """Genomes with the same first genes, at the input of the MoE block after those.
 
-    residual: the residual stream there, (P, T, H); where only scored tokens go on, these alone, (1, M, H). prefix_state: the
-    state of the batch's shared prefix at the same place; None without one. carried: what the purpose takes along.
+    members: their numbers. residual: the residual stream there, (P, T, H); where only scored tokens go on, these
+    alone, (1, M, H). prefix_state: the state of the batch's shared prefix at the same place; None without one.
+    carried: what the purpose takes along.
     """
 
     first_genes: FirstGenes
@@ -74,7 +75,7 @@ class Purpose(Protocol[Carried, Found]):
     def attend(
         self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        """`LayerHalves.attend` behind what was read `before`, and for each copy what is read now, where that is wanted."""
+        """`LayerHalves.attend` behind the keys and values `before`; returns also those of each copy, if wanted."""
 
     def result(self, node: Node[Carried]) -> Found:
         """What the members of a node at the end of the traversal get."""

@@ -102,7 +102,7 @@ const columns = (points) => points[0].map((_, column) => points.map((point) => p
 
 /** Fitness of every evaluation, best so far, finalists on validation, phases, and the full model. */
 async function searchPlot(target, legendTarget, curve) {
-  const tones = ["initial", "pruning", "merging"].map(colour);
+  const tones = curve.phase_tones.map(colour);
   const plot = emptyFigure({ x_axis_label: "evaluations", y_axis_label: "fitness" });
   const entries = [];
   const numbers = curve.numbers.length ? curve.numbers : curve.positions.map((position) => position - 1);

@@ -1,0 +1,90 @@
+"""The kinds of task: what a row of their data holds, what may count as the score, and what makes scores.
+
+No torch here, so that all data are checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from moe_evo.config.task import DEFAULT
+from moe_evo.errors import ConfigError
+from moe_evo.plugins import Registry
+from moe_evo.tasks.answer_metrics import ANSWER_METRICS
+from moe_evo.tasks.examples import Example, parse_answers, parse_choice, parse_input, parse_text
+
+SHARE = "a share from 0 to 1"
+NATS = "in nats"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of task.
+
+    metrics: what may count as the score, each with its unit; the first is the default. Fitness over several tasks is a
+    mean, so that their metrics must have one unit. parse: from a row of JSON, the metric and `file:line` to an
+    `Example`; raises TaskError. scorer: makes a `Scorer` of a `PromptFormat`; as 'package.module:name' it is imported
+    when a model is about to be scored, and not for checking data. compares_answers: generated texts are compared, so
+    that any of `ANSWER_METRICS` may count, too.
+
+    >>> from moe_evo.tasks.examples import parse_text
+    >>> kind = Kind({"negative_length": "tokens"}, parse_text, scorer="my_package.lengths:LengthScorer")
+    >>> KINDS.register("length")(kind).metrics
+    {'negative_length': 'tokens'}
+    >>> KINDS["length"].parse({"text": "one two"}, "negative_length", "data.jsonl:1").text
+    'one two'
+    """
+
+    metrics: Mapping[str, str]
+    parse: Callable[[Any, str, str], Example]
+    scorer: str | Callable[[Any], Any]
+    compares_answers: bool = False
+
+    def metric(self, name: str, option: str, kind: str) -> str:
+        """The metric of this name, checked; raises ConfigError. option, kind: for the complaint."""
+        if name in self.metrics:
+            return name
+        if self.compares_answers:
+            ANSWER_METRICS.get(name, option, [DEFAULT, *self.metrics])
+            return name
+        allowed = ", ".join(self.metrics)
+        raise ConfigError(f"{option}: got {name!r}, expected {allowed} or {DEFAULT} for a task of kind {kind}")
+
+    def unit(self, metric: str) -> str:
+        """Of a score; answers are compared from 0 to 1."""
+        return self.metrics.get(metric, SHARE)
+
+    def build_scorer(self, format: Any) -> Any:
+        """The `Scorer` for a `PromptFormat`."""
+        if not isinstance(self.scorer, str):
+            return self.scorer(format)
+        module, _, name = self.scorer.partition(":")
+        return getattr(import_module(module), name)(format)
+
+
+KINDS: Registry[Kind] = Registry(
+    "kind of task",
+    ["moe_evo.tasks"],
+    {
+        "choice": Kind(
+            {"accuracy": SHARE, "accuracy_norm": SHARE, "log_likelihood": NATS},
+            parse_choice,
+            "moe_evo.tasks.choice:ChoiceScorer",
+        ),
+        "generation": Kind(
+            dict.fromkeys(("exact_match", "contains", "f1", "first_option", "number_match"), SHARE),
+            parse_answers,
+            "moe_evo.tasks.generation:GenerationScorer",
+            compares_answers=True,
+        ),
+        "perplexity": Kind({"log_likelihood": NATS}, parse_text, "moe_evo.tasks.perplexity:PerplexityScorer"),
+        "distillation": Kind({"negative_kl": NATS}, parse_input, "moe_evo.tasks.distillation:DistillationScorer"),
+    },
+    lambda thing: None if isinstance(thing, Kind) else f"got {thing!r}, expected a moe_evo.tasks.kinds.Kind",
+)
+
+UNITS = {name: unit for kind in KINDS.values() for name, unit in kind.metrics.items() if unit != SHARE}
+"""Units of the metrics of this package that are no shares."""
