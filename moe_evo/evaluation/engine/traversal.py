@@ -17,7 +17,7 @@ from moe_evo.evaluation.engine.packing import Packing, size_class
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, beside_each_other, joined
+from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, concatenated, stacked_genomes
 from moe_evo.tasks.base import ForwardBatch
 
 
@@ -127,7 +127,7 @@ class Traversal:
         """From the input of MoE block `stage` to the end, as many branches in one pass as fit."""
         if self._reads and stage == self._last and self._layer_halves.ends_with_moe:
             for node in nodes:
-                read = self._joined(node.prefix_states, node.read)
+                read = self._of_all_tokens(node.prefix_states, node.read)
                 for number in node.members:
                     self._emit(number, read)
             return
@@ -167,7 +167,7 @@ class Traversal:
         if stage < self._last:
             return self._descend(stage + 1, [self._arrive(*one) for one in arrived])
         for branch, own, behind, read in arrived:
-            found = self._joined(behind, (*branch.node.read, *read)) if self._reads else self._logits(own)
+            found = self._of_all_tokens(behind, (*branch.node.read, *read)) if self._reads else self._logits(own)
             for number in branch.members:
                 self._emit(number, found)
 
@@ -187,7 +187,7 @@ class Traversal:
 
         prefix_states: one chain a copy, as in `_Node`.
         """
-        before = beside_each_other([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
+        before = stacked_genomes([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
         past_key_values = PastKeyValues(before) if before or self._reads else None
         hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
         if past_key_values is None or not self._reads:
@@ -227,7 +227,7 @@ class Traversal:
         """Logits (M, V) of the last layer's output: (P, T, H), or (1, M, H) where the last block ends the model."""
         return self._layer_halves.finish(hidden[0] if self._layer_halves.ends_with_moe else self._scored(hidden)[0])
 
-    def _joined(self, prefix_states: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
+    def _of_all_tokens(self, prefix_states: Sequence[State], read: tuple[KeyValues, ...]) -> tuple[KeyValues, ...]:
         """Keys and values of all layers, those of the shared prefix before those of the batch."""
         before = [layer for state in prefix_states for layer in state.read]
-        return tuple(map(joined, before, read)) if before else read
+        return tuple(map(concatenated, before, read)) if before else read

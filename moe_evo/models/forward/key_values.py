@@ -43,10 +43,10 @@ class PastKeyValues:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValues:
         """Called by attention with the new tokens' keys and values; returns those that it attends to."""
         self.read.append((keys, values))
-        return joined(self._before[len(self.read) - 1], (keys, values)) if self._before else (keys, values)
+        return concatenated(self._before[len(self.read) - 1], (keys, values)) if self._before else (keys, values)
 
 
-def joined(before: KeyValues, after: KeyValues) -> KeyValues:
+def concatenated(before: KeyValues, after: KeyValues) -> KeyValues:
     """One layer's keys and values of earlier and later tokens, concatenated; a single earlier row serves all rows."""
     keys, values = (
         torch.cat([one.expand(len(other), -1, -1, -1), other], dim=2) for one, other in zip(before, after, strict=True)
@@ -54,7 +54,7 @@ def joined(before: KeyValues, after: KeyValues) -> KeyValues:
     return keys, values
 
 
-def beside_each_other(of_genomes: Iterable[Sequence[KeyValues]], rows: int) -> list[KeyValues]:
+def stacked_genomes(of_genomes: Iterable[Sequence[KeyValues]], rows: int) -> list[KeyValues]:
     """For each layer the keys and values of several genomes as rows (N * rows, heads, T, size).
 
     A genome with a single row has the same for all `rows`.
