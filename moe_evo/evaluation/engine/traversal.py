@@ -80,7 +80,7 @@ class Traversal:
         self._keep = keep
         self._reads = reads
         self._last = self._layer_halves.num_stages - 1
-        self._start = stages.start(batch, keep=keep)
+        self._embedded = stages.embed(batch, keep=keep)
 
     def run(self) -> None:
         """Call `emit` for every genome."""
@@ -120,7 +120,7 @@ class Traversal:
             read = tuple(layer for state in states for layer in state.read)
             return _Node(first_genes, members, states[-1].residual, prefix_states, read)
         assert not first_genes, "only the beginning of all genomes can be computed without states"
-        residual, (read,) = self._attend(0, self._start.hidden, [prefix_states])
+        residual, (read,) = self._attend(0, self._embedded.hidden, [prefix_states])
         return self._kept(first_genes, members, residual, prefix_states, read)
 
     def _descend(self, stage: int, nodes: Iterable[_Node]) -> None:
@@ -160,7 +160,7 @@ class Traversal:
         reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
-            hidden = self._layer_halves.mix(stage, residual, plans, self._start)
+            hidden = self._layer_halves.mix(stage, residual, plans, self._embedded)
             if attends:
                 hidden, reads = self._attend(stage + 1, hidden, prefix_states)
         arrived = zip(branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True)
@@ -187,9 +187,9 @@ class Traversal:
 
         prefix_states: one chain a copy, as in `_Node`.
         """
-        before = stacked_genomes([chain[-1].read for chain in prefix_states if chain], rows=len(self._start.hidden))
+        before = stacked_genomes([chain[-1].read for chain in prefix_states if chain], rows=len(self._embedded.hidden))
         past_key_values = PastKeyValues(before) if before or self._reads else None
-        hidden = self._layer_halves.attend(stage, hidden, self._start, past_key_values)
+        hidden = self._layer_halves.attend(stage, hidden, self._embedded, past_key_values)
         if past_key_values is None or not self._reads:
             return hidden, [() for _ in prefix_states]
         num_copies = len(prefix_states)

@@ -23,7 +23,7 @@ from moe_evo.models.view import MoEModel
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class EmbeddedBatch:
     """A batch at the input of the first decoder layer.
 
     hidden: (P, T, H) embeddings. calls: for each decoder layer its other arguments (masks, position embeddings),
@@ -72,7 +72,7 @@ class LayerHalves:
             return None
         return CacheNames(of_layers=handed[0][0], of_model=given[0])
 
-    def start(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> Start:
+    def embed(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> EmbeddedBatch:
         """Embed a batch; arguments: position_ids and attention_mask as the language model takes them."""
         calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
         seen: list[Tensor] = []
@@ -84,19 +84,21 @@ class LayerHalves:
 
         with _replaced({layer: record for layer in self._decoder_layers}):
             self._model.language_model(input_ids=input_ids, **arguments, use_cache=False, logits_to_keep=1)
-        return Start(seen[0], calls)
+        return EmbeddedBatch(seen[0], calls)
 
-    def attend(self, stage: int, hidden: Tensor, start: Start, past_key_values: PastKeyValues | None = None) -> Tensor:
+    def attend(
+        self, stage: int, hidden: Tensor, embedded: EmbeddedBatch, past_key_values: PastKeyValues | None = None
+    ) -> Tensor:
         """From the end of MoE block `stage` - 1 (or the embeddings) to the residual stream before block `stage`.
 
         With `stage` the number of stages: to the end of the last decoder layer. past_key_values: for these layers.
         """
         first = self._positions[stage - 1] + 1 if stage else 0
         last = self._positions[stage] if stage < self.num_stages else len(self._decoder_layers)
-        batch, copies = start.hidden.shape[0], hidden.shape[0] // start.hidden.shape[0]
+        batch, copies = embedded.hidden.shape[0], hidden.shape[0] // embedded.hidden.shape[0]
         for position in range(first, min(last + 1, len(self._decoder_layers))):
             layer = self._decoder_layers[position]
-            args, kwargs = _repeated(start.calls[position], batch, copies)
+            args, kwargs = _repeated(embedded.calls[position], batch, copies)
             if past_key_values is not None:
                 assert self.cache_names is not None, "keys and values are kept only of layers that take a cache"
                 kwargs = {**kwargs, self.cache_names.of_layers: past_key_values}
@@ -105,10 +107,10 @@ class LayerHalves:
                 hidden = layer(hidden, *args, **kwargs)
         return hidden
 
-    def mix(self, stage: int, residual: Tensor, plans: Sequence[LayerPlan | None], start: Start) -> Tensor:
+    def mix(self, stage: int, residual: Tensor, plans: Sequence[LayerPlan | None], embedded: EmbeddedBatch) -> Tensor:
         """Through MoE block `stage`; plans: each for an equal part of the tokens of `residual` (..., H), in turn."""
         layer = self._decoder_layers[self._positions[stage]]
-        args, kwargs = start.calls[self._positions[stage]]
+        args, kwargs = embedded.calls[self._positions[stage]]
         with _replaced({layer.get_submodule("self_attn"): _zero_attention}), self._model.planned(stage, plans):
             hidden: Tensor = layer(residual, *args, **kwargs)
         return hidden
