@@ -94,7 +94,7 @@ Listener = Callable[[PoolNews], None]
 class Pool(Protocol):
     """Evaluators behind a queue. Outcomes come in the order in which they are ready.
 
-    listener: is told what happens to the evaluators, from within calls of `next_outcomes` and
+    listener: called with what happens to the evaluators, within calls of `next_outcomes` and
     `ask` only.
     """
 

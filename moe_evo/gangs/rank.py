@@ -67,7 +67,7 @@ class Rank:
         timeout_s: float,
         report: Callable[[str], None],
     ) -> None:
-        """Join the other ranks and load the model; `report` is told how far it is, in words.
+        """Join the other ranks and load the model; `report` is called with the progress, in words.
 
         timeout_s: longest wait of one rank for another.
         Raises ModelError, also where the checkpoint is not the one that `model_hash` names.

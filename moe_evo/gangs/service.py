@@ -63,7 +63,7 @@ class ServiceSpec:
 
 @dataclass(frozen=True)
 class News:
-    """What a run is told when it asks.
+    """What `exchange` returns to a run.
 
     known: False where the service has never heard of the run, or has forgotten it. slots: how many
     jobs the run may have submitted at a time. fatal: why no gang can ever serve, if that is so.
@@ -116,7 +116,7 @@ class GangService:
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
             self._supervisor.add_done_callback(self._end_at_defects)
-        if self._fatal is not None and not self._listeners:  # whoever comes next may have mended what was wrong
+        if self._fatal is not None and not self._listeners:  # the next run may come after the fault was mended
             self._fatal, self._failed_loads = None, 0
         self._listeners.setdefault(run, _Listener(time.monotonic(), list(self._notes.values())))
         self._works[work.key] = work
@@ -288,7 +288,7 @@ class GangService:
             if future.done():
                 self._dispatcher.give_back(future.result(), "", blame=False)
                 self._assign()
-            await gang.died  # raises what it died of
+            await gang.died  # raises the error that ended it
         return future.result() if future.done() else ()
 
     def _assign(self) -> None:
@@ -298,7 +298,9 @@ class GangService:
             batch = self._dispatcher.take(num_serving)
             if not batch:
                 return
-            self._idle.popitem()[1].set_result(batch)  # the latest: the others may stay idle and be released
+            self._idle.popitem()[1].set_result(
+                batch
+            )  # the gang that became idle last, so that the others stay idle and are released
 
     def _finish(self, number: int, batch: Batch, answers: Sequence[Answer], duration_s: float) -> None:
         self._dispatcher.finish(batch, answers, duration_s)

@@ -102,7 +102,7 @@ def suit_device(language_model: Any, device: torch.device) -> None:
 
 
 def _suits_grouped_mm(language_model: Any, device: torch.device) -> bool:
-    """Whether grouped_mm, which transformers takes by itself, can compute the experts on `device` and is fast there.
+    """Whether grouped_mm, the default of transformers, can compute the experts on `device` and is fast there.
 
     It needs weights whose rows are multiples of 16 bytes. On a CPU it is slow in 16 bits: computing one expert after
     the other ('eager') takes 0.55 to 0.9 of its time.
