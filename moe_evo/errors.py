@@ -42,7 +42,7 @@ class JournalError(MoeEvoError, RuntimeError):
 
 
 class ClusterError(MoeEvoError, RuntimeError):
-    """A Ray cluster cannot be reached, has no room for a gang, or no gang of it can load the model."""
+    """A Ray cluster cannot be reached, has no resources for a gang, or no gang of it can load the model."""
 
 
 class RunError(MoeEvoError, RuntimeError):

@@ -69,6 +69,11 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(file), target
 
 
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [page.name for page in PAGES if page.parent.name == "docs" and f"](docs/{page.name}" not in readme] == []
+
+
 @each_page
 def test_every_command_and_its_options_exist(page: Path) -> None:
     for words in command_lines(page.read_text("utf-8")):

@@ -1,4 +1,4 @@
-"""The answer to every question about a model's experts, for whoever holds the model."""
+"""`answer`: computes the observation that a `Question` asks for, in the process that holds the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moe_evo.models.router_rows import router_lengths
 
 
 def answer(question: Question, evaluator: Observed) -> Observation[Any]:
-    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    """The observation; all ranks of a gang call this together and get the same. Raises OutOfMemory."""
     return _ANSWERS[type(question)](evaluator, question)
 
 

@@ -1,7 +1,7 @@
-"""Which experts of a layer go together, by how alike they are. Pure functions of numpy arrays.
+"""Group the experts of a layer by similarity, for merges. Pure functions of numpy arrays.
 
-Each is given how many groups to make, votes (n,), by which experts lead, and a matrix (n, n) of how alike
-or how far apart any two are. The same arrays always give the same groups.
+Each gets the number of groups, votes (n,) and a matrix (n, n) of similarities or distances. The expert with the most
+votes in a group is its dominant one. Equal arrays always give equal groups.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def spectral_groups(num_groups: int, votes: Sums, alike: Sums) -> list[Group]:
 
 
 def centroid_groups(num_groups: int, votes: Sums, distances: Sums) -> list[Group]:
-    """REAM's: the experts with the most votes, from the first on, take the nearest that nobody has, up to a size.
+    """REAM's groups: the experts with the most votes, one after the other, take the nearest free experts, up to a size.
 
-    So a few groups are large and most experts with many votes stay alone.
+    So a few groups are large, and most experts with many votes stay alone.
     """
     size = max(math.ceil(len(votes) * _LARGEST_SHARE), math.ceil(len(votes) / num_groups))
     centroids = _first(votes, num_groups)

@@ -1,6 +1,6 @@
-"""What enters the matrices of each expert on the prompts of the tasks, for MoE-Pruner's metric.
+"""Norms of the inputs of each expert's matrices on the prompts of the tasks, for MoE-Pruner's metric.
 
-The gates and indices are the model's own and only routed tokens count; padding never does.
+A token counts for the experts that the model routes it to, with the model's own gates. Padding never counts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Collector:
     def see(self, layer: int, expert: int, tokens: Tensor, gates: Tensor, hidden: Tensor, inner: Tensor) -> None:
         """tokens, gates: (n,); hidden: (n, H); inner: (n, I)."""
         times = self.times[tokens]
-        counted = times > 0  # a choice, not a factor: what padding holds may be no number
+        counted = times > 0  # select tokens instead of multiplying with 0: padding may hold NaN
         factors = times[counted].double() * gates[counted].double().square()
         num_tokens, of_hidden, of_inner = self.layers[layer]
         num_tokens[expert] += times[counted].sum()

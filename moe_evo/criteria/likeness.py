@@ -1,6 +1,7 @@
-"""How alike experts are on the prompts of a task: in what the router finds of them, and in what they answer.
+"""How similar experts are on the prompts of a task, in their router logits and in their outputs.
 
-Every token counts, wherever it is routed; padding never does. Sums add across batches, ranks and tasks.
+Every token counts for every expert, wherever it is routed. Padding never counts. Sums add across batches, ranks and
+tasks.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from moe_evo.models.view import MoEModel
 
 
 def observe_logits(evaluator: Observed, question: RouterLogits) -> Observation[LayerLogits]:
-    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    """Products of the router's logits; all ranks of a gang call this together and get the same. Raises OutOfMemory."""
     _require_untouched(question)
     return observe(evaluator, question, _Logits)
 
 
 def observe_all_outputs(evaluator: Observed, question: AllOutputs) -> Observation[LayerAllOutputs]:
-    """As `observe_logits`."""
+    """Sums and cosines of all experts' outputs; called as `observe_logits`."""
     _require_untouched(question)
     return observe(evaluator, question, _AllOutputs)
 

@@ -1,8 +1,8 @@
 """One-shot merges: which experts of a layer become one, and with which weights, from what was observed of them.
 
-The router of a merged layer keeps the row of each group's dominant expert. In the papers all members' logits
-lead to the merged expert, which no stock checkpoint holds: its router has one row an expert, and the sum of
-several experts' probabilities is not the probability of any row.
+The router of a merged layer keeps the row of each group's dominant expert. In the papers a token reaches the merged
+expert through any member's logit. No stock checkpoint can hold that: its router has one row for each expert, and the
+sum of several probabilities is not the probability of one row.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MSMOE_PAPER = "Li et al. 2024, arXiv 2310.01334; UNITES-Lab/MC-SMoE"
 
 @dataclass(frozen=True)
 class Merge:
-    """All experts of a layer in `num_kept` groups, each of which becomes their weighted mean.
+    """A merge: the experts of a layer are put into `num_kept` groups, and each group becomes its weighted mean.
 
-    questions: what it needs to know of a layer; `votes` and `pairs` get the answers about one layer, in this
-    order. votes: (E,), by which experts lead, and their weights in the mean. pairs: (E, E), how alike any two
-    experts are, or how far apart, as `grouping` needs it. aligns: whether the paper permutes neurons before it
-    merges (`alignment_of` does so by weights; REAM's code compares activations, too). is_uniform: all members
-    weigh the same. A group-limited router's groups are merged each by itself.
+    questions: what must be observed of a layer; `votes` and `pairs` get the observations of one layer in this order.
+    votes: (E,), how much an expert counts: in the choice of dominant experts and in the mean. pairs: (E, E),
+    similarities or distances of any two experts, as `grouping` needs them. aligns: whether the paper permutes neurons
+    before it merges (`alignment_of` does so by weights; REAM's code compares activations, too). is_uniform: all
+    members weigh the same. A group-limited router's groups are merged each by itself.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Merge:
         return self._genome(self._known(observer), space, space.num_kept)
 
     def global_genome(self, observer: Observer, space: SearchSpace) -> Genome:
-        """As many experts in all as `space` keeps, those with the largest share of their layer's votes lead.
+        """Layers may keep different numbers of experts: those with the largest share of their votes are dominant.
 
         See `pruning_globally`, also for what it raises.
         """
@@ -66,9 +66,9 @@ class Merge:
     def progressive_genome(
         self, observer: Observer, space: SearchSpace, merged: Callable[[int, LayerGenome], None] = lambda *_: None
     ) -> Genome:
-        """Layer after layer, each merged on what it gets from the layers before it once they are merged.
+        """Layer after layer, each observed with the layers before it already merged.
 
-        merged: is told of each layer before the next is looked at.
+        merged: called with each merged layer before the next is observed.
         """
         layers = list(space.shape.identity().layers)
         for layer in range(len(layers)):
@@ -80,7 +80,7 @@ class Merge:
         return Genome(tuple(layers))
 
     def _known(self, observer: Observer) -> list[tuple[LayerSums, ...]]:
-        """For each MoE layer the answers to all questions."""
+        """For each MoE layer the observations for all questions."""
         return list(zip(*(observer.about(question).layers for question in self.questions), strict=True))
 
     def _genome(self, known: Sequence[Sequence[LayerSums]], space: SearchSpace, num_kept: Sequence[int]) -> Genome:
@@ -105,7 +105,7 @@ class Merge:
 
 
 def merged_layer(groups: Sequence[Group], weights: Sums, top_k: int) -> LayerGenome:
-    """Each group's weighted mean, behind the router's row of its dominant expert.
+    """The layer in which each group is its weighted mean, with the router's row of its dominant expert.
 
     weights: (E,), none negative. A group whose weights are all zero keeps its dominant expert as it is.
     """

@@ -1,4 +1,4 @@
-"""NAEE (Lu et al. 2024, arXiv 2402.14800): each layer keeps the choice of experts that moves its output least."""
+"""NAEE (Lu et al. 2024, arXiv 2402.14800): each layer keeps the experts whose choice changes its output least."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_evo.genomes.space import SearchSpace
 class Naee:
     """The argmin over choices S of L(S) = sum over tokens of ||y - y^S||_2^2, y^S routed over S as if exported.
 
-    All choices where there are at most `limit`, else so many at random. The paper adds up Frobenius norms
+    All choices are tried where there are at most `limit`, else `limit` random ones. The paper adds up Frobenius norms
     batch by batch, which would make the choice depend on how tokens are batched; squares do not, and for a
     single batch the argmin is the same. Layers that share genes keep what has the least sum of losses.
     """
@@ -47,7 +47,7 @@ class Naee:
         )
 
     def progressive_genome(self, observer: Observer, space: SearchSpace) -> Genome:
-        """Layer after layer, each tried on what it gets from the layers before it once they are pruned."""
+        """Layer after layer, each tried with the layers before it already pruned."""
         question = self._question(space)
 
         def choose(pruned: Genome, group: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Observations on disk: one safetensors file of sums by question, and what they are of in the metadata."""
+"""Observations on disk: one safetensors file with the sums of each question; its metadata names question and model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ FILE = FileKind(
 
 @dataclass(frozen=True, eq=False)
 class StoredObservations:
-    """answers: by the key of the question. model_hash: as `moe_evo.models.load.model_hash` tells models apart."""
+    """What one file holds.
+
+    answers: observations by `Question.key`. model_hash: of the model, see `moe_evo.models.load.model_hash`.
+    """
 
     model_hash: str
     answers: Mapping[str, Observation[Any]] = field(default_factory=dict)
@@ -49,7 +52,7 @@ def save_observations(path: str | os.PathLike[str], stored: StoredObservations) 
 
 
 def add_observations(path: str | os.PathLike[str], more: StoredObservations) -> StoredObservations:
-    """Write what the file holds and `more`, also where other processes add to it; answers both.
+    """Add `more` to the file, safely beside other processes that do; returns all that it holds then.
 
     Raises ObservationError where the file holds something else, or cannot be written.
     """
@@ -63,7 +66,7 @@ def add_observations(path: str | os.PathLike[str], more: StoredObservations) -> 
 def load_observations(path: str | os.PathLike[str], model_hash: str | None = None) -> StoredObservations:
     """What `save_observations` wrote; raises ObservationError for anything else, or for another model.
 
-    model_hash: of the model that they must be of, or None where any will do.
+    model_hash: of the expected model; None accepts any.
     """
     tensors, metadata = FILE.load(path)
     try:
@@ -89,11 +92,11 @@ _PROMPT_OPTIONS = (
     "split_shares", "num_search", "num_validation", "num_test", "prefix", "chat_template", "max_length",
     "max_new_tokens",
 )  # fmt: skip
-"""Options of a task on which its prompts depend, beside its data."""
+"""Options of a task that change its prompts."""
 
 
 def observed_names(model: ModelConfig, data: Sequence[TaskData]) -> dict[str, str]:
-    """Tasks, and under which names observations of them are kept: others where prompts or numbers are others."""
+    """By task the name under which its observations are kept; it changes with whatever changes observations."""
     names = {}
     for one in data:
         prompts = [one.hash, one.kind, *(getattr(one.config, option) for option in _PROMPT_OPTIONS)]

@@ -1,4 +1,4 @@
-"""`Observer`: whom one-shot methods ask about a model. Nothing is asked twice, in this process or the next."""
+"""`Observer`: what one-shot methods ask for observations of a model. It remembers them, in a file too if wanted."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation, together
 
 Ask = Callable[[Sequence[Question]], Iterator[tuple[Question, Observation[Any]]]]
-"""Asks whoever holds the model; answers come as they are ready, each with its question."""
+"""Sends questions to the process that holds the model; yields each with its observation, as they are ready."""
 
 
 class Observer:
-    """Answers of one model about some tasks.
+    """Observations of one model on some tasks.
 
-    ask: as a pool's. tasks: the names of the tasks, and what tells their data apart. file: where answers are
-    read from and added as they come, to those about other tasks and those of other processes. message: is told
-    how far it is. blend: how many times each task counts (default: once).
+    ask: as `Pool.ask`. tasks: the names of the tasks, each with a name that changes with its data. file: observations
+    are read from it, and new ones are added as they come; it may hold other tasks', and other processes may add to
+    it. message: called with the progress. blend: how many times each task counts (default: once).
     Raises ObservationError where the file holds something else.
     """
 
@@ -45,7 +45,7 @@ class Observer:
         self._answers = dict(load_observations(str(file), model_hash).answers) if is_there else {}
 
     def about_tasks(self, question: Question) -> dict[str, Observation[Any]]:
-        """The answers by task; by '' where the question is not about data."""
+        """The observation of each task; under '' where the question is not about data."""
         asked = {name: replace(question, task=name) for name in (self._tasks if question.needs_data else [""])}  # type: ignore[type-var]
         keys = {name: self._key(one) for name, one in asked.items()}
         missing = [asked[name] for name, key in keys.items() if key not in self._answers]
@@ -62,7 +62,7 @@ class Observer:
         return {name: self._answers[key] for name, key in keys.items()}
 
     def about(self, question: Question) -> Observation[Any]:
-        """The answer about all tasks together."""
+        """The observation of all tasks together."""
         answers = self.about_tasks(question)
         return together(one * self._blend.get(name, 1.0) for name, one in answers.items())
 

@@ -18,8 +18,8 @@ def pruning_by(scores: Sequence[Scores], space: SearchSpace) -> Genome:
     """The pruning of `space` that keeps the experts with the highest scores; the lower number wins a tie.
 
     scores: (E,) a MoE layer. Layers that share genes keep what has the highest sum of scores in all of
-    them, and a group-limited router keeps the best of each of its groups. Raises ModelError for scores
-    that are no numbers, as a model makes them whose outputs overflow.
+    them, and a group-limited router keeps the best of each of its groups. Raises ModelError for NaN scores, which
+    overflowing outputs of a model cause.
     """
     return pruning_progressively(lambda pruned, layer: scores[layer], space)
 
@@ -27,7 +27,7 @@ def pruning_by(scores: Sequence[Scores], space: SearchSpace) -> Genome:
 def pruning_progressively(scores: Callable[[Genome, int], Scores], space: SearchSpace) -> Genome:
     """As `pruning_by`, with scores that may depend on what the layers before keep.
 
-    scores: given a genome whose layers before this one are pruned, and the number of a MoE layer, answers (E,).
+    scores: called with a genome whose layers before this one are pruned and the number of a MoE layer; returns (E,).
     """
 
     def choose(pruned: Genome, group: int) -> list[int]:
@@ -38,9 +38,9 @@ def pruning_progressively(scores: Callable[[Genome, int], Scores], space: Search
 
 
 def chosen_progressively(choose: Callable[[Genome, int], Iterable[int]], space: SearchSpace) -> Genome:
-    """Layer group after layer group, the experts that are chosen behind the pruned layers before it.
+    """Prune layer group after layer group, each with the layers before it already pruned.
 
-    choose: given a genome whose layers before this group are pruned, and the group's number, answers what is kept.
+    choose: called with a genome whose layers before this group are pruned and the group's number; returns what is kept.
     """
     layers = list(space.shape.identity().layers)
     for group, numbers in enumerate(space.layer_groups):
@@ -51,10 +51,10 @@ def chosen_progressively(choose: Callable[[Genome, int], Iterable[int]], space: 
 
 
 def pruning_globally(scores: Sequence[Scores], space: SearchSpace) -> Genome:
-    """As many experts in all as `space` keeps, those with the largest share of their layer's scores.
+    """Keep the experts with the largest scores of the whole model, as many in all as `space` keeps.
 
-    scores: (E,) a MoE layer. A layer's shares are its scores divided by the sum of their sizes, so that layers
-    compare. Every layer keeps as many as a token uses, at least. Raises ConfigError for a group-limited router.
+    scores: (E,) a MoE layer. Each layer's are divided by the sum of their absolute values, so that layers can be
+    compared. Every layer keeps at least as many as a token uses. Raises ConfigError for a group-limited router.
     """
     check_global(space)
     shape = space.shape

@@ -1,4 +1,4 @@
-"""What one-shot methods ask of a loaded model; plain values that travel to whoever holds the model."""
+"""What one-shot methods ask about a loaded model: plain values that are sent to the process that holds it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moe_evo.genomes.genome import Genome
 
 
 class Question(Protocol):
-    """A frozen dataclass. needs_data: whether it is asked of each task, which `task` names, or only once.
+    """A frozen dataclass that says what is to be observed.
 
-    key: equal for equal questions.
+    needs_data: whether it is asked for each task, which `task` names, or only once. key: equal for equal questions.
     """
 
     needs_data: ClassVar[bool]
@@ -28,8 +28,8 @@ class Question(Protocol):
 class OfPrompts:
     """A question about the prompts of one task. A prompt counts once however many answers it has, and padding never.
 
-    genome: what the model computes meanwhile, or None for the untouched model. layer: the only MoE layer to
-    look at, or None for all. part: (i, n) for the i-th of n parts of the examples, or None for all.
+    genome: what the model computes meanwhile; None is the untouched model. layer: the only MoE layer to observe;
+    None is all. part: (i, n) for the i-th of n parts of the examples, or None for all.
     """
 
     needs_data: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class OfPrompts:
 
 @dataclass(frozen=True)
 class Routed(OfPrompts):
-    """What the experts do with the tokens that the router sends them."""
+    """Gates and norms of the experts on the tokens that the router sends them; see `LayerObservation`."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Outputs(OfPrompts):
 
 @dataclass(frozen=True)
 class GateRatios(OfPrompts):
-    """How much smaller the second gate of a token is than its first."""
+    """The distribution of w_2 / w_1, a token's second gate over its first."""
 
 
 @dataclass(frozen=True)
 class RouterLogits(OfPrompts):
-    """How alike the router finds the experts, of layers that `genome` leaves as they are."""
+    """Products of the router's logits, of layers that `genome` leaves as they are."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ class AllOutputs(OfPrompts):
 
 @dataclass(frozen=True)
 class Trials(OfPrompts):
-    """How far a layer's answer moves when only some of its experts are left; computes all experts for every token.
+    """How much a layer's output changes when only some of its experts are left; computes all experts for every token.
 
-    Routed anew by the model's own router, as if the others had never been there, and without dynamic skipping.
-    num_kept, top_k: one number a MoE layer. num_kept: how many are left, in any choice; None is all but one, and
-    trial j leaves out expert j. top_k: how many a token then uses; None is the model's. limit, seed: see `subsets`.
+    Tokens are routed again by the model's own router among the experts that are left, without dynamic skipping.
+    num_kept: experts left in each MoE layer, in every choice or a sample of them; None is all but one, and trial j
+    leaves out expert j. top_k: experts a token then uses in each MoE layer; None is the model's. limit, seed:
+    see `subsets`.
     """
 
     num_kept: tuple[int, ...] | None = None
@@ -89,7 +90,7 @@ class Trials(OfPrompts):
 class Routers:
     """The lengths of the routers' rows, in the model and in the checkpoint that it was tuned from.
 
-    Both are read from files. base_hash: tells the latter apart.
+    Both are read from files. base_hash: of the latter.
     """
 
     needs_data: ClassVar[bool] = False
@@ -106,7 +107,7 @@ class Routers:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the experts are made of."""
+    """Sums over the experts' weights; see `LayerWeights`."""
 
     needs_data: ClassVar[bool] = False
 

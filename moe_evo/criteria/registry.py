@@ -50,7 +50,7 @@ class Method(Protocol):
 class Criterion:
     """A score for every expert, higher is kept.
 
-    question: what it needs to know of a layer. formula: makes scores (E,) of the answer about one layer.
+    question: what must be observed of a layer. formula: scores (E,) from the observation of one layer.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Criterion:
         return isinstance(self.question, Routers) and self.question.base is None
 
     def comparing_with(self, base: ModelConfig, base_hash: str, tuned: ModelConfig) -> Criterion:
-        """For a model that was tuned from the checkpoint `base`."""
+        """The criterion for a model that was tuned from the checkpoint `base`."""
         return replace(self, question=Routers(tuned=tuned, base=base, base_hash=base_hash))
 
     def check(self, space: SearchSpace) -> None:
-        """Raise ModelError where it cannot leave out a single expert, and would have to."""
+        """Raise ModelError where the criterion tries layers without one expert and some layer needs all of its own."""
         if isinstance(self.question, Trials):
             check_spares_one(space.shape)
 
@@ -89,7 +89,7 @@ class Criterion:
         return pruning_globally(self.scores(observer), space)
 
     def progressive_genome(self, observer: Observer, space: SearchSpace) -> Genome:
-        """Layer after layer, each scored on what it gets from the layers before it once they are pruned."""
+        """Layer after layer, each scored with the layers before it already pruned."""
 
         def scores(pruned: Genome, layer: int) -> Scores:
             assert isinstance(question, OfPrompts)
@@ -180,8 +180,8 @@ def check_methods(
 ) -> None:
     """Raise ConfigError for a name that no method has, or that needs a checkpoint that is not given.
 
-    also: what the option takes beside methods. space: where it is known, also (or ModelError) for a method that
-    cannot prune as it asks.
+    also: what the option takes beside methods. space: if given, also raises (ConfigError or ModelError) for a method
+    that cannot prune to it.
     """
     for name in names:
         method = METHODS.get(name, option, also)

@@ -1,7 +1,7 @@
-"""Observing what experts do with the tokens that the router sends them, on the prompts of a task.
+"""Observe the experts on the tokens that the router sends them, on the prompts of a task.
 
-The gates and indices are the model's own and only routed tokens are computed, so observing costs about
-one forward pass. Sums add across batches, ranks and tasks.
+Gates and indices are the model's own, and only routed tokens are computed, so it costs about one forward pass. Sums
+add across batches, ranks and tasks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NUM_RATIOS = 4096
 
 
 def observe_routed(evaluator: Observed, question: Routed) -> Observation[LayerObservation]:
-    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    """Gates and norms of all experts; all ranks of a gang call this together and get the same. Raises OutOfMemory."""
     return observe(evaluator, question, _Routed)
 
 
@@ -65,9 +65,10 @@ def observe_gate_ratios(evaluator: Observed, question: GateRatios) -> Observatio
 
 
 def counting(times: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of T tokens count, (T,) bool, and how often those do, (n,) float64, on the device of what was `seen`.
+    """Which of T tokens count, (T,) bool, and how often each of those does, (n,) float64; on the device of `seen`.
 
-    A choice, not a factor: what padding answers may be no number. A device map puts layers elsewhere than inputs.
+    Tokens are selected, not multiplied with 0: outputs of padding may be NaN. With a device map, layers lie on other
+    devices than inputs.
     """
     placed = times.to(seen.device)
     counted = placed > 0
@@ -75,7 +76,7 @@ def counting(times: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Collector(Protocol[L]):
-    """What it has seen of every MoE layer. times: (T,) how often each token of the current batch counts, 0 or more."""
+    """Adds up what it sees of every MoE layer. times: (T,), how often each token of the current batch counts."""
 
     times: Tensor
 
@@ -85,7 +86,7 @@ class Collector(Protocol[L]):
 
 
 def observe(evaluator: Observed, question: OfPrompts, make: Callable[[MoEModel], Collector[L]]) -> Observation[L]:
-    """What collectors of the question's prompts find, all ranks' added up. Raises OutOfMemory."""
+    """Run the question's prompts with a collector, and add up the results of all ranks. Raises OutOfMemory."""
     return evaluator.within_memory(partial(_observed, evaluator, question, make))
 
 

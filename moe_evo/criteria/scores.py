@@ -1,8 +1,8 @@
 """Criteria: the scores (E,) of one layer's experts from its observation; higher is kept.
 
-On what experts do: the formulas of the REAP paper (arXiv 2510.13999) and its baselines, and others that
-their functions name. A_j are the tokens routed to expert j, g_j its gate, f_j its answer before it is
-weighed. Means over no tokens are 0, so that experts without a single token are the first to go. AIMER and
+From what experts compute: the formulas of the REAP paper (arXiv 2510.13999) and its baselines, and others that
+their functions name. A_j are the tokens routed to expert j, g_j its gate, f_j its output before it is multiplied with
+the gate. Means over no tokens are 0, so that experts without a single token are dropped first. AIMER and
 the change of router norms (Chowdhury et al. 2024, arXiv 2405.16646) look at weights alone and need no data.
 """
 
@@ -62,7 +62,7 @@ def mone(layer: LayerOutputs) -> Sums:
 
     The 'fusion' metric of zxgx/mode-pd (MoNE, arXiv 2507.00390), which divides the sum by the number of all
     tokens, the same for all experts of a layer. The variance is the unbiased one, 0 for a single token. MoNE
-    puts its mean answer in the place of a dropped expert, which no stock checkpoint can hold: here it goes.
+    puts its mean output in the place of a dropped expert, which no stock checkpoint can hold; here it is dropped.
     """
     tokens, answers = layer.tokens, np.square(layer.outputs).sum(axis=-1)
     deviations = (layer.squared_norms - _mean(answers, tokens)).clip(min=0)
@@ -76,7 +76,7 @@ def _mean(sums: Sums, tokens: Sums) -> Sums:
 def aimer(layer: LayerWeights) -> npt.NDArray[np.float64]:
     """- (||W||_1 / N) / sqrt(||W||_2^2 / N), -1 to 0, for the experts (E,) of one layer.
 
-    An expert of zeros, which answers nothing, scores -1 as the worst do.
+    An expert of zeros, whose output is 0, scores -1 as the worst do.
     """
     mean = layer.absolute / layer.num_weights
     root_mean_square = np.sqrt(layer.squared / layer.num_weights)

@@ -1,7 +1,7 @@
-"""Trying out which experts a layer can do without: what it would answer if only some of them were left.
+"""Try which experts a layer can do without: how its output would change if only some of them were left.
 
-All experts answer every token once. From then on a trial is a routing of the same logits, and its error a
-quadratic form in the inner products of the answers, whatever the number of trials.
+All experts compute every token once. A trial is then another routing of the same logits, and its error a quadratic
+form in the inner products of the experts' outputs. So many trials cost little more than one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROUTED = 2**20  # logits of all trials that are routed at once
 
 
 def observe_trials(evaluator: Observed, question: Trials) -> Observation[LayerTrials]:
-    """All ranks of a gang call this together and all get the same. Raises OutOfMemory."""
+    """The error of each trial; all ranks of a gang call this together and get the same. Raises OutOfMemory."""
     return observe(evaluator, question, partial(_Trials, question))
 
 

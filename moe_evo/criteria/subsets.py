@@ -1,4 +1,4 @@
-"""Which experts of a layer are kept on trial: all choices of so many, or a random sample of them."""
+"""Choices of experts to try in a layer: all choices of `num_kept` experts, or a random sample of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def subsets(
 ) -> npt.NDArray[np.bool_]:
     """(N, E) different choices of `num_kept` experts, True for the kept; equal for equal arguments.
 
-    num_groups: consecutive groups of which each keeps the same number, where that divides. limit: the most
-    choices; where there are more, so many at random.
+    num_groups: consecutive groups that each keep the same number, where `num_kept` divides by it. limit: the most
+    choices; where there are more, a random sample of so many.
     """
     groups = num_groups if num_kept % num_groups == 0 else 1
     size, each = num_experts // groups, num_kept // groups

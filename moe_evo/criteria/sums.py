@@ -1,6 +1,6 @@
-"""What is known of a model's experts: sums that add across batches, ranks, gangs and tasks.
+"""Observations of a model's experts: sums, which add across batches, ranks, gangs and tasks.
 
-Plain values without torch, so that they travel, are stored, and are made into scores anywhere.
+Plain numpy values without torch, so that they can be sent, stored and scored in any process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LayerSums:
-    """Of one MoE layer: every field is a float64 array, frozen here, and adds up."""
+    """Sums of one MoE layer. Every field is a float64 array, which is frozen here."""
 
     def __post_init__(self) -> None:
         for name in self.names():
@@ -51,8 +51,8 @@ class LayerSums:
 class LayerObservation(LayerSums):
     """Sums over A_j, the tokens that one MoE layer routes to its expert j; each (E,).
 
-    tokens: #A_j. gates: of g_j, the weight that the model gives the expert's answer. norms: of ||f_j||_2,
-    the answer before it is weighed. gated_norms: of g_j ||f_j||_2. squared_norms: of ||f_j||_2^2.
+    tokens: #A_j. gates: of g_j, the weight that the model gives the expert's output. norms: of ||f_j||_2,
+    the output before it is multiplied with g_j. gated_norms: of g_j ||f_j||_2. squared_norms: of ||f_j||_2^2.
     turned_norms: of g_j ||f_j||_2 (1 - cos(h, h + y)), with h the residual stream that all the routed experts
     of the token add y to.
     """
@@ -69,8 +69,8 @@ class LayerObservation(LayerSums):
 class LayerOutputs(LayerSums):
     """Sums over A_j, the tokens that one MoE layer routes to its expert j.
 
-    tokens: (E,) #A_j. gates: (E,) of g_j. squared_norms: (E,) of ||f_j||_2^2, f_j the answer before it is
-    weighed. outputs: (E, H) of f_j.
+    tokens: (E,) #A_j. gates: (E,) of g_j. squared_norms: (E,) of ||f_j||_2^2, f_j the output before it is
+    multiplied with g_j. outputs: (E, H) of f_j.
     """
 
     tokens: Sums
@@ -81,9 +81,10 @@ class LayerOutputs(LayerSums):
 
 @dataclass(frozen=True, eq=False)
 class LayerTrials(LayerSums):
-    """What one MoE layer's routed experts would answer if only some of them were left, for N choices of those.
+    """How much one MoE layer's output changes if only some of its experts are left, for N choices S of those.
 
-    num_tokens: () all tokens. errors: (N,) sum over them of ||y - y^S||_2^2, y their answer and y^S that of S.
+    num_tokens: () all tokens. errors: (N,) sum over them of ||y - y^S||_2^2, y the routed experts' output and y^S
+    that with S alone.
     """
 
     num_tokens: Sums
@@ -153,7 +154,7 @@ KINDS: dict[str, type[LayerSums]] = {
         LayerAllOutputs,
     )
 }
-"""What a file of observations may hold."""
+"""The kinds of sums in a file of observations, by name."""
 
 L = TypeVar("L", bound=LayerSums)
 

@@ -1,6 +1,6 @@
-"""Task-specific expert pruning (Chen et al. 2022, arXiv 2206.00277): experts go while the tasks are gone through.
+"""Task-specific expert pruning (Chen et al. 2022, arXiv 2206.00277): experts are dropped one by one during the tasks.
 
-There the model is fine-tuned meanwhile and one expert is left; here it stays as it is and K are left.
+The paper fine-tunes the model meanwhile and keeps one expert; here the model stays as it is and K are kept.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TaskSpecific:
-    """The tasks' examples in `num_windows` parts; after each, experts whose proficiency is low are gone for good.
+    """Drops experts of low proficiency after each of `num_windows` parts of the tasks' examples.
 
     Proficiency is a moving average, a_j <- 0.9 a_j + 0.1 frequency, that begins with the first window's
-    frequency, the share of its tokens among the experts that are left. Expert j goes where a_j < 0.1 / alive, never
-    so that fewer than K are left, and after the last window the K most proficient stay, as in
-    UNITES-Lab/MC-SMoE. Gone experts' logits are at -inf for the windows to come. All windows are one pass.
+    frequency, the share of its tokens among the experts that are left. Expert j is dropped where a_j < 0.1 / alive,
+    never so that fewer than K are left, and after the last window the K most proficient stay, as in
+    UNITES-Lab/MC-SMoE. The logits of dropped experts are -inf in later windows. All windows are one pass.
     """
 
     num_windows: int = 10
@@ -76,7 +76,7 @@ class TaskSpecific:
 
 
 def _left(alive: Mask, proficiency: Sums, num_kept: int, least: float) -> Mask:
-    """(E,) who is left: all with at least `least`, or the `num_kept` most proficient where those are too few."""
+    """(E,) which experts are left: all with at least `least`, or the `num_kept` most proficient if too few have it."""
     scores = np.where(alive, proficiency, -np.inf)
     enough: Mask = scores >= least
     if enough.sum() < num_kept:

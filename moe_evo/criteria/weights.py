@@ -1,4 +1,4 @@
-"""What the experts' weights add up to, for criteria that need no data."""
+"""Sums over the experts' weights, for criteria that need no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_evo.models.weight_shapes import whole_shape
 
 
 def expert_weights(moe: MoEModel) -> Observation[LayerWeights]:
-    """One a MoE layer; all ranks of a gang call this together and all get the same."""
+    """The sums of each MoE layer; all ranks of a gang call this together and get the same."""
     sums = [np.zeros((2, number)) for number in moe.shape.num_experts]
 
     def see(layer: int, weights: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""How large batches may be: what was configured, or less after memory has run out.
+"""`BatchMemory`: the largest batch that fits into memory, halved whenever memory runs out.
 
-torch tells of it in several ways: by an error of its own on a GPU, by a RuntimeError of its allocator on
-the CPU, and Python by MemoryError.
+A full memory shows in several ways: torch.OutOfMemoryError on a GPU, a RuntimeError of torch's allocator on the CPU,
+and Python's MemoryError.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGNS = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED
 
 
 class BatchMemory:
-    """The most tokens of a batch for a model on its device, lowered whenever they do not fit."""
+    """The most tokens of a batch for a model on its device, halved whenever a batch does not fit."""
 
     def __init__(self, batch_tokens: int, model: MoEModel) -> None:
         self.batch_tokens = batch_tokens
@@ -31,19 +31,19 @@ class BatchMemory:
         self._num_scored = 0
 
     def note(self, batch: Batch, copies: int = 1) -> None:
-        """Remember the batch that runs now, for so many genomes: it does not fit if memory runs out."""
+        """Remember the batch that runs now, for `copies` genomes: the one that does not fit if memory runs out next."""
         self._rows = len(batch.examples) * copies
         self._tokens = batch.num_tokens * copies
 
     def lower_after(self, error: BaseException) -> None:
-        """Halve `batch_tokens`.
+        """Halve `batch_tokens` after `error`.
 
-        Raises `error` where it tells of something else, and OutOfMemory where the batch had one row, or
-        where other ranks are waiting in the middle of a pass that this one has left.
+        Raises `error` where it does not mean a full memory. Raises OutOfMemory where the batch had one row, or where
+        there are other ranks, which still wait in the pass that this one has left.
         """
         if not _is_out_of_memory(error):
             raise error
-        is_smallest = self._rows == 1 or self.batch_tokens == 1  # the latter where no batch has begun to run
+        is_smallest = self._rows == 1 or self.batch_tokens == 1  # 1 where memory ran out before any batch ran
         if is_smallest or self._model.ranks.size > 1:
             what = "one row in a batch" if is_smallest else f"batches of {self._tokens} tokens"
             kind = RowOutOfMemory if self._rows == 1 else OutOfMemory
@@ -55,16 +55,16 @@ class BatchMemory:
         self.batch_tokens = max(min(self.batch_tokens, self._tokens) // 2, 1)
 
     def free(self) -> None:
-        """Give back what can be built again: merged layers, and what torch keeps for later."""
+        """Free what can be built again: merged layers, and the blocks that torch has cached."""
         self._model.merged_cache.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def tidy_after(self, num_genomes: int) -> None:
-        """Called after so many were scored: from time to time, free memory on the host goes back to the system.
+        """Call it after genomes were scored; every few genomes it returns free host memory to the system.
 
-        Every genome routes otherwise, so tensors of ever other sizes leave holes in the heap, which grew to half as
-        much again as the model and its states. Doing this for every genome would cost a few per cent of time.
+        Each genome routes tokens differently, so tensors of many sizes fragment the heap: it grew to 1.5 times the
+        model and its states. Returning memory after each genome would cost a few per cent of time.
         """
         self._num_scored += num_genomes
         if self._num_scored >= _TIDY_EVERY:
@@ -73,7 +73,7 @@ class BatchMemory:
 
 
 def trim_heap() -> None:
-    """Give pages that are free back to the system, where the allocator can (glibc's can)."""
+    """Return free pages of the heap to the system, where the C library can (glibc can)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

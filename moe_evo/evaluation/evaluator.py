@@ -1,8 +1,8 @@
-"""Genomes in, outcomes out: the one place that runs forward passes to score.
+"""`Evaluator`: genomes in, outcomes out. The only place that runs forward passes to score genomes.
 
-The model stays loaded. Equal genomes are computed once, others share what they have in common where an
-`Engine` can run them, and are applied to the model one after the other where it cannot. Nothing here
-knows of pools, journals or searches.
+The model stays loaded. Equal genomes are computed once. An `Engine` computes what others have in common once; where
+it cannot run on a model, genomes are applied to the model one after the other. Nothing here knows of pools, journals
+or searches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 class _Prepared:
     """One task's batches on the model's device, each with its reference where the task needs one.
 
-    num_counted: the first so many batches count; others only keep this rank in step with the rest.
+    num_counted: the first `num_counted` batches are scored; the others repeat one, so that all ranks run equally many.
     """
 
     task: Task
@@ -59,13 +59,13 @@ class _Prepared:
 
 @dataclass
 class _Report:
-    """What one rank found of one task: the partial results of its batches, and whether all numbers are finite."""
+    """One genome's results on one task, from one rank: those of its batches, and whether all numbers are finite."""
 
     parts: list[tuple[npt.NDArray[np.int64], Tensor]] = field(default_factory=list)
     is_finite: bool = True
 
     def add(self, batch: Batch, partial: Tensor, is_finite: bool = True) -> None:
-        """partial: (B, anything) of one batch; is_finite: what it was made from is."""
+        """Add the results (B, anything) of one batch; is_finite: whether the logits behind them were finite."""
         self.is_finite = self.is_finite and is_finite and bool(partial.isfinite().all())
         self.parts.append((batch.examples, partial.cpu()))
 
@@ -73,11 +73,11 @@ class _Report:
 class Evaluator:
     """A loaded model and the tasks that its genomes are scored on.
 
-    Where several ranks hold the model, each has its evaluator, and all make the same calls in the same
-    order. All get the same outcomes; an outcome that is a failure leaves them in step. states: those of
-    another evaluator of the model, whose memory this one is to share. clock: what passes are timed with.
+    Where several ranks hold the model, each has an evaluator of its own. All make the same calls in the same order and
+    get the same outcomes, also where an outcome is a failure. states: the state cache of another evaluator of the
+    model, to be shared. clock: times passes, default: the device's.
 
-    switched_off: what the model's self-check found that is done without, which costs time and no score.
+    switched_off: the kinds of sharing that the self-checks refused; they cost time and no score.
     """
 
     def __init__(
@@ -106,17 +106,17 @@ class Evaluator:
 
     @property
     def states(self) -> StateCache | None:
-        """Hidden states of recent genomes, where they are kept."""
+        """The cache of recent genomes' hidden states; None without an engine."""
         return None if self._engine is None else self._engine.states
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for whoever runs this: packages newer than the tested ones, and what is switched off."""
+        """Lines for the user: packages newer than the tested ones, and kinds of sharing that are not used."""
         return (*filter(None, [newer_than_tested()]), *map(str, self.switched_off))
 
     @property
     def shares_layers(self) -> bool:
-        """Whether what genomes have in common is computed once."""
+        """Whether layers that genomes have in common are computed once."""
         return self._engine is not None
 
     def evaluate(
@@ -171,14 +171,14 @@ class Evaluator:
         return [self._scores(split, found, duration_s) for found in reports]
 
     def _num_parts(self, split: str, indices: Indices | None) -> int:
-        """In how many parts examples are seen; in more than one where individuals race."""
+        """The number of parts in which examples are scored: more than one where individuals race."""
         return len(PARTS) if self._races(split, indices) else 1
 
     def _races(self, split: str, indices: Indices | None) -> bool:
         return self._config.race is not None and split == "search" and indices is None
 
     def _is_out(self, split: str, reports: Sequence[Sequence[_Report]], rival: ExampleScores | None) -> bool:
-        """Whether a genome need not see more examples; all ranks answer the same."""
+        """Whether a genome is surely worse than its rival, so that it is stopped; the same on all ranks."""
         found = self._scores(split, reports, 0.0)
         is_out = isinstance(found, EvaluationFailure)
         if not isinstance(found, EvaluationFailure) and rival and self._config.race is not None:
@@ -206,8 +206,8 @@ class Evaluator:
                 return compute()
             except MEMORY_ERRORS as error:
                 self._memory.lower_after(error)
-            # only now, as the error holds on to the tensors of the calls that it went through
-            self._whole.clear()  # references and states, too, are of the old batches
+            # outside of `except`: the error keeps the tensors of its stack frames alive
+            self._whole.clear()  # references and states belong to the old batches
             if self._engine is not None:
                 self._engine.forget()
             self._memory.free()
@@ -228,7 +228,10 @@ class Evaluator:
     def _reports(
         self, genomes: Sequence[Genome | None], split: str, indices: Indices | None, part: int
     ) -> list[tuple[_Report, ...]]:
-        """For each genome one a task. Nothing that goes wrong with one ends this early: other ranks go on, too."""
+        """For each genome one report a task.
+
+        A genome that fails does not end this early, as other ranks would wait.
+        """
         with torch.inference_mode(), _threads(self._config.threads):
             prepared = self._prepared(split, indices)[part]
             reports = [tuple(_Report() for _ in self.tasks) for _ in genomes]
@@ -249,7 +252,7 @@ class Evaluator:
         reports: Sequence[Sequence[_Report]],
         is_whole: bool,
     ) -> None:
-        """All batches that are run forward, each for all genomes."""
+        """Score all `ForwardBatch`es with the engine, each for all genomes."""
         for index, one in enumerate(prepared):
             for batch, reference in zip(one.batches, one.references, strict=True):
                 if isinstance(batch, ForwardBatch):
@@ -259,7 +262,7 @@ class Evaluator:
                     engine.run(batch, genomes, add, copies=copies, keep=is_whole, packing=self._packing)
 
     def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
-        """All batches that are run forward, for one genome."""
+        """Score all `ForwardBatch`es for one genome, without the engine."""
         with self.model.applied(genome):
             for one, report in zip(prepared, reports, strict=True):
                 for position, (batch, reference) in enumerate(zip(one.batches, one.references, strict=True)):
@@ -275,7 +278,7 @@ class Evaluator:
         reports: Sequence[Sequence[_Report]],
         is_whole: bool,
     ) -> None:
-        """All batches that are generated from, for several genomes at once where they go together."""
+        """Score all `GenerateBatch`es, each for as many genomes at a time as are packed together."""
         for index, one in enumerate(prepared):
             for position, batch in enumerate(one.batches):
                 if isinstance(batch, GenerateBatch):
@@ -290,14 +293,14 @@ class Evaluator:
                                 reports[number][index].add(batch, scored, bool(is_finite.all()))
 
     def _packs(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> Iterator[tuple[Hashable, list[int]]]:
-        """The numbers of genomes that generate together, with the same experts active a token.
+        """Genomes that generate together, as (kind of pass for `Packing`, numbers of genomes).
 
-        Before them what kind of pass it is, for `Packing`.
+        All genomes of a pack have the same top_k.
         """
         by_top_k: dict[tuple[int, ...], list[int]] = {}
         for number, genome in enumerate(genomes):
             by_top_k.setdefault(genome.top_k, []).append(number)
-        # ranks whose examples differ still have to generate equally often
+        # ranks with different examples must still generate equally often
         num_tokens = max(self.model.example_ranks.gather(batch.num_tokens))
         for numbers in by_top_k.values():
             kind = ("generate", size_class(num_tokens), all(genomes[number].is_pruning for number in numbers))
@@ -307,7 +310,7 @@ class Evaluator:
                 numbers = numbers[together:]
 
     def _copies(self, num_tokens: int) -> int:
-        """How many genomes have room in a pass together, where each has so many tokens."""
+        """The most genomes that fit into one pass, where each has `num_tokens` tokens."""
         return max(most_tokens(self._config, self.model, self.batch_tokens) // num_tokens, 1)
 
     def _prepared(self, split: str, indices: Indices | None) -> tuple[tuple[_Prepared, ...], ...]:

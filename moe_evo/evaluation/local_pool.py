@@ -18,8 +18,8 @@ from moe_evo.genomes.space import ModelShape
 class LocalPool:
     """One evaluator in this process, one request at a time.
 
-    A slot is free only while nothing is under way, so what a search knew when it proposed a candidate
-    depends on the order of candidates alone, and an interrupted run repeats exactly.
+    A slot is free only while nothing is under way. So a search knows all earlier outcomes when it proposes a candidate,
+    and an interrupted run repeats exactly.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:

@@ -1,4 +1,4 @@
-"""Where evaluation requests go: `Pool`, and what it tells of itself.
+"""`Pool`: takes evaluation requests and returns outcomes; and the news that it tells about itself.
 
 `LocalPool` evaluates in this process, `RayPool` on gangs of Ray actors; both pass one contract suite.
 """
@@ -37,7 +37,7 @@ GangState = Literal["waiting", "loading", "ready", "busy"]
 class GangStatus:
     """One gang as it is now.
 
-    state: 'waiting' for room on the cluster, 'loading' its model, 'ready', or 'busy'. node: address of
+    state: 'waiting' for free resources on the cluster, 'loading' its model, 'ready', or 'busy'. node: address of
     rank 0. pids: its ranks' processes. restarts: how often it was built anew. progress: of loading, in words.
     """
 
@@ -94,7 +94,7 @@ Listener = Callable[[PoolNews], None]
 class Pool(Protocol):
     """Evaluators behind a queue. Outcomes come in the order in which they are ready.
 
-    listener: is told what happens to the evaluators, from within calls of `next_outcomes` and
+    listener: called with what happens to the evaluators, within calls of `next_outcomes` and
     `ask` only.
     """
 
@@ -105,7 +105,7 @@ class Pool(Protocol):
 
     @property
     def free_slots(self) -> int:
-        """How many requests would start, or be queued to advantage, if they were submitted now."""
+        """How many requests are worth submitting now: they would start, or wait in a short queue."""
 
     def submit(self, requests: Sequence[Request]) -> None: ...
 
@@ -113,7 +113,7 @@ class Pool(Protocol):
         """Wait for outcomes, at least one; call only while requests are under way."""
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
-        """Answers about the model's experts, as they are ready; only while no request is under way."""
+        """Observations of the model's experts, as they are ready; only while no request is under way."""
 
     def close(self) -> None:
-        """Let go of everything; nothing may be under way that is still wanted."""
+        """Release everything; requests that are under way are lost."""

@@ -2,7 +2,7 @@
 
 Examples come in growing parts, the same for every individual. After each part the individual is compared
 with the rival on the examples that both have seen (a paired test), and stopped where it is worse with the
-chosen confidence. Each look is a test of its own: with few parts the chance to stop an individual that
+chosen confidence. Each comparison is a test of its own; as there are few, the chance to stop an individual that
 would have won grows little.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from moe_evo.tasks.base import TaskScores
 
 PARTS = (0.2, 0.5, 1.0)
-"""Shares of the examples that have been seen after each part."""
+"""The share of the examples that have been scored after each part."""
 
 _FEWEST = 16  # examples of a task below which a mean is no normal variable
 

@@ -1,4 +1,4 @@
-"""How many gangs fit on a cluster, by arithmetic on its nodes; nothing here asks a cluster."""
+"""How many gangs fit on a cluster: arithmetic on the resources of its nodes, without a connection to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_evo.config.cluster import PlacementStrategy
 
 @dataclass(frozen=True)
 class NodeCapacity:
-    """A node of a cluster: its resources, whole and free now, and its labels."""
+    """A node of a cluster: its resources in total and free now, and its labels."""
 
     name: str
     total: Mapping[str, float]
@@ -21,9 +21,9 @@ class NodeCapacity:
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """The nodes on which gangs may stand, and the resources of one rank, as `rank_bundle` tells them.
+    """The nodes of a cluster, and the resources of one rank (`rank_bundle`).
 
-    can_grow: whether nodes may be added for what does not fit now.
+    can_grow: whether the cluster may add nodes for a gang that does not fit now.
     """
 
     nodes: tuple[NodeCapacity, ...]
@@ -40,7 +40,7 @@ def gangs_that_fit(
     *,
     of: Literal["available", "total"] = "available",
 ) -> int:
-    """How many gangs of `gang_size` ranks, `bundle` each, stand on these nodes at the same time.
+    """How many gangs of `gang_size` ranks, with resources `bundle` each, fit on these nodes at the same time.
 
     strategy: STRICT_PACK wants a gang on one node, STRICT_SPREAD each rank on another; PACK and SPREAD
     only prefer so. labels: what a node's labels must be, with Ray's `!a`, `in(a,b)` and `!in(a,b)`.
@@ -57,7 +57,7 @@ def gangs_that_fit(
 
 
 def _slots(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
-    """How many ranks a node holds; resources are fractions, so a hair too little is enough."""
+    """How many ranks a node holds; fractions of resources are compared with a small tolerance."""
     return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())
 
 

@@ -31,8 +31,8 @@ _END_S = 10.0
 def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
     """Be connected to the Ray cluster at `address` ('local' starts one); raises ClusterError.
 
-    extra_cpus: how many more CPUs than it has a Ray of our own counts, for processes that mostly wait.
-    Where this process is connected already, as in a Ray task or a test, that connection is used and left.
+    extra_cpus: CPUs that a Ray of our own counts beside the real ones, for processes that mostly wait. A process that
+    is connected already, as in a Ray task or a test, keeps its connection.
     """
     if ray.is_initialized():
         yield
@@ -64,7 +64,7 @@ def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
 
 
 def answers_on() -> str:
-    """The node on which an actor of the connected cluster answers; raises ClusterError where none does."""
+    """Start an actor on the connected cluster and return its node; raises ClusterError where that fails."""
     actor = ray.remote(num_cpus=0)(_Answering).remote()
     try:
         return str(ray.get(actor.node.remote(), timeout=_START_S))
@@ -107,7 +107,7 @@ def cluster_capacity(model: ModelConfig, cluster: ClusterConfig) -> ClusterCapac
 
 
 def start_service(spec: ServiceSpec) -> ActorHandle:
-    """A service of this run alone, or the one of that name on the cluster, which is started where there is none.
+    """The service named in the config, found or started; without a name, a new one for this run alone.
 
     Raises ClusterError where the name belongs to a service of another model or other gangs.
     """
@@ -135,7 +135,7 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
 
 @contextmanager
 def shared_service(model: ModelConfig, model_hash: str, cluster: ClusterConfig, *, keep: bool) -> Iterator[None]:
-    """The service that `cluster` names is there until the block is left, and after it where `keep` says so."""
+    """Keep the service that `cluster` names alive until the block is left; with `keep`, after it too."""
     spec = ServiceSpec(model, model_hash, cluster, rank_bundle(model, cluster))
     service = start_service(spec)
     try:
@@ -146,7 +146,7 @@ def shared_service(model: ModelConfig, model_hash: str, cluster: ClusterConfig, 
 
 
 def gangs_without_drivers(model: ModelConfig, cluster: ClusterConfig) -> int:
-    """How many gangs a Ray of our own has real CPUs for, whatever it counts for processes that wait."""
+    """How many gangs a Ray of our own has real CPUs for, without its `extra_cpus`."""
     bundle, ranks = rank_bundle(model, cluster), num_ranks(model, cluster)
     if "GPU" in bundle:
         return max(int(ray.cluster_resources()["GPU"] / bundle["GPU"] / ranks), 1)

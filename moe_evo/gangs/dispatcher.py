@@ -1,7 +1,7 @@
-"""Which gang evaluates what next: fair turns among runs, batches, retries, quarantine, one cache.
+"""`Dispatcher`: decides which gang evaluates what next. A plain state machine without Ray, clocks or waiting.
 
-A plain state machine without Ray, clocks or waiting. A job that several runs ask for is done once; a job
-whose gang broke is tried again alone, so that in the end only the genome that breaks gangs is given up.
+Runs get fair turns. A job that several runs ask for is done once, and its result is cached. Jobs whose gang broke are
+tried again one by one, so that only the genome that breaks gangs is given up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Answer: TypeAlias = Outcome | Observation[Any]
 
 Key = tuple[str, str, str, str]
 
-_REQUEST_S = 0.2  # a request that takes so long hides what sending it costs
+_REQUEST_S = 0.2  # sending a request costs little beside so long a request
 _CACHE_SIZE = 100_000
 
 
@@ -31,7 +31,7 @@ _CACHE_SIZE = 100_000
 class Job:
     """A genome to evaluate on a split of the tasks `work`, or a question about the experts.
 
-    rival: see `Request`; who has another rival may get another answer.
+    rival: see `Request`; another rival may lead to another outcome, so it is a part of the key.
     """
 
     work: str
@@ -42,14 +42,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """In messages."""
         if self.question is not None:
             return f"observing the experts ({type(self.question).__name__.lower()})"
         return f"genome {self.genome.digest[:8]}" if self.genome is not None else "the full model"
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What jobs have in common that take about as long."""
+        """Equal for jobs that take about equally long."""
         return (self.work, self.split if self.question is None else f"{self.question.key}?")
 
     @cached_property
@@ -66,7 +66,7 @@ Batch = tuple[Job, ...]
 
 @dataclass
 class _Run:
-    """One run's queue. turns: jobs that were begun for it, on the scale that `Dispatcher._fair_start` keeps."""
+    """One run's queue. turns: how many of its jobs were begun, beginning at `Dispatcher._fair_start`."""
 
     turns: float = 0.0
     queue: deque[Key] = field(default_factory=deque)
@@ -75,7 +75,7 @@ class _Run:
 
 @dataclass
 class _Entry:
-    """A job that is not done. wanted_by: runs and the numbers that they know it by."""
+    """A job that is not done. wanted_by: each run that asked for it, with the run's own number of the job."""
 
     job: Job
     wanted_by: list[tuple[str, int]]
@@ -114,7 +114,7 @@ class Dispatcher:
 
     @property
     def batch_size(self) -> int:
-        """Evaluations that take about as long as is worth one request."""
+        """How many evaluations make one request worth its cost."""
         if self._seconds is None:
             return 1
         return max(1, min(self._max_batch, math.ceil(_REQUEST_S / max(self._seconds, 1e-6))))
@@ -124,14 +124,14 @@ class Dispatcher:
         return self._longest_s.get(batch[0].kind)
 
     def slots(self, num_gangs: int) -> int:
-        """Jobs that keep so many gangs busy until the next are submitted: a batch each and some in reserve."""
+        """How many jobs keep `num_gangs` gangs busy until more are submitted: a batch each, and a reserve."""
         return (num_gangs + math.ceil(num_gangs / 4)) * self.batch_size
 
     def join(self, run: str) -> None:
         self._runs.setdefault(run, _Run(turns=self._fair_start()))
 
     def leave(self, run: str) -> None:
-        """Forget a run; what nobody else wants and no gang has taken is dropped."""
+        """Forget a run, and drop its waiting jobs that no other run wants."""
         self._runs.pop(run, None)
         for key, entry in list(self._entries.items()):
             entry.wanted_by = [(name, number) for name, number in entry.wanted_by if name != run]
@@ -143,7 +143,7 @@ class Dispatcher:
                 self._runs[entry.wanted_by[0][0]].queue.append(key)
 
     def submit(self, run: str, jobs: Sequence[tuple[int, Job]]) -> None:
-        """Queue jobs, each under a number of the run's own; what is known is answered at once."""
+        """Queue jobs, each with the run's own number; the results of cached ones are ready at once."""
         mine = self._runs[run]
         if not mine.queue:
             mine.turns = max(mine.turns, self._fair_start())
@@ -188,9 +188,9 @@ class Dispatcher:
             self._answer(job, answer)
 
     def give_back(self, batch: Batch, reason: str, *, blame: bool) -> list[Job]:
-        """A gang broke before it had done a batch; answers the jobs that are given up.
+        """Take back the batch of a gang that broke; returns the jobs that are given up.
 
-        blame: whether a job of the batch may have broken it. Only one that was alone is given up.
+        blame: whether a job of the batch may have broken the gang. Only a job that ran alone is given up.
         """
         given_up = []
         for job in reversed(batch):
@@ -209,7 +209,7 @@ class Dispatcher:
         return given_up
 
     def answers(self, run: str) -> list[tuple[int, Answer]]:
-        """What is done for a run since the last call, by the run's numbers."""
+        """The results for a run since the last call, with the run's own numbers."""
         mine = self._runs[run]
         ready, mine.answers = mine.answers, []
         return ready
@@ -231,11 +231,11 @@ class Dispatcher:
             self._runs[run].answers.append((number, answer))
 
     def _fair_start(self) -> float:
-        """Turns of whoever is served next: a newcomer neither waits for the others nor goes before them."""
+        """The turns that a new run begins with: those of the run that is served next, so that it gets its fair part."""
         return min((run.turns for run in self._runs.values() if run.queue), default=self._turn)
 
 
 def _go_together(first: _Entry, second: _Entry) -> bool:
-    """Whether two jobs may be one request: what broke a gang, and what is no evaluation, goes alone."""
+    """Whether two jobs may be in one request; a job that broke a gang, or is no evaluation, runs alone."""
     alone = first.attempts or second.attempts or first.job.question or second.job.question
     return not alone and first.job.kind == second.job.kind

@@ -1,7 +1,7 @@
-"""One gang: a placement group and an actor a rank, which are built, asked and killed together.
+"""`Gang`: one placement group with an actor for each rank. They are built, called and killed together.
 
-Ranks run every request in lockstep, so one that dies or hangs takes the others with it: a gang is never
-mended, only built anew.
+Ranks run every request in lockstep, so a rank that dies or hangs blocks the others. A broken gang is never repaired;
+it is killed and built anew.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from moe_evo.gangs.dispatcher import Answer, Batch
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
 
-_GRACE_S = 2.0  # one broken rank breaks the others; so long they may take to say which was the first
+_GRACE_S = 2.0  # one broken rank breaks the others; wait so long for all errors, to find the first
 _REASON_LENGTH = 300
 
 
 class GangBroken(Exception):
-    """A gang must be killed; `cause` is the error of the rank that broke it, if one told."""
+    """A gang is broken and must be killed; `cause`: the error of the rank that broke it, if it raised one."""
 
     def __init__(self, reason: str, cause: BaseException | None = None) -> None:
         super().__init__(" ".join(reason.split())[:_REASON_LENGTH])
@@ -44,16 +44,16 @@ class GangBroken(Exception):
 
     @property
     def permanent(self) -> MoeEvoError | None:
-        """What every other gang would say as well: the input is wrong."""
+        """Whether every other gang would fail, too, because the input is wrong."""
         return self.cause if isinstance(self.cause, MoeEvoError) and not self.out_of_memory else None
 
 
 class Gang:
-    """Ranks that hold one model together; `kill` it whatever happens.
+    """Ranks that hold one model together. Whoever builds one must `kill` it in the end.
 
     name: of its placement group, see `remove_groups`. size: number of ranks. bundle: Ray resources of one
-    rank. rank: the class whose methods a rank offers. halvings: how often batches had been halved, as
-    memory ran out, when it was built.
+    rank. rank: the class whose methods a rank offers. halvings: how often batch sizes were halved
+    before it was built, because memory ran out.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class Gang:
         self.died: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     async def placed(self) -> tuple[int, ...]:
-        """Wait for room on the cluster; answers the ranks' process ids."""
+        """Wait for free resources on the cluster; returns the ranks' process ids."""
         pids = await self._all("pid", timeout_s=None)
         self.died = asyncio.ensure_future(self._all("watch", timeout_s=None, group="watch"))
         return tuple(pids)
 
     async def load(self, model: ModelConfig, model_hash: str, report: Callable[[str], None]) -> None:
-        """Load the model on all ranks; `report` must be fit to travel to them."""
+        """Load the model on all ranks; `report` must be picklable."""
         timeout_s = self._load_timeout_s
         where = (self.node, (await self._all("free_port", timeout_s=timeout_s))[0])
         await self._all("load", model, model_hash, where, timeout_s, report, timeout_s=timeout_s)
@@ -105,7 +105,7 @@ class Gang:
         return str(addresses.get(bundles[0], "unknown"))
 
     async def begin(self, work: Work) -> Sequence[str]:
-        """Be ready to `run` batches of `work`; answers what whoever runs it should know, the first time."""
+        """Prepare all ranks for batches of `work`; returns notes for the user, the first time."""
         if work.key in self._begun:
             return ()
         notes = await self._all("begin", work, self.halvings, timeout_s=self._load_timeout_s)
@@ -113,7 +113,7 @@ class Gang:
         return tuple(dict.fromkeys(note for of_rank in notes for note in of_rank))
 
     async def run(self, batch: Batch, work: Work, deadline_s: float) -> Sequence[Answer]:
-        """The answers to a batch of a work that was begun, by all ranks in lockstep."""
+        """Evaluate a batch on all ranks in lockstep; returns one result a job. Call `begin` before."""
         question = batch[0].question
         if question is not None:
             return [(await self._all("ask", work.key, question, timeout_s=deadline_s))[0]]
@@ -122,7 +122,7 @@ class Gang:
         return answers
 
     def kill(self) -> None:
-        """End all ranks and give their room back."""
+        """End all ranks and free their resources."""
         self.died.cancel()
         for rank in self._ranks:
             ray.kill(rank)
@@ -149,7 +149,7 @@ class Gang:
 
 
 def remove_groups(prefix: str) -> None:
-    """Give back the room of all gangs whose names begin so.
+    """Free the placement groups of all gangs whose names begin so.
 
     Ray ends the ranks of a service that died, but keeps their placement groups until the whole job ends.
     """
@@ -172,7 +172,7 @@ def _options(bundle: dict[str, float]) -> dict[str, Any]:
 
 
 def _broken(errors: Sequence[tuple[int, BaseException | None]]) -> GangBroken:
-    """What broke the gang: rather what a rank said than that another lost touch with it."""
+    """The error that broke the gang; a rank's own error is preferred to the lost connections that follow from it."""
     found = [(rank, _cause(error)) for rank, error in errors if error is not None]
     rank, cause = min(found, key=lambda one: _distance(one[1]))
     if isinstance(cause, RayActorError):
@@ -185,7 +185,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _distance(error: BaseException) -> int:
-    """From the beginning of the trouble."""
+    """How far an error is from the first cause; the smallest is told."""
     if isinstance(error, OutOfMemory):
         return 0
     if isinstance(error, RayError):

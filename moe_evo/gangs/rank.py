@@ -59,7 +59,7 @@ class Rank:
             return port
 
     def watch(self) -> None:
-        """Never return: whoever waits for this learns at once when the process dies."""
+        """Never returns, so that a caller that waits for it learns at once when the process dies."""
         threading.Event().wait()
 
     def load(
@@ -70,7 +70,7 @@ class Rank:
         timeout_s: float,
         report: Callable[[str], None],
     ) -> None:
-        """Join the other ranks and load the model; `report` is told how far it is, in words.
+        """Join the other ranks and load the model; `report` is called with the progress, in words.
 
         timeout_s: longest wait of one rank for another.
         Raises ModelError, also where the checkpoint is not the one that `model_hash` names.
@@ -91,9 +91,9 @@ class Rank:
             self._model = load_model(model, ranks)
 
     def begin(self, work: Work, halvings: int) -> Sequence[str]:
-        """Tokenise the tasks of `work`; batches are so many times half as large as it says.
+        """Tokenise the tasks of `work`, and return the `Evaluator.notes` of this rank.
 
-        Answers the `Evaluator.notes` of this rank.
+        halvings: how often the batch size of `work` is halved.
         """
         from moe_evo.evaluation.evaluator import Evaluator
         from moe_evo.tasks.registry import build_task
@@ -119,7 +119,7 @@ class Rank:
 
 
 class _reported:
-    """Tell once a second how much memory the process has taken, until the block is left."""
+    """Report once a second how much memory the process uses, until the block is left."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report

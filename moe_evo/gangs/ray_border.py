@@ -1,4 +1,7 @@
-"""The border to Ray: its name as Any, as its annotations do not know what `remote` does, and what is not public."""
+"""What is used of Ray that is not typed or not public.
+
+Ray is imported here as Any, because its annotations do not cover `remote`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool on a cluster: this run's side of a service of gangs."""
+"""`RayPool`: the pool of a run on a cluster. It sends requests to a `GangService` and collects the outcomes."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def ray_pool(
 
 
 def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
-    """The work of a run: equal keys for whatever gives equal scores on one model."""
+    """The work of a run; runs whose scores on one model would be equal have equal keys."""
     scoring = {name: value for name, value in asdict(evaluation).items() if name not in SPEED_ONLY}
     content = json.dumps([scoring, [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]])
     return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation, registering_modules())
 
 
 def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:
-    """On a cluster that cannot grow, a gang that is too large would wait for ever."""
+    """Raise ClusterError where no gang can ever fit: it would wait for ever."""
     cluster = spec.cluster
     if not gangs_that_fit(capacity.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
         total = ", ".join(f"{name} {capacity.nodes[0].total.get(name, 0):g}" for name in spec.bundle)
@@ -79,8 +79,8 @@ def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:
 class RayPool:
     """Requests of one run to a service of gangs.
 
-    start: starts the service or finds it; called again when it is lost, with all that is under way
-    submitted once more.
+    start: starts the service or finds it. When the service is lost, it is called again and all requests that are under
+    way are submitted again.
     """
 
     def __init__(self, start: Callable[[], ActorHandle], work: Work, shape: ModelShape) -> None:
@@ -168,7 +168,7 @@ class RayPool:
                 raise news.fatal
 
     def _exchange(self) -> News:
-        """Send what is not sent and hear what is new."""
+        """Send new requests and fetch news."""
         if not self._joined:
             ray.get(self.service.join.remote(self._name, self._work), timeout=_SILENCE_S)
             self._joined, self._unsent = True, list(self._jobs)

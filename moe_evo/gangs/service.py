@@ -1,7 +1,7 @@
-"""The owner of all gangs: builds them, feeds them, replaces them, and answers the runs they serve.
+"""`GangService`: builds gangs, sends them jobs, replaces broken ones, and returns results to the runs.
 
-An asynchronous actor, one coroutine a gang. It holds no truth: a run keeps its own journal and submits
-again what a lost service had not answered.
+An asynchronous Ray actor with one coroutine a gang. It keeps nothing that must last: each run has its own journal and
+submits again what a lost service had not finished.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
 
 _TICK_S = 1.0
-_PATIENCE_S = 10.0  # for room on the cluster, before the run is told that there is none
+_PATIENCE_S = 10.0  # how long a gang waits for resources before the run is told about it
 _FIRST_DEADLINE_S = 1800.0
 _SHORTEST_DEADLINE_S = 60.0
 _DEADLINE_FACTOR = 20
@@ -37,7 +37,7 @@ _LONGEST_PAUSE_S = 60.0
 class ServiceSpec:
     """What a service serves, and where.
 
-    bundle: Ray resources of one rank. lease_s: a run that has not asked for news for so long is gone.
+    bundle: Ray resources of one rank. lease_s: a run that has not asked for news for so long counts as dead.
     name: the names of its gangs begin so.
     """
 
@@ -63,7 +63,7 @@ class ServiceSpec:
 
 @dataclass(frozen=True)
 class News:
-    """What a run is told when it asks.
+    """What `exchange` returns to a run.
 
     known: False where the service has never heard of the run, or has forgotten it. slots: how many
     jobs the run may have submitted at a time. fatal: why no gang can ever serve, if that is so.
@@ -86,7 +86,7 @@ class _Listener:
 
 
 class GangService:
-    """Gangs for one model; runs `join`, `exchange` jobs for answers, and `leave`."""
+    """Gangs for one model. A run calls `join`, then `exchange` to send jobs and get results, then `leave`."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         cluster = spec.cluster
@@ -116,7 +116,7 @@ class GangService:
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
             self._supervisor.add_done_callback(self._end_at_defects)
-        if self._fatal is not None and not self._listeners:  # whoever comes next may have mended what was wrong
+        if self._fatal is not None and not self._listeners:  # the next run may come after the fault was mended
             self._fatal, self._failed_loads = None, 0
         self._listeners.setdefault(run, _Listener(time.monotonic(), list(self._notes.values())))
         self._works[work.key] = work
@@ -128,7 +128,7 @@ class GangService:
         self._left_at = time.monotonic()
 
     async def exchange(self, run: str, jobs: Sequence[tuple[int, Job]], timeout_s: float) -> News:
-        """Take jobs, wait until there is something to tell or the time is over, and tell it."""
+        """Take jobs, wait until there is news or the time is over, and return the news."""
         listener = self._listeners.get(run)
         if listener is None:
             return News(known=False)
@@ -183,14 +183,14 @@ class GangService:
             self._coroutines[number].add_done_callback(self._end_at_defects)
 
     def _end_at_defects(self, coroutine: asyncio.Task[None]) -> None:
-        """What a gang's coroutine did not expect is told to the runs, or they would wait for ever."""
+        """Tell the runs about an unexpected error in a gang's coroutine: otherwise they would wait for ever."""
         if not coroutine.cancelled() and (error := coroutine.exception()) is not None:
             failed = RuntimeError(f"the service failed: {type(error).__name__}: {error}")
             self._fatal = error if isinstance(error, MoeEvoError) else failed
             self._wake()
 
     def _wants_one_more(self) -> bool:
-        """One gang at a time asks the cluster for room, and only while more waits than those to come can take."""
+        """Whether to build another gang: none waits for resources, and more jobs wait than loading gangs take."""
         states = [gang.state for gang in self._gangs.values()]
         to_come = states.count("loading") * self._dispatcher.batch_size
         return "waiting" not in states and self._dispatcher.waiting > to_come
@@ -232,7 +232,7 @@ class GangService:
         return True
 
     async def _is_placed(self, gang: Gang, number: int) -> bool:
-        """Wait for room on the cluster; False once nobody needs the gang any more."""
+        """Wait for free resources on the cluster; False once nobody needs the gang any more."""
         self._update(number, state="waiting", node="", pids=(), progress="")
         placed = asyncio.ensure_future(gang.placed())
         try:
@@ -288,7 +288,7 @@ class GangService:
             if future.done():
                 self._dispatcher.give_back(future.result(), "", blame=False)
                 self._assign()
-            await gang.died  # raises what it died of
+            await gang.died  # raises the error that ended it
         return future.result() if future.done() else ()
 
     def _assign(self) -> None:
@@ -298,7 +298,9 @@ class GangService:
             batch = self._dispatcher.take(num_serving)
             if not batch:
                 return
-            self._idle.popitem()[1].set_result(batch)  # the latest: the others may stay idle and be released
+            self._idle.popitem()[1].set_result(
+                batch
+            )  # the gang that became idle last, so that the others stay idle and are released
 
     def _finish(self, number: int, batch: Batch, answers: Sequence[Answer], duration_s: float) -> None:
         self._dispatcher.finish(batch, answers, duration_s)
@@ -378,7 +380,7 @@ class GangService:
         return event
 
     def _wake(self) -> None:
-        """Let those runs ask on that have something to hear."""
+        """Wake the calls of `exchange` of runs for which there is news."""
         for run, listener in self._listeners.items():
             if listener.events or self._fatal or self._dispatcher.has_answers(run):
                 listener.wake.set()
@@ -390,7 +392,7 @@ def _free_resources() -> str:
 
 
 class _Report:
-    """Travels to the ranks of a gang and tells the service what they report."""
+    """A callback that ranks get: it sends their reports to the service."""
 
     def __init__(self, service: ActorHandle, gang: int) -> None:
         self._service, self._gang = service, gang

@@ -34,7 +34,7 @@ def run_trials(
     """Call `function(config, report)` for every run, each in a process with one CPU, in the given order.
 
     folder: of Tune's state, from which `Tuner.restore` with `trainable(runs, function)` goes on. tell:
-    hears of each run that begins, crashes or ends; a run that fails for good is told of, not raised.
+    called when a run begins, crashes or ends; a run that fails for good is reported so and raises nothing.
     """
     tuner = tune.Tuner(
         trainable(runs, function),
@@ -79,7 +79,7 @@ def _to_nobody(name: str, event: RunEvent) -> None:
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]
-    """Tells where the runs stand."""
+    """A callback of Tune that calls `tell` for each run that begins, crashes or ends."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell

@@ -173,7 +173,7 @@ def _matrix(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, where: str) 
 
 @contextmanager
 def _malformed_is_genome_error(where: str) -> Iterator[None]:
-    """The border to bytes from anywhere: what they can make the parsers raise becomes a GenomeError."""
+    """Turn the errors that damaged or foreign bytes cause in parsers into a GenomeError."""
     try:
         yield
     except GenomeError as error:

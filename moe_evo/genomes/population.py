@@ -66,7 +66,7 @@ class Evaluation:
 
     @property
     def rank_key(self) -> RankKey:
-        """Greater is better; an estimate is below whatever saw all examples, as it was stopped for being worse."""
+        """Greater is better. A stopped evaluation ranks below every complete one."""
         return (not self.is_stopped, self.fitness, self.tie_break)
 
     def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:

@@ -15,10 +15,10 @@ from moe_evo.genomes.population import Evaluation, Individual, Population
 
 
 def greedy_soup(validated: Population, score: Callable[[Genome], Individual]) -> tuple[Individual, int]:
-    """The best individual, averaged with one after the other for as long as that makes it better.
+    """Average the best individual with one more at a time, for as long as the validation score gets better.
 
-    validated: with their outcomes on the validation split. score: evaluates a genome there. Answers the soup
-    and of how many individuals it is made: of one, the best itself, where no average was better.
+    validated: with their outcomes on the validation split. score: evaluates a genome there. Returns the
+    soup and the number of individuals in it: 1, and the best itself, where no average was better.
     """
     best = validated.best
     ingredients = [best.genome]

@@ -1,4 +1,4 @@
-"""Safetensors of our own: written whole or not at all, with what they hold and in which version in the metadata."""
+"""`FileKind`: safetensors files of ours, with their kind and version in the metadata, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -78,9 +78,10 @@ class FileKind:
 
     @contextmanager
     def locked(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Wait until no other process is in such a block for the same file; raises `error` where that cannot be.
+        """Only one process at a time is in such a block for the same file; the others wait.
 
-        The lock is a hidden file beside it, which stays: whoever deletes it locks another one than the next waits for.
+        The lock is a hidden file beside it, which is never deleted: after a deletion two processes could hold locks on
+        two different files of that name. Raises `error` where the file cannot be locked.
         """
         target = Path(path)
         try:

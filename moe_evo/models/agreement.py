@@ -1,4 +1,4 @@
-"""Whether two ways to compute the same logits agree, and what is done without where they do not."""
+"""Whether two ways to compute the same logits agree, and what is switched off where they do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Relative to the largest logit. The forced hooks run the same kernels on the same numbers.
+# Relative to the largest logit. The hooks run the same kernels on the same numbers as the untouched model.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 Part = Literal["shared layers", "shared prefixes", "shared prompts", "token trees"]
@@ -23,7 +23,7 @@ _COSTS: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class SwitchedOff:
-    """A way to save work that is not used with a model; scores are the same without it.
+    """A way to save work that is not used with this model. Scores are the same without it.
 
     reason: what was tried and found, or why it was not tried.
     """
@@ -42,10 +42,10 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 
 
 def disagreement(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
-    """How far logits (..., V) are from those expected, in words; '' where a model in `dtype` may differ so much.
+    """How far logits (..., V) are from the expected ones, in words; '' within the tolerance of `dtype`.
 
-    In 16 bits the middle token counts: another kernel rounds otherwise, so that a few tokens are routed to other
-    experts, and their logits differ by any amount. What is computed wrongly is wrong for most tokens.
+    In 16 bits the median over tokens is compared: another kernel rounds differently, so a few tokens are routed to
+    other experts, and their logits may differ by any amount. A wrong computation is wrong for most tokens.
     """
     if dtype.itemsize > 2:
         difference, of_what = relative_difference(got, expected), "logits differ"

@@ -20,7 +20,7 @@ Renormalisation = Literal["always", "norm_topk_prob", "never"]
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of transformers, in whose layout experts are stacked in dimension 0.
+    """One `model_type` of transformers. Its experts are stacked in dimension 0 of their tensors.
 
     experts_field: config field that original checkpoints use for the number of experts.
     block, router: names of the MoE block in a decoder layer and of the router in the block; the
@@ -28,9 +28,9 @@ class Family:
     scoring: 'softmax' over all experts then top-k, 'top_k_softmax' the other way round, or 'sigmoid'
     with a correction bias that takes part in the choice only. renormalisation: whether the chosen
     weights are divided by their sum. min_kept_per_group: see `ModelShape`. experts_plan: tensor parallel
-    styles of the experts' tensors ('' is the module) where transformers has none. output_biases: expert
-    tensors that are added to an output; under tensor parallelism ranks sum theirs, so one rank has them.
-    block_returns_tuple: the block answers with its output and something more.
+    styles of the experts' tensors ('' is the module) where transformers has none. output_biases: biases
+    of the experts' outputs; under tensor parallelism outputs are summed over ranks, so only one rank holds them.
+    block_returns_tuple: whether the block returns (output, something else) in place of the output.
     """
 
     model_type: str

@@ -1,7 +1,7 @@
-"""One MoE layer of a loaded model, and the two hooks through which a genome acts on it.
+"""One MoE layer of a loaded model, and the two hooks through which a genome changes what it computes.
 
-The router's forward is wrapped, and merged experts are computed through `experts_hook`. Both are in place only
-while a plan is installed; weights are never written.
+The router's forward is wrapped, and merged experts are computed through the experts' hook. Both are in place only
+while a plan is installed. Weights are never written.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from moe_evo.models.weight_shapes import local_shape, whole_shape
 class LayerPlan:
     """What the hooks of one layer compute.
 
-    router_mapping: W_RM (K, E). indices: (K,) what a routed slot is called for the experts (the kept
-    experts' own numbers for a pruning), or None where slots are merged experts. expert_merging: W_EM
-    (K, E) where merged tensors stand in for the experts, else None.
+    router_mapping: W_RM (K, E). indices: (K,) the expert that each slot uses (for a
+    pruning, the kept experts), or None where slots are merged experts. expert_merging: W_EM (K, E) where the experts
+    are replaced by merged tensors, else None.
     """
 
     router_mapping: Matrix
@@ -50,7 +50,7 @@ class LayerPlan:
 
     @classmethod
     def reversed_identity(cls, num_experts: int, top_k: int) -> LayerPlan:
-        """Both hooks at work for the function of the untouched layer: experts and indices in reverse."""
+        """A plan that uses both hooks and computes the untouched layer: experts and indices in reverse order."""
         identity = np.eye(num_experts, dtype=np.float32)
         backwards = torch.arange(num_experts - 1, -1, -1)
         return cls(identity, top_k, indices=backwards, expert_merging=identity[::-1].copy())
@@ -95,9 +95,9 @@ class MoELayer:
             return {name: mix_rows(router_mapping, rows) for name, rows in self.router_tensors().items()}
 
     def route_among(self, logits: Tensor, kept: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Weights and indices (T, top_k) that the router makes of logits (T, E) if it had only `kept` (T, E) to choose.
+        """Weights and indices (T, top_k) of the router for logits (T, E) if only `kept` (T, E) may be chosen.
 
-        As the exported model routes whose other experts are gone. With groups of experts each must have enough left.
+        The exported model, which lacks the other experts, routes so. Each group of experts must have enough left.
         """
         return masked_route(self.router, self._family.router_tensors, logits, kept, top_k)
 
@@ -129,7 +129,7 @@ class MoELayer:
         return num_experts * sum(math.prod(local_shape(tensor)[1:]) * tensor.element_size() for tensor in tensors)
 
     def merged_key(self, plan: LayerPlan) -> MergedKey | None:
-        """Where the cache keeps what `plan` merges; None for a plan that merges nothing."""
+        """The key of `plan`'s merged tensors in the cache; None for a plan that merges nothing."""
         return None if plan.expert_merging is None else merged_key(self.number, plan.expert_merging)
 
     def install(self, plans: Sequence[LayerPlan | None], cache: MergedCache) -> None:
@@ -150,7 +150,7 @@ class MoELayer:
             self.router.__dict__[self._slot] = partial(self._route, plans)
 
     def remove(self) -> None:
-        """Back to the untouched layer; harmless where nothing is installed."""
+        """Remove the plan; does nothing where none is installed."""
         if self._merging is not None:
             self._merging.remove()
             self._merging = None
@@ -163,7 +163,7 @@ class MoELayer:
         del self._previous_forward
 
     def _experts_of(self, plan: LayerPlan | None, cache: MergedCache) -> Any:
-        """The experts, or what stands in for them where `plan` merges."""
+        """The layer's experts, or the merged ones where `plan` merges."""
         key = None if plan is None else self.merged_key(plan)
         if plan is None or plan.expert_merging is None or key is None:
             return self.experts

@@ -1,6 +1,6 @@
-"""Loading a model, and what can be known of it without loading: its shape and its hash.
+"""Load a model, or read its shape and its hash without loading it.
 
-Everything that can be refused is refused from config.json, before weights are read. Weights come from
+Whatever can be refused is refused from config.json, before weights are read. Weights come from
 safetensors only: other formats can run code.
 """
 
@@ -118,18 +118,18 @@ def renormalises(config: ModelConfig) -> bool:
 
 
 def model_hash(config: ModelConfig) -> str:
-    """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
+    """Identifies a model: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
 
-    That covers config.json and the tokenizer's files whole, and a sample of every safetensors file (see
-    `_sample`): other training changes it, an edit of a few rows of a large file may go unseen. An alignment is
-    part of it, as the same merge means something else under another.
+    The hash covers config.json and the tokenizer's files whole, and a sample of every safetensors file (`_sample`).
+    Further training changes it; an edit of a few rows of a large file may not. It includes the alignment, as the same
+    merge is another one under another alignment.
     """
     stored, alignment = _stored_hash(config), _alignment(config)
     return stored if alignment is None else f"{stored}+aligned:{alignment.digest}"
 
 
 def alignment_digest(config: ModelConfig) -> str | None:
-    """Tells alignments apart; None for a model that is not aligned. Raises ModelError for a file of another model."""
+    """Identifies the alignment; None for a model without one. Raises ModelError for a file of another model."""
     alignment = _alignment(config)
     return None if alignment is None else alignment.digest
 
@@ -158,10 +158,10 @@ def _stored_hash(config: ModelConfig) -> str:
 
 
 def _sample(file: Path) -> Iterator[bytes]:
-    """The first MiB, where names and shapes stand, and up to 1,024 blocks of 4 KiB spread evenly.
+    """The first MiB, which holds names and shapes, and up to 1,024 blocks of 4 KiB spread evenly.
 
-    Other weights differ nearly everywhere, so they differ here; reading all of 90 GB would take minutes.
-    Above 5 MiB there are gaps between the blocks, and what is edited in a gap alone is not seen.
+    The weights of another model differ nearly everywhere, so they differ here, too; reading all of 90 GB would take
+    minutes. Files above 5 MiB have gaps between the blocks: an edit within a gap is not noticed.
     """
     with file.open("rb") as stream:
         yield stream.read(2**20)

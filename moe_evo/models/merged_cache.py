@@ -1,8 +1,8 @@
-"""Merged layers that are kept for the next genomes, under a memory budget.
+"""`MergedCache`: merged layers that are kept for the next genomes, within a memory budget.
 
-Siblings share most layers, so a layer is keyed by its number and the rows of W_EM alone. Many of the others differ
-in few rows: the cache also tells where rows of a layer stand that is not kept. Layers of the genome that is applied
-are never evicted for one another: an LRU would throw out each layer shortly before it is needed again.
+Siblings share most layers, so the key of a layer is its number and its rows of W_EM. Other layers differ in a few rows
+only, so the cache also finds single rows in kept layers. Layers of the genome that is applied are not evicted for each
+other: a plain LRU cache would evict each layer shortly before it is needed again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
 
 
 class MergedCache:
-    """Least recently used layers go first; what does not fit is built anew whenever it is used."""
+    """The least recently used layers are evicted first. A layer that does not fit is built at every use."""
 
     def __init__(self, budget_gib: float) -> None:
         self.budget_bytes = int(budget_gib * 2**30)
@@ -47,7 +47,7 @@ class MergedCache:
     def get(self, key: MergedKey, size_bytes: int, build: Callable[[MergedTensors], MergedTensors]) -> MergedTensors:
         """The kept tensors of `key`, or new ones of this size from `build`, which are kept if they fit.
 
-        build: is given tensors of that size which went to make room, to write into, or none.
+        build: gets evicted tensors of that size to write into, or None.
         """
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -64,7 +64,7 @@ class MergedCache:
         return tensors
 
     def known_rows(self, key: MergedKey) -> dict[int, KeptRow]:
-        """Rows of `key` that kept layers of the same number have, by their numbers in `key`."""
+        """The rows of `key` that are in kept layers of the same number, by row number in `key`."""
         layer, rows = key
         return {slot: self._rows[layer, row] for slot, row in enumerate(rows) if (layer, row) in self._rows}
 

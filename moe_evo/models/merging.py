@@ -1,6 +1,6 @@
-"""The arithmetic of merging: linear combinations of whatever is stacked by expert.
+"""The arithmetic of merging: linear combinations of tensors that are stacked by expert. Pure functions.
 
-Pure functions. The view and the export both call them, so that what is scored is what is shipped.
+Evaluation and export call the same functions, so that the exported model computes what was scored.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def mix_rows(
 
 
 def _pays_to_copy(num_mixed: int, num_unknown: int, row_elements: int) -> bool:
-    """Whether copying what is known is less work than mixing it again: a multiplication is for _ROWS rows or fewer."""
+    """Whether copying known rows is less work than computing them: one multiplication makes up to _ROWS rows."""
     return -(-num_unknown // _ROWS) < -(-num_mixed // _ROWS) or row_elements >= _LONG_ROW
 
 

@@ -1,4 +1,4 @@
-"""Where weights go: what each `model.sharding` asks of transformers, and what it cannot do."""
+"""Where weights are put: the arguments of transformers for each `model.sharding`, and what is refused."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def input_device(language_model: Any, device: torch.device) -> torch.device:
 
 
 def drop_repeated_biases(language_model: Any, family: Family, ranks: Ranks) -> None:
-    """Leave the biases of tensor parallel experts' outputs, which ranks sum, on the first rank alone."""
+    """Keep biases of the experts' outputs on rank 0 only: under tensor parallelism ranks' outputs are summed."""
     if ranks.rank == 0:
         return
     with torch.no_grad():
@@ -92,7 +92,7 @@ def drop_repeated_biases(language_model: Any, family: Family, ranks: Ranks) -> N
 
 
 def suit_device(language_model: Any, device: torch.device) -> None:
-    """Let attention and experts run on the kernels that are fast on `device` for batches of many shapes."""
+    """Choose the kernels of attention and experts that are fast on `device` for batches of many shapes."""
     if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape, which takes 70 ms on an H200
         torch.backends.cuda.enable_cudnn_sdp(False)
     if not _suits_grouped_mm(language_model, device):
@@ -102,10 +102,10 @@ def suit_device(language_model: Any, device: torch.device) -> None:
 
 
 def _suits_grouped_mm(language_model: Any, device: torch.device) -> bool:
-    """Whether grouped_mm, which transformers takes by itself, can compute the experts on `device` and is fast there.
+    """Whether grouped_mm, the default of transformers, can compute the experts on `device` and is fast there.
 
-    It demands that the rows of all their weights are multiples of 16 bytes. On a CPU it is slow in 16 bits: expert
-    after expert ('eager') takes 0.55 to 0.9 of its time.
+    It needs weights whose rows are multiples of 16 bytes. On a CPU it is slow in 16 bits: computing one expert after
+    the other ('eager') takes 0.55 to 0.9 of its time.
     """
     stacked = [weight for weight in language_model.parameters() if len(whole_shape(weight)) == 3]
     is_slow = device.type == "cpu" and any(weight.element_size() < 4 for weight in stacked)

@@ -1,7 +1,7 @@
-"""The processes of a gang: which of them this one is, and what they tell each other on the host.
+"""`Ranks`: which process of a gang this one is, and how they exchange Python values.
 
-A gang holds one model; its ranks run the same request in lockstep. Without a gang there is one rank
-and nothing is exchanged. Collectives of the model itself (nccl, gloo) are not here but in the libraries.
+The ranks of a gang hold one model and run the same request in lockstep. Without a gang there is one rank, and nothing
+is exchanged. The collectives of the model itself (nccl, gloo) are in torch and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Ranks:
     size: int = 1
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank; a collective where there is more than one rank."""
+        """The values of all ranks, by rank; a collective where there is more than one."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size

@@ -1,7 +1,7 @@
-"""Routing with other rows: the family's own router code on mapped rows, and EEP's mapping.
+"""Routing among K slots: by the family's own router code on mapped rows ('exported'), or by EEP's mapping ('eep').
 
-The exported mode copies no routing rule: the family's forward runs with a stand-in for the router
-that has K rows, which is what a stock checkpoint with K experts computes, groups and biases included.
+'exported' copies no routing rule. The family's own forward runs on a router with K rows, so it computes what a stock
+checkpoint with K experts computes, with groups and biases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Substitute:
 
 
 def exported_route(router: nn.Module, hidden: Tensor, rows: Mapping[str, Tensor], top_k: int) -> RouterOutput:
-    """What a router with the rows `rows` (each (K, ...)) does; indices are slots 0..K-1."""
+    """The output of a router whose tensors are `rows`, each (K, ...); indices are slots 0..K-1."""
     num_kept = next(iter(rows.values())).shape[0]
     substitute = Substitute(router, num_experts=num_kept, top_k=top_k, **rows)
     output: RouterOutput = type(router).forward(substitute, hidden)
@@ -43,9 +43,9 @@ def masked_route(
 ) -> tuple[Tensor, Tensor]:
     """Weights and indices (T, top_k) that a router makes of logits (T, E) where only `kept` (T, E) may be chosen.
 
-    names: of the router's tensors with a row an expert. The family's own forward runs on rows of the
-    identity, through which logits pass as they are. Those that are not kept are as low as a number can be
-    (-inf times the identity's zeros is none), so a softmax gives them 0 and nothing chooses them.
+    names: of the router's tensors with a row an expert. The family's own forward gets the logits as input and the
+    identity as weights, which leaves logits as they are. Logits that are not kept get the lowest finite number (-inf
+    times the identity's zeros would be NaN), so a softmax gives them 0 and none is chosen.
     """
     num_experts = logits.shape[1]
     rows = {name: logits.new_zeros(num_experts) for name in names}  # a bias is in the logits already

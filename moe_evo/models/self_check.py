@@ -1,7 +1,7 @@
-"""What moe_evo relies on in a model's layers, tried on random tokens when it is loaded.
+"""The self-check at load: what moe_evo relies on in a model's layers is tried on random tokens.
 
-A release of transformers may change any of it. Where scores would be wrong the model is refused; where only
-work would be repeated, that part is switched off, and the model says so.
+A release of transformers may change any of it. Where scores would be wrong, the model is refused. Where only work
+would be repeated, that kind of sharing is switched off, with a line that says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PREFIX, _BRANCH = 6, 5  # tokens of the token tree that is tried
 def self_check(model: MoEModel) -> None:
     """Raise ModelError where the hooks do not compute the untouched model; switch token trees off where they fail.
 
-    All ranks of a model call this together, and all come to the same end.
+    All ranks of a model call this together and get the same result.
     """
     _check_hooks(model)
     reason = _why_no_trees(model)
@@ -39,7 +39,7 @@ def self_check(model: MoEModel) -> None:
 
 
 def _check_hooks(model: MoEModel) -> None:
-    """Router and experts hooks, both at work for the function of the untouched layers."""
+    """Compare the logits with both hooks, which compute the untouched layers, with those without hooks."""
     tokens = model.random_tokens()
     plans = [
         [LayerPlan.reversed_identity(num_experts, top_k)]
@@ -63,7 +63,7 @@ def _check_hooks(model: MoEModel) -> None:
 
 
 def _why_no_trees(model: MoEModel) -> str:
-    """'' where two rows that share a prefix have the same logits in one tree as each has alone."""
+    """Why two rows that share a prefix have other logits in one token tree than alone; '' where they do not."""
     if not model.reads_trees:
         name = attention_implementation(model.language_model.config)
         return f"attention {name!r} takes no masks of our own"

@@ -1,4 +1,4 @@
-"""A tiny random model of every supported family: what a contract with transformers is tried on where no weights are."""
+"""A tiny random model of every supported family, to try what moe_evo relies on in transformers without a checkpoint."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A random model in float32 whose routers are decided and whose biases are not zero."""
+    """A random model in float32 whose router logits are far apart and whose biases are not zero."""
     config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS[model_type], **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)

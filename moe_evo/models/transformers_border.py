@@ -1,7 +1,7 @@
-"""The border to transformers: what is used of it beside its top level, the errors it raises, and silence.
+"""What is used of transformers beside its top level, the errors that it raises, and how to silence it.
 
-Much of it is no public promise of the library. So it is imported and looked up here alone, and where a
-release has moved it, one line says what was expected and what to do.
+Much of it is not public. So it is imported and looked up in this file only. Where a release has moved it, one line says
+what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LIBRARY_ERRORS = (
 
 
 def is_own_defect(error: BaseException) -> bool:
-    """Whether our own code raised it by a slip of the pen, so that it says nothing of the library or the model."""
+    """Whether a defect of our own code raised the error, so that it tells nothing about library or model."""
     if not isinstance(error, TypeError | AttributeError | NameError):
         return False
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
@@ -79,7 +79,7 @@ def attention_implementation(config: Any) -> str:
 
 
 def eager_experts(experts: torch.nn.Module) -> Any:
-    """The experts' own forward, a function of (experts, hidden, index, weights), without the library's dispatch."""
+    """The experts' own forward as a function of (experts, hidden, index, weights), without the library's dispatch."""
     return _private(type(experts).forward, "__wrapped__", "the experts' own forward")
 
 
@@ -106,7 +106,7 @@ def undivided_modules(model: Any) -> frozenset[str]:
 
 
 def _private(owner: Any, name: str, what: str) -> Any:
-    """`owner.name`, of which the library promises nothing; raises ModelError where it is not there."""
+    """The private attribute `owner.name`; raises ModelError where the library has none."""
     try:
         return getattr(owner, name)
     except AttributeError as error:
@@ -125,13 +125,13 @@ logging.getLogger("DeepSpeed").addFilter(_is_error)  # where it is installed, tr
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message, often a page, in one line."""
+    """A library's error message, often a page long, as one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No chatter of transformers below errors, and no progress bars of it."""
+    """Within the block transformers logs errors only and shows no progress bars."""
     verbosity = _chatter.get_verbosity()
     had_progress_bar = _chatter.is_progress_bar_enabled()
     _chatter.set_verbosity_error()

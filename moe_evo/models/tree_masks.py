@@ -1,7 +1,7 @@
-"""Attention over token trees: a node sees its ancestors and itself, whatever else stands in its row.
+"""Attention masks for token trees: a token attends to its ancestors and itself, and to nothing else in its row.
 
-Rows that begin alike share those tokens. The masks are the four-dimensional ones that transformers
-takes as they are; a model whose attention knows no such masks gets trees that are plain rows.
+The masks are four-dimensional, which transformers passes to attention as they are. A model whose attention takes no
+such masks gets trees that are plain rows.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ class MoEModel:
     language_model: the transformers model, in eval mode; call it and `generate` as usual.
     tokenizer: may be None where a checkpoint has none. merged_cache_gib: memory for merged layers that
     are kept for the next genomes; None is half of what is free on the model's device now. device: where
-    inputs go; default: where the weights are. ranks: who holds the model; all of them must make the same
+    inputs go; default: where the weights are. ranks: the processes that hold the model; all must make the same
     calls in the same order. splits_examples: each rank runs its own inputs (ZeRO-3), else all the same.
     dynamic_skipping: see `skip_dynamically`.
 
-    reads_trees: whether rows that begin alike can share those tokens. switched_off: what `self_check` found that
-    this model does without.
+    reads_trees: whether rows that begin alike may share tokens (`tree_masks`). switched_off: the kinds of sharing that
+    `self_check` refused.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MoEModel:
 
     @property
     def example_ranks(self) -> Ranks:
-        """The ranks that divide examples among them: this one alone where all run the same."""
+        """The ranks that divide the examples among them; this rank alone where all run the same examples."""
         return self.ranks if self.splits_examples else ALONE
 
     @property
@@ -109,7 +109,7 @@ class MoEModel:
 
     @contextmanager
     def ready_for(self, plans: Iterable[tuple[int, LayerPlan]]) -> Iterator[None]:
-        """Let `planned` follow any of these, each given with the number of its MoE layer."""
+        """A block within which `planned` may be called with these plans, each with the number of its MoE layer."""
         assert not self._is_ready, "a genome is applied already: leave its `with` block first"
         keys = [key for number, plan in plans if (key := self.layers[number].merged_key(plan)) is not None]
         self._is_ready = True
@@ -125,9 +125,9 @@ class MoEModel:
 
     @contextmanager
     def planned(self, number: int, plans: Sequence[LayerPlan | None]) -> Iterator[None]:
-        """Make MoE layer `number` follow `plans`, each for an equal part of its tokens in turn.
+        """Make MoE layer `number` compute `plans`, each for an equal part of its tokens in turn.
 
-        None is the untouched layer. Only in a block of `ready_for`.
+        None is the untouched layer. May be called only within a block of `ready_for`.
         """
         assert self._is_ready, "planned outside of a block of ready_for"
         layer = self.layers[number]
@@ -185,7 +185,7 @@ class MoEModel:
         return found
 
     def plan(self, gene: LayerGenome, number: int) -> LayerPlan | None:
-        """What MoE layer `number` does for `gene`; None where that is what it does anyway."""
+        """How MoE layer `number` computes `gene`; None where that is the untouched layer."""
         untouched = gene.is_identity and gene.top_k == self.shape.top_k[number]
         return None if untouched else LayerPlan.of(gene)
 

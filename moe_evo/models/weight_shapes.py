@@ -1,4 +1,4 @@
-"""Shapes of weights of which this process holds only a part, or at the moment nothing.
+"""Shapes of weights of which this process holds only a part, or at times nothing.
 
 Tensor parallel weights are DTensors, ZeRO-3 weights are empty between forwards and remember their shape,
 and offloaded weights lie on the meta device, which has shapes.

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3 inference: every rank holds a slice of every weight and gathers one module at a time.
 
-Each rank runs its own inputs, and all must run equally many forward passes. This is the one file that
-knows DeepSpeed; importing it needs no DeepSpeed, loading does.
+Each rank runs its own inputs, and all must run equally many forward passes. This is the only file that imports
+DeepSpeed; it does so when a model is loaded.
 """
 
 from __future__ import annotations

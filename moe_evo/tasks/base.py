@@ -1,7 +1,7 @@
-"""What a task gives to the evaluator and takes back: batches of tokens out, outputs in, scores out.
+"""The values between a task and the evaluator: batches of tokens, logits for them, scores.
 
-The evaluator owns the forward pass, a task owns tokens and scoring, so that one engine can run many
-genomes over the same batches. A task knows nothing of experts. Letters in shapes: B rows, P trees of T
+A task makes batches and scores logits; the evaluator runs the model. So one engine can run many genomes over the same
+batches. A task knows nothing of experts. Letters in shapes: B rows, P trees of T
 tokens, n scored positions of a row, M nodes with logits, A answers scored on one row, V vocabulary,
 N examples.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 IGNORED = -1  # in `targets` and `answers`: nothing stands here
 PREFIX_TOKENS_PER_TOKEN = (
-    4  # so many of a shared prefix, of which a tree has keys and values, take as much memory as one of its own
+    4  # a tree's keys and values of so many prefix tokens take as much memory as one token of its own
 )
 
 Scores = npt.NDArray[np.float64]
@@ -30,7 +30,7 @@ class ForwardBatch:
 
     input_ids, position_ids: (P, T) int64; a position is the depth in the tree. ends: (P, T) int64; node j
     is seen by the nodes j to ends[j] - 1, which are itself and its descendants. counts: (P, T) int64, the
-    rows that go through a node; 0 is padding. kept: (P, T) bool, the M nodes whose logits are
+    number of rows that contain a node; 0 is padding. kept: (P, T) bool, the M nodes whose logits are
     needed. positions: (B, n) int64, where a row is scored, as a number 0..M-1 of those nodes.
     scored: (B, n) bool, where positions mean something. targets: (B, n, A) int64, the token that answer a
     expects after a position, or IGNORED. examples: (B,) the example of each row. answers: (B, A) which of

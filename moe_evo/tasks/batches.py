@@ -17,7 +17,7 @@ MAX_PADDING = 256  # tokens of padding that cost about as much as one more forwa
 
 
 def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBatch, ...]:
-    """All rows as token trees of similar size, behind the shared prefix where it pays."""
+    """All rows as token trees of similar size; the shared prefix is taken out of them where that saves enough."""
     parts: dict[tuple[int, ...], list[TokenTree]] = {(): token_trees(rows, limits)}
     if limits.shared_prefix:
         size = len(limits.shared_prefix)
@@ -35,7 +35,7 @@ def forward_batches(rows: Sequence[Row], limits: BatchLimits) -> tuple[ForwardBa
 def generate_batches(
     rows: Sequence[Row], limits: BatchLimits, max_new_tokens: int, stop: str
 ) -> tuple[GenerateBatch, ...]:
-    """All rows in batches, shortest first; room for the new tokens is counted."""
+    """All rows in batches, shortest first; `batch_tokens` includes the new tokens."""
     shared_prefix = limits.shared_prefix or ()
     behind, others = _divided(rows, shared_prefix, 1)
     saved = (len(behind) - 1) * len(shared_prefix)
@@ -87,7 +87,7 @@ def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _num_tokens(parts: Mapping[tuple[int, ...], Sequence[TokenTree]]) -> int:
-    """Of shared prefixes and the trees behind them."""
+    """How many tokens shared prefixes and the trees after them have."""
     return sum(len(shared_prefix) + sum(len(tree.tokens) for tree in trees) for shared_prefix, trees in parts.items())
 
 

@@ -1,7 +1,7 @@
 """One rank's share of the examples, in as many batches as every other rank has.
 
-Ranks that divide examples among them must still run equally many forward passes, so that the one with
-the fewest batches repeats one and drops what comes of it.
+Ranks that divide the examples among them must run equally many forward passes. A rank with fewer batches repeats one
+of them and ignores the result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True)
 class RankShare(Generic[B]):
-    """batches: what this rank runs, in order. num_counted: only the first so many are of its share."""
+    """batches: what this rank runs, in order. num_counted: only the first `num_counted` are scored."""
 
     batches: tuple[B, ...]
     num_counted: int

@@ -1,7 +1,7 @@
-"""Token rows: one sequence each for the model, of all examples of a task.
+"""Token rows: the sequences of all examples of a task.
 
-What the rows of a task begin with (few-shot examples, an instruction) is their shared prefix, which is read once
-for all batches behind it.
+The rows of a task often begin with the same tokens (few-shot examples, an instruction). These are their shared prefix;
+its keys and values are computed once and used by all batches.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Row:
 class BatchLimits:
     """How large a batch may be: tokens with padding, and the vocabulary that its logits span.
 
-    trees: rows may share their beginnings; otherwise each row is a tree of its own. shared_prefix: what rows
-    of the task begin with, perhaps nothing; None where keys and values of what was read before cannot be used.
+    trees: rows that begin alike share tokens; otherwise each row is a tree of its own. shared_prefix: the task's,
+    perhaps (); None where the model cannot use keys and values that were computed before.
     """
 
     batch_tokens: int
@@ -61,7 +61,7 @@ class BatchLimits:
 
 
 class TokenisedSplits:
-    """The rows that `make` makes of each example, all at once: what is wrong with any shows at the start."""
+    """The rows that `make` makes of each example, all at once, so that a bad example is found at the start."""
 
     def __init__(self, splits: Mapping[str, Sequence[Example]], make: Callable[[int, Example], list[Row]]) -> None:
         self._made = {
@@ -75,21 +75,22 @@ class TokenisedSplits:
 
     @cached_property
     def shared_prefix(self) -> tuple[int, ...]:
-        """What rows of all splits begin with, the longer the better and the more of them the better."""
+        """The shared prefix of the rows of all splits, see `_shared_prefix`; () where there is none."""
         return _shared_prefix(
             [of_example[0] for rows in self._made.values() for of_example in rows]
-        )  # trees share the rest
+        )  # token trees share what the rows of one example have in common
 
 
 def _shared_prefix(rows: Sequence[Row]) -> tuple[int, ...]:
-    """The beginning that saves the most tokens if it is read once for all rows that have it and are scored later.
+    """The prefix that saves the most tokens if it is computed once for all rows that begin with it.
 
-    In order, rows that begin alike are neighbours, so it is the largest rectangle below what neighbours share.
+    Only tokens before the first scored one can be in it. Sorted rows that begin alike are neighbours, so the prefix is
+    the largest rectangle under the lengths that neighbours have in common.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     shared = [min(num_alike(one.tokens, other.tokens), one.start, other.start) for one, other in pairwise(ordered)]
     best = (0, 0, 0)
-    rising: list[tuple[int, int]] = []  # where a height begins, and the height
+    rising: list[tuple[int, int]] = []  # where a rectangle begins, and its height
     for place, height in enumerate([*shared, 0]):
         first = place
         while rising and rising[-1][1] >= height:

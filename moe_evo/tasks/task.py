@@ -1,4 +1,4 @@
-"""A task: data, tokenised rows and limits, which are alike in all kinds, and a scorer for what is not."""
+"""`Task`: data, tokenised rows and batch limits, the same for all kinds of task; and `Scorer`, one for each kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
 
 class Scorer(Protocol):
-    """What one kind of task does with its examples; `needs_reference` is told of at `Task`."""
+    """How one kind of task turns examples into rows, and logits into scores; `needs_reference`: see `Task`."""
 
     needs_reference: bool
 
@@ -74,7 +74,7 @@ class Task:
         """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
 
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
-        that begin alike share those tokens. shared_prefixes: what rows of the task begin with may stand apart.
+        that begin alike share those tokens. shared_prefixes: whether batches may have a shared prefix.
         """
         rows = self._rows.of(split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
@@ -84,13 +84,13 @@ class Task:
     def prompt_batches(
         self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
     ) -> Sequence[ForwardBatch]:
-        """Each example's input once, without an answer: what is seen before the model speaks."""
+        """Each example's input once, without answers."""
         rows = self._rows.of(split)
         chosen = [rows[number][0].prompt for number in self.numbers(split, indices)]
         return forward_batches(chosen, self._limits.lowered_to(batch_tokens, trees))
 
     def reference(self, batch: ForwardBatch, logits: Tensor) -> Tensor:
-        """What `score` needs to know of the untouched model, on the CPU; see `needs_reference`."""
+        """What `score` compares with: the untouched model's results, on the CPU; see `needs_reference`."""
         assert self.needs_reference, f"task {self.name} is scored without a reference"
         return scored_log_probs(batch, logits).cpu()
 

@@ -1,4 +1,4 @@
-"""Token trees: rows that begin alike, laid so that what they have in common stands there once."""
+"""Token trees: rows that begin alike, with the tokens that they have in common only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_evo.tasks.base import PREFIX_TOKENS_PER_TOKEN
 from moe_evo.tasks.rows import BatchLimits, Row, num_alike
 
 _COMMON_WIDTHS = 4  # without a shared prefix, a tree is at least so many times as wide as what all rows have in common
-TREE_TOKENS = 64  # a wider tree shares more beginnings, but each of its tokens attends to all of it
+TREE_TOKENS = 64  # a wider tree saves more tokens, but attention over it costs more a token
 
 
 class TokenTree:
@@ -51,7 +51,9 @@ def token_trees(rows: Sequence[Row], limits: BatchLimits, prefix_tokens: int = 0
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     longest = max((len(row.tokens) for row in rows), default=0)
-    common = num_alike(ordered[0].tokens, ordered[-1].tokens) if ordered else 0  # in order, so all in between
+    common = (
+        num_alike(ordered[0].tokens, ordered[-1].tokens) if ordered else 0
+    )  # rows are sorted, so all others have these tokens, too
     wide = max(TREE_TOKENS, longest, _COMMON_WIDTHS * common, prefix_tokens // PREFIX_TOKENS_PER_TOKEN)
     width = min(wide, limits.batch_tokens)
     trees: list[TokenTree] = []

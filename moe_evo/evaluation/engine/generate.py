@@ -16,7 +16,7 @@ from transformers import Cache, GenerationConfig
 from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.evaluation.engine.packing import Packing
 from moe_evo.genomes.genome import Genome
-from moe_evo.models.forward.key_values import KeyValues, beside_each_other, cache_of, padded_on_the_left
+from moe_evo.models.forward.key_values import KeyValues, cache_of, padded_on_the_left, stacked_genomes
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import GenerateBatch
 
@@ -63,7 +63,7 @@ def generate_together(
     if engine is not None and engine.reads_prompts and engine.cache_names is not None and batch.prompt is not None:
         config = model.language_model.config.get_text_config(decoder=True)
         found = engine.read(batch.prompt, genomes, copies=copies, keep=keep, packing=packing)
-        cache = _cache(config, batch.repeated(copies), beside_each_other(found, rows=len(batch.examples)))
+        cache = _cache(config, batch.repeated(copies), stacked_genomes(found, rows=len(batch.examples)))
         cache_argument = {engine.cache_names.of_model: cache}
         del found  # the cache holds a copy
     with model.applied_together(genomes) as language_model:

@@ -50,28 +50,28 @@ class MeasuredPacking(Packing):
     def __init__(self, ranks: Ranks, clock: Clock) -> None:
         self._ranks = ranks
         self._clock = clock
-        self._climbs: dict[Hashable, _Climb] = {}
+        self._searches: dict[Hashable, _PackSizeSearch] = {}
 
     def together(self, kind: Hashable, most: int) -> int:
-        return self._climbs.setdefault(kind, _Climb()).next(most)
+        return self._searches.setdefault(kind, _PackSizeSearch()).next(most)
 
     @contextmanager
     def timed(self, kind: Hashable, number: int) -> Iterator[None]:
-        climb = self._climbs[kind]
-        if not climb.is_trying:
+        search = self._searches[kind]
+        if not search.is_trying:
             yield
             return
         started = self._clock()
         yield
-        climb.note(number, self._ranks.gather(self._clock() - started)[0] / number)
+        search.note(number, self._ranks.gather(self._clock() - started)[0] / number)
 
     @property
     def fastest(self) -> dict[Hashable, int]:
         """The fastest number of genomes so far, by kind of pass."""
-        return {kind: climb.number for kind, climb in self._climbs.items()}
+        return {kind: search.number for kind, search in self._searches.items()}
 
 
-class _Climb:
+class _PackSizeSearch:
     """The search for the fastest number of genomes for one kind of pass, doubling from 1."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What decoder layers read of prompts, as the purpose of a walk."""
+"""What decoder layers read of prompts, as the purpose of a traversal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.evaluation.engine.traversal import Node
-from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, joined
-from moe_evo.models.forward.layer_halves import Start
+from moe_evo.models.forward.key_values import KeyValues, PastKeyValues, concatenated
+from moe_evo.models.forward.layer_halves import EmbeddedBatch
 from moe_evo.tasks.base import ForwardBatch
 
 Steps = tuple[tuple[State | None, tuple[KeyValues, ...]], ...]
@@ -40,10 +40,10 @@ class Reading:
         return (*before, (prefix_state, read))
 
     def attend(
-        self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
+        self, stage: int, hidden: Tensor, embedded: EmbeddedBatch, before: Sequence[KeyValues], copies: int
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
         past_key_values = PastKeyValues(before)
-        hidden = self._layer_halves.attend(stage, hidden, start, past_key_values)
+        hidden = self._layer_halves.attend(stage, hidden, embedded, past_key_values)
         layers = [zip(keys.chunk(copies), values.chunk(copies), strict=True) for keys, values in past_key_values.read]
         return hidden, list(zip(*layers, strict=True))
 
@@ -53,4 +53,4 @@ class Reading:
 
 def _joined(prefix_state: State | None, read: tuple[KeyValues, ...]) -> Iterator[KeyValues]:
     """What some layers read of the shared prefix and of the batch behind it."""
-    return iter(read) if prefix_state is None else map(joined, prefix_state.read, read)
+    return iter(read) if prefix_state is None else map(concatenated, prefix_state.read, read)

@@ -1,4 +1,4 @@
-"""The logits of the scored tokens, as the purpose of a walk."""
+"""The logits of the scored tokens, as the purpose of a traversal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.evaluation.engine.traversal import Node
 from moe_evo.models.forward.key_values import KeyValues, PastKeyValues
-from moe_evo.models.forward.layer_halves import Start
+from moe_evo.models.forward.layer_halves import EmbeddedBatch
 from moe_evo.tasks.base import ForwardBatch
 
 
@@ -36,9 +36,9 @@ class Scoring:
         return None
 
     def attend(
-        self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
+        self, stage: int, hidden: Tensor, embedded: EmbeddedBatch, before: Sequence[KeyValues], copies: int
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
-        hidden = self._layer_halves.attend(stage, hidden, start, PastKeyValues(before) if before else None)
+        hidden = self._layer_halves.attend(stage, hidden, embedded, PastKeyValues(before) if before else None)
         return hidden, [() for _ in range(copies)]
 
     def result(self, node: Node[None]) -> Tensor:

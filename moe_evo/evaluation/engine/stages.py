@@ -11,13 +11,13 @@ from torch import Tensor
 from moe_evo.evaluation.engine.states import State, StateCache
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.forward.key_values import PastKeyValues
-from moe_evo.models.forward.layer_halves import LayerHalves, Start
+from moe_evo.models.forward.layer_halves import EmbeddedBatch, LayerHalves
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 
 _MOST_PLANS = 512  # a plan holds a router's rows; plans of the genomes that run now are kept even beyond this
-_MOST_STARTS = 64  # embedded batches that are kept; each holds its attention masks
+_MOST_EMBEDDED = 64  # embedded batches that are kept; each holds its attention masks
 
 SharedPrefix = tuple[int, ...]
 """Token ids, see `ForwardBatch.shared_prefix`."""
@@ -34,7 +34,7 @@ class Stages:
         self.layer_halves = LayerHalves(model)
         self.states = states
         self._plans: dict[tuple[int, LayerGenome], LayerPlan | None] = {}
-        self._starts: dict[ForwardBatch | SharedPrefix, Start] = {}
+        self._embedded: dict[ForwardBatch | SharedPrefix, EmbeddedBatch] = {}
 
     def ready_for(self, genomes: Iterable[Genome]) -> AbstractContextManager[None]:
         """A block within which the MoE layers may compute any of these genomes."""
@@ -50,11 +50,11 @@ class Stages:
             self._plans[stage, gene] = self.model.plan(gene, stage)
         return self._plans[stage, gene]
 
-    def start(self, batch: ForwardBatch, *, keep: bool) -> Start:
+    def embed(self, batch: ForwardBatch, *, keep: bool) -> EmbeddedBatch:
         """The batch as embeddings, with its attention masks; kept for the next genomes where `keep` says so."""
-        if batch in self._starts:
-            return self._starts[batch]
-        return self._started(batch, batch.input_ids, batch.position_ids, batch.ends, batch.counts, keep=keep)
+        if batch in self._embedded:
+            return self._embedded[batch]
+        return self._embed(batch, batch.input_ids, batch.position_ids, batch.ends, batch.counts, keep=keep)
 
     def prefix_state(self, tokens: SharedPrefix, genes: Sequence[LayerGenome], before: State | None = None) -> State:
         """The state of a shared prefix in front of MoE block `len(genes)`, computed or from the cache.
@@ -66,14 +66,16 @@ class Stages:
         kept = self.states.get(tokens, first_genes)
         if kept is not None:
             return kept.to(self.model.device)
-        start = self._starts.get(tokens) or self._prefix_start(tokens)
-        hidden = start.hidden
+        embedded = self._embedded.get(tokens) or self._embed_prefix(tokens)
+        hidden = embedded.hidden
         if genes:
             earlier = self.prefix_state(tokens, genes[:-1]) if before is None else before
             plan = self.plan(len(genes) - 1, genes[-1])
-            hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], start)
+            hidden = self.layer_halves.mix(len(genes) - 1, earlier.residual, [plan], embedded)
         past_key_values = PastKeyValues()
-        state = State(self.layer_halves.attend(len(genes), hidden, start, past_key_values), tuple(past_key_values.read))
+        state = State(
+            self.layer_halves.attend(len(genes), hidden, embedded, past_key_values), tuple(past_key_values.read)
+        )
         self.states.keep(tokens, first_genes, state)
         return state
 
@@ -81,14 +83,14 @@ class Stages:
         """Free the memory of kept states, plans and embedded batches."""
         self.states.clear()
         self._plans.clear()
-        self._starts.clear()
+        self._embedded.clear()
 
-    def _prefix_start(self, tokens: SharedPrefix) -> Start:
+    def _embed_prefix(self, tokens: SharedPrefix) -> EmbeddedBatch:
         input_ids = torch.tensor([tokens], device=self.model.device)
         places, ones = torch.arange(len(tokens), device=input_ids.device)[None], torch.ones_like(input_ids)
-        return self._started(tokens, input_ids, places, ones * len(tokens), ones, keep=True)
+        return self._embed(tokens, input_ids, places, ones * len(tokens), ones, keep=True)
 
-    def _started(
+    def _embed(
         self,
         key: ForwardBatch | SharedPrefix,
         input_ids: Tensor,
@@ -97,11 +99,11 @@ class Stages:
         counts: Tensor,
         *,
         keep: bool,
-    ) -> Start:
+    ) -> EmbeddedBatch:
         shared_prefix = key.shared_prefix if isinstance(key, ForwardBatch) else ()
         masks = self.model.attention_masks(position_ids, ends, counts, len(shared_prefix))
-        start = self.layer_halves.start(input_ids, {"position_ids": position_ids, "attention_mask": masks})
+        embedded = self.layer_halves.embed(input_ids, {"position_ids": position_ids, "attention_mask": masks})
         size_bytes = sum(one.nbytes for one in (masks.values() if isinstance(masks, dict) else [masks]))
-        if keep and _MOST_STARTS * size_bytes < self.states.budget_bytes and len(self._starts) < _MOST_STARTS:
-            self._starts[key] = start
-        return start
+        if keep and _MOST_EMBEDDED * size_bytes < self.states.budget_bytes and len(self._embedded) < _MOST_EMBEDDED:
+            self._embedded[key] = embedded
+        return embedded

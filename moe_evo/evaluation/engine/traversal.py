@@ -17,8 +17,8 @@ from moe_evo.evaluation.engine.packing import Packing, size_class
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import FirstGenes, State
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.models.forward.key_values import KeyValues, beside_each_other
-from moe_evo.models.forward.layer_halves import Start
+from moe_evo.models.forward.key_values import KeyValues, stacked_genomes
+from moe_evo.models.forward.layer_halves import EmbeddedBatch
 from moe_evo.tasks.base import ForwardBatch
 
 Carried = TypeVar("Carried")
@@ -73,7 +73,7 @@ class Purpose(Protocol[Carried, Found]):
         """Add what decoder layers read of the shared prefix and of the batch since the block before."""
 
     def attend(
-        self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
+        self, stage: int, hidden: Tensor, embedded: EmbeddedBatch, before: Sequence[KeyValues], copies: int
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
         """`LayerHalves.attend` behind the keys and values `before`; returns also those of each copy, if wanted."""
 
@@ -107,7 +107,7 @@ class Traversal(Generic[Carried, Result]):
         self._copies = copies
         self._packing = packing
         self._keep = keep
-        self._start = stages.start(batch, keep=keep)
+        self._embedded = stages.embed(batch, keep=keep)
 
     def run(self) -> None:
         """Call `emit` for every genome."""
@@ -136,7 +136,7 @@ class Traversal(Generic[Carried, Result]):
         if not kept:
             assert not first_genes, "only the beginning of all genomes can be computed without states"
             prefix_state = self._prefix_state(())
-            residual, (read,) = self._attend(0, self._start.hidden, [prefix_state])
+            residual, (read,) = self._attend(0, self._embedded.hidden, [prefix_state])
             return self._arrive(first_genes, members, residual, prefix_state, carried, read)
         for length, state in enumerate(kept, start=len(first_genes) + 1 - len(kept)):
             prefix_state = self._prefix_state(genes[:length], prefix_state)
@@ -188,7 +188,7 @@ class Traversal(Generic[Carried, Result]):
         reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
-            hidden = self._layer_halves.mix(stage, residual, plans, self._start)
+            hidden = self._layer_halves.mix(stage, residual, plans, self._embedded)
             if self._attends(stage):
                 hidden, reads = self._attend(stage + 1, hidden, prefix_states)
         return [
@@ -203,8 +203,8 @@ class Traversal(Generic[Carried, Result]):
     ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
         """As `Purpose.attend`, behind the shared prefix of each copy."""
         before = [prefix_state.read for prefix_state in prefix_states if prefix_state is not None]
-        rows = len(self._start.hidden)
-        return self._purpose.attend(stage, hidden, self._start, beside_each_other(before, rows), len(prefix_states))
+        rows = len(self._embedded.hidden)
+        return self._purpose.attend(stage, hidden, self._embedded, stacked_genomes(before, rows), len(prefix_states))
 
     def _prefix_state_behind(self, branch: _Branch[Carried]) -> State | None:
         """The state of the shared prefix behind the branch's gene."""

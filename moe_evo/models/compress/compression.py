@@ -1,7 +1,7 @@
-"""Compressing the experts of a loaded model, one matrix after the other.
+"""Compress the experts of a loaded model, one matrix after the other.
 
-The result is dense and of the old shapes, because no stock architecture holds sparse or factored experts;
-what it would take in a format that does is counted beside it.
+The result has dense matrices of the old shapes, because no stock architecture holds sparse or factored experts. What it
+would take in a format that holds them is counted, too.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def compressed_experts(
 ) -> CompressedExperts:
     """What `compression` makes of every expert; the model is left as it is, biases stay.
 
-    norms: one a MoE layer, for a compression that needs them. done: is told the number of each layer that
-    is finished. Takes the memory of all experts once more.
+    norms: one a MoE layer, for a compression that needs them. done: called with the number of each
+    finished layer. Takes the memory of all experts once more.
     """
     assert not compression.needs_norms or norms is not None
     size = ExpertSize()
@@ -151,7 +151,7 @@ def relative_error(new: Tensor, old: Tensor, norms: Tensor | None = None) -> flo
 
 @contextmanager
 def experts_replaced(moe: MoEModel, layers: Sequence[Stacked]) -> Iterator[None]:
-    """Let the model compute with these tensors in the place of its experts', until the block is left."""
+    """Replace the experts' tensors by these until the block is left."""
     previous = [{name: tensor.data for name, tensor in layer.expert_tensors().items()} for layer in moe.layers]
     try:
         _put(moe, layers)

@@ -1,7 +1,7 @@
 """MC-SMoE's compression (arXiv 2310.01334): a matrix as the product of two thin ones and a few dense columns.
 
-Pure functions of one matrix (out, in), in float64. No data: the columns that stay are those where the
-product errs most, while the paper ranks them by the gradient of a loss.
+Pure functions of one matrix (out, in), in float64. They need no data: the dense columns are those where the product
+is furthest from the matrix, while the paper ranks them by the gradient of a loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""MoE-Pruner (arXiv 2410.12013): which weights of an expert stay, and what the rest would take to store.
+"""MoE-Pruner (arXiv 2410.12013): which weights of an expert become zero, and how much the others take to store.
 
-Pure functions of one matrix (out, in). A weight counts by its size times that of what it is multiplied
-with; weights compete within their output row, or within a group of a row (N:M).
+Pure functions of one matrix (out, in). The importance of a weight is its absolute value times the norm of its input.
+The most important weights of each output row stay, or of each group within a row (N:M).
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class RouterWeightedPruning:
 def importance(weight: Tensor, norms: Tensor) -> Tensor:
     """S_ij = |W_ij| ||X_j g||_2 in float64; weight (out, in), norms (in,).
 
-    Where all norms are zero, because no token came by, size alone counts.
+    Where all norms are zero, as no token was routed to the expert, the absolute value alone counts.
     """
     factors = norms.double() if norms.any() else torch.ones_like(norms, dtype=torch.float64)
     return weight.double().abs() * factors
 
 
 def num_zeros(sparsity: float, row: int) -> int:
-    """How many of `row` weights go, to the nearest (a half is rounded up); at least one stays."""
+    """How many of `row` weights become zero, rounded to the nearest (a half up); at least one stays."""
     return min(int(sparsity * row + 0.5), row - 1)
 
 

@@ -1,7 +1,7 @@
-"""Putting the neurons of experts into an order in which experts that are merged match.
+"""Alignment: reorder the neurons of experts so that those of experts that are merged match.
 
-A permutation of an expert's neurons (rows of gate and up, columns of down) leaves its function as it is, but
-changes what a mean of its weights and another's computes.
+A permutation of an expert's neurons (rows of gate and up, columns of down) does not change what the expert computes.
+It changes what the mean of its weights and another expert's computes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Permutations = tuple[npt.NDArray[np.int32], ...]
 
 
 def alignment_of(moe: MoEModel, genome: Genome, done: Callable[[int], None] = lambda layer: None) -> Permutations:
-    """The order in which what `genome` merges matches: each expert's neurons those of its group's dominant expert.
+    """The permutations that match each expert's neurons with those of its group's dominant expert in `genome`.
 
-    That is the expert whose router row the slot has, and an expert in several slots follows the one with its
-    largest share. An assignment maximises the sum of the inner products of all weights of matched neurons
-    (Li et al. 2024, arXiv 2310.01334). done: is told the number of each layer that is finished. Takes I x I
+    The dominant expert is the one whose router row the slot has. An expert in several slots follows the slot in which
+    it has the largest weight. An assignment maximises the sum of the inner products of all weights of matched neurons
+    (Li et al. 2024, arXiv 2310.01334). done: called with the number of each finished layer. Takes I x I
     numbers for one pair of experts at a time, and time of about I^3. Raises GenomeError and ModelError.
     """
     check_fits(genome, moe.shape)
@@ -107,7 +107,7 @@ def _identity(neurons: Sequence[Tensor]) -> npt.NDArray[np.int32]:
 
 
 def _leaders(gene: LayerGenome) -> list[tuple[int, int]]:
-    """Each expert that is merged into another one's slot, and that other expert."""
+    """Pairs of experts: one that is merged into a slot, and that slot's dominant expert."""
     shares = np.abs(gene.expert_merging)
     dominants = np.abs(gene.router_mapping).argmax(axis=1)
     slots = shares.argmax(axis=0)

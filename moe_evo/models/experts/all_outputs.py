@@ -1,4 +1,4 @@
-"""What routers and experts find of tokens that are not routed to them, while the model runs as it is."""
+"""Observe router logits, and the outputs of all experts for all tokens, while the model runs unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_evo.models.view import MoEModel
 _CHUNK_ELEMENTS = 1 << 23  # outputs of 32 MiB in float32, and some copies of them
 
 ExpertOutputs = Callable[[Tensor], Iterator[Tensor]]
-"""Of hidden states (n, H): outputs of all E experts to a few of them at a time, in order, (m, E, H)."""
+"""Called with hidden states (n, H); yields the outputs of all E experts for a few tokens at a time, (m, E, H)."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The gate, up and down matrices of stacked experts, and what enters them, whichever way a family stores them.
+"""The gate, up and down matrices of stacked experts and their inputs, in whichever layout a family stores them.
 
 The layout and the gate's function are those that transformers' own experts modules declare.
 """
@@ -40,7 +40,7 @@ def observed_inputs(moe: MoEModel, see: See) -> Iterator[None]:
     """Call `see(layer, expert, tokens, gates, hidden, inner)` for each expert that an MoE layer uses.
 
     tokens, gates: (n,) the numbers of the tokens routed to it and the weights that the model gives its
-    answers. hidden: (n, H), what enters gate and up. inner: (n, I), what enters down.
+    outputs. hidden: (n, H), what enters gate and up. inner: (n, I), what enters down.
     """
 
     def forward(layer: MoELayer, experts: Experts, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What single experts answer, and what they are made of, while the model runs as it is.
+"""Observe the outputs and the weights of single experts while the model runs unchanged.
 
-Inside of the experts' hook the weights are in reach wherever they lie otherwise. The implementation in force
-computes, never a copy of it.
+Experts are computed through the experts' hook, within which weights are available even where they are offloaded or
+sharded. It calls the implementation that is in force, not a copy of it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def observed_experts(
     only: the number of the one MoE layer that is observed; None is all.
 
     index, gates: (T, k), the chosen experts and their weights as the model itself uses them. outputs:
-    (T, k, H), what each of them answers before it is weighed. Every chosen expert is computed once, and
-    the layer's own output is the weighted sum of these answers, so that observing costs one forward (not
-    under MEO, which computes its own output).
+    (T, k, H), each one's output before it is multiplied with its gate. Every chosen expert is computed once, and the
+    layer's output is the weighted sum of these, so that observing costs one forward (but not under MEO, which
+    computes its own output).
     """
     # a rank of a tensor parallel model computes its part of the sum
     is_partial = moe.ranks.size > 1 and not moe.splits_examples
@@ -60,9 +60,9 @@ def _weighed(outputs: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def residual_streams(moe: MoEModel, only: int | None = None) -> Iterator[dict[int, Tensor]]:
-    """By number of MoE layer, what goes past it: (T, H), to which the layer's answer is added next.
+    """By number of MoE layer the residual stream (T, H) to which the layer's output is added next.
 
-    only: as for `observed_experts`. Whoever has seen a stream may take it out, as it is large.
+    only: as for `observed_experts`. The caller may take streams out, as they are large.
     """
     streams: dict[int, Tensor] = {}
 

@@ -158,7 +158,7 @@ def _view_logits(moe: MoEModel, genome: Genome) -> Tensor:
     """What was evaluated, on the random tokens of `_verify`."""
     with torch.inference_mode(), moe.applied(genome):
         logits: Tensor = moe.language_model(input_ids=moe.random_tokens(), use_cache=False).logits
-    moe.merged_cache.clear()  # room for the exported model, which has the same merged layers
+    moe.merged_cache.clear()  # frees memory for the exported model, which has the same merged layers
     return logits
 
 

@@ -1,7 +1,7 @@
 """Checkpoints whose MoE layers differ in experts or top_k, which no stock config can hold.
 
 The modules are the stock ones; only their sizes differ by layer. config.json names a model type of
-our own, so that a stock loader refuses the folder rather than filling gaps with random weights.
+our own, so that a stock loader refuses the folder instead of filling missing experts with random weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The folder that an export goes to: never half written, never over something that is not an export."""
+"""The folder of an export: written whole or not at all, and never in place of something that is no export."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Keys and values that attention read, kept so that later tokens are read without the earlier ones.
+"""Keys and values of earlier tokens, kept so that later tokens can be computed without them.
 
-What they hold is a matter of the family: some keep a latent of both. Everything here relies on the token
-being the third dimension, as caches of transformers do.
+Families keep different things: some a latent of both. All that is assumed here, as in transformers' own caches, is that
+the third dimension is the token.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ KeyValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CacheNames:
-    """The keywords for a cache, which releases of transformers have renamed.
+    """The keywords for a cache, which differ between releases of transformers.
 
-    of_layers: under which the model hands one to its decoder layers. of_model: under which it takes and gives one.
+    of_layers: the keyword of the decoder layers. of_model: that of the model, and of its output.
     """
 
     of_layers: str
@@ -30,10 +30,10 @@ class CacheNames:
 
 
 class PastKeyValues:
-    """Stands in for a cache of transformers, for some successive decoder layers.
+    """Replaces a cache of transformers for some successive decoder layers.
 
-    before: what earlier tokens left in each of them, which is put in front. read: what the new tokens left, as
-    far as layers have attended.
+    before: keys and values of earlier tokens, for each of these layers. read: those of the new tokens, for each layer
+    that has run.
     """
 
     def __init__(self, before: Iterable[KeyValues] = ()) -> None:
@@ -41,21 +41,24 @@ class PastKeyValues:
         self.read: list[KeyValues] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValues:
-        """Called by attention with what it has read of the new tokens; the answer is what it sees."""
+        """Called by attention with the new tokens' keys and values; returns those that it attends to."""
         self.read.append((keys, values))
-        return joined(self._before[len(self.read) - 1], (keys, values)) if self._before else (keys, values)
+        return concatenated(self._before[len(self.read) - 1], (keys, values)) if self._before else (keys, values)
 
 
-def joined(before: KeyValues, after: KeyValues) -> KeyValues:
-    """One layer's keys and values of successive tokens; earlier ones of a single row (1, ...) are for all rows."""
+def concatenated(before: KeyValues, after: KeyValues) -> KeyValues:
+    """One layer's keys and values of earlier and later tokens, concatenated; a single earlier row serves all rows."""
     keys, values = (
         torch.cat([one.expand(len(other), -1, -1, -1), other], dim=2) for one, other in zip(before, after, strict=True)
     )
     return keys, values
 
 
-def beside_each_other(of_genomes: Iterable[Sequence[KeyValues]], rows: int) -> list[KeyValues]:
-    """For each layer what several genomes left, (N * rows, heads, T, size); single rows are for all `rows`."""
+def stacked_genomes(of_genomes: Iterable[Sequence[KeyValues]], rows: int) -> list[KeyValues]:
+    """For each layer the keys and values of several genomes as rows (N * rows, heads, T, size).
+
+    A genome with a single row has the same for all `rows`.
+    """
     layers = [list(zip(*layer, strict=True)) for layer in zip(*of_genomes, strict=True)]
     return [(_together(keys, rows), _together(values, rows)) for keys, values in layers]
 
@@ -65,7 +68,7 @@ def _together(parts: Sequence[Tensor], rows: int) -> Tensor:
 
 
 def padded_on_the_left(layer: KeyValues, pads: Tensor) -> KeyValues:
-    """One layer's rows (P, heads, T, size) that end with pads (P,) tokens of padding, with these in front."""
+    """Move padding to the front: rows (P, heads, T, size) of one layer end with `pads` (P,) tokens of it."""
     if not bool(pads.any()):
         return layer
     keys, values = layer
@@ -75,7 +78,7 @@ def padded_on_the_left(layer: KeyValues, pads: Tensor) -> KeyValues:
 
 
 def cache_of(config: Any, layers: Iterable[KeyValues], length: int) -> Cache:
-    """A cache for stock `generate` that has read these tokens and has room for `length` of them in all."""
+    """A cache for stock `generate` that holds these tokens, with space for `length` in all."""
     cache = StaticCache(config=config, max_cache_len=length)
     for number, (keys, values) in enumerate(layers):
         cache.update(keys, values, number)

@@ -1,8 +1,8 @@
-"""The model's own decoder layers, run in halves: attention, then the MoE block.
+"""`LayerHalves`: run the model's own decoder layers in halves, attention first and then the MoE block.
 
-What a genome changes lies in the second half, so everything up to there is shared by all genomes that
-agree on the layers before. The halves are the stock `forward` of a layer in which the other half's module
-answers with zeros: the residual stream goes through it unchanged.
+A genome changes only MoE blocks, so genomes that are equal up to a block share everything before it. A half is the
+stock `forward` of a layer in which the other half's module returns zeros, so that it adds nothing to the residual
+stream.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from moe_evo.models.view import MoEModel
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """A batch in front of the first decoder layer.
+class EmbeddedBatch:
+    """A batch at the input of the first decoder layer.
 
-    hidden: (P, T, H) embeddings. calls: for each decoder layer what the model hands it beside the
-    hidden states (masks, position embeddings), as positional and keyword arguments.
+    hidden: (P, T, H) embeddings. calls: for each decoder layer its other arguments (masks, position embeddings),
+    positional and by keyword.
     """
 
     hidden: Tensor
@@ -35,9 +35,9 @@ class Start:
 
 
 class LayerHalves:
-    """Stages of a model: stage i ends in front of MoE block i; the last one in front of the head.
+    """The stages of a model: stage i ends at the input of MoE block i, the last one at the input of the head.
 
-    Hidden states of N copies of a batch are (N * P, T, H), copy by copy; any N will do.
+    Several genomes are several copies of a batch: hidden states are (N * P, T, H), copy by copy, for any N.
     """
 
     def __init__(self, model: MoEModel) -> None:
@@ -58,7 +58,7 @@ class LayerHalves:
 
     @cached_property
     def cache_names(self) -> CacheNames | None:
-        """What the model itself calls the cache that it makes; None where its layers get none by name."""
+        """The model's own keywords for a cache; None where its decoder layers get none by keyword."""
         handed: list[list[str]] = []
 
         def look(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,7 +72,7 @@ class LayerHalves:
             return None
         return CacheNames(of_layers=handed[0][0], of_model=given[0])
 
-    def start(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> Start:
+    def embed(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> EmbeddedBatch:
         """Embed a batch; arguments: position_ids and attention_mask as the language model takes them."""
         calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
         seen: list[Tensor] = []
@@ -84,19 +84,21 @@ class LayerHalves:
 
         with _replaced({layer: record for layer in self._decoder_layers}):
             self._model.language_model(input_ids=input_ids, **arguments, use_cache=False, logits_to_keep=1)
-        return Start(seen[0], calls)
+        return EmbeddedBatch(seen[0], calls)
 
-    def attend(self, stage: int, hidden: Tensor, start: Start, past_key_values: PastKeyValues | None = None) -> Tensor:
+    def attend(
+        self, stage: int, hidden: Tensor, embedded: EmbeddedBatch, past_key_values: PastKeyValues | None = None
+    ) -> Tensor:
         """From the end of MoE block `stage` - 1 (or the embeddings) to the residual stream before block `stage`.
 
-        Where `stage` is the number of stages: to the end of the last decoder layer. past_key_values: of these layers.
+        With `stage` the number of stages: to the end of the last decoder layer. past_key_values: for these layers.
         """
         first = self._positions[stage - 1] + 1 if stage else 0
         last = self._positions[stage] if stage < self.num_stages else len(self._decoder_layers)
-        batch, copies = start.hidden.shape[0], hidden.shape[0] // start.hidden.shape[0]
+        batch, copies = embedded.hidden.shape[0], hidden.shape[0] // embedded.hidden.shape[0]
         for position in range(first, min(last + 1, len(self._decoder_layers))):
             layer = self._decoder_layers[position]
-            args, kwargs = _repeated(start.calls[position], batch, copies)
+            args, kwargs = _repeated(embedded.calls[position], batch, copies)
             if past_key_values is not None:
                 assert self.cache_names is not None, "keys and values are kept only of layers that take a cache"
                 kwargs = {**kwargs, self.cache_names.of_layers: past_key_values}
@@ -105,10 +107,10 @@ class LayerHalves:
                 hidden = layer(hidden, *args, **kwargs)
         return hidden
 
-    def mix(self, stage: int, residual: Tensor, plans: Sequence[LayerPlan | None], start: Start) -> Tensor:
-        """Through MoE block `stage`; plans: the tokens (..., H) of `residual` are divided evenly among them."""
+    def mix(self, stage: int, residual: Tensor, plans: Sequence[LayerPlan | None], embedded: EmbeddedBatch) -> Tensor:
+        """Through MoE block `stage`; plans: each for an equal part of the tokens of `residual` (..., H), in turn."""
         layer = self._decoder_layers[self._positions[stage]]
-        args, kwargs = start.calls[self._positions[stage]]
+        args, kwargs = embedded.calls[self._positions[stage]]
         with _replaced({layer.get_submodule("self_attn"): _zero_attention}), self._model.planned(stage, plans):
             hidden: Tensor = layer(residual, *args, **kwargs)
         return hidden
@@ -141,7 +143,7 @@ def _zero_attention(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]
 
 @contextmanager
 def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules answer with other functions until the block is left."""
+    """Replace the `forward` of modules by other functions until the block is left."""
     with ExitStack() as stack:
         for module, function in forwards.items():
             previous = module.__dict__.get("forward")
@@ -158,8 +160,8 @@ def _restore(module: nn.Module, previous: Callable[..., Any] | None) -> None:
 
 
 def _repeated(value: Any, batch: int, copies: int) -> Any:
-    """Every tensor of a batch in a nest of arguments, as many times as there are copies."""
-    if copies == 1 or batch == 1:  # one row goes with any number of rows
+    """Repeat every tensor of a batch `copies` times, within nested arguments."""
+    if copies == 1 or batch == 1:  # one row is broadcast to any number of rows
         return value
     if isinstance(value, Tensor):
         return value.repeat(copies, *[1] * (value.ndim - 1)) if value.shape[:1] == (batch,) else value

@@ -1,4 +1,4 @@
-"""What each rank of a gang holds of a model, for each way of sharding it; all in bytes."""
+"""How much of a model each rank of a gang holds, for each way of sharding; in bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NVME_BUFFERS = 5
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What the fullest rank holds all the time: on its device, in the host's memory, on disk.
+    """What the fullest rank holds permanently: on its device, in the host's memory, on disk.
 
-    gathered: the most that is on the device beside it for a moment, as modules are fetched one by one.
+    gathered: the most that is on the device beside that for a moment, while modules are fetched one by one.
     """
 
     device: int
@@ -53,7 +53,7 @@ def _sharded_dimension(weight: Weight) -> tuple[int, int] | None:
 
 
 def _share(length: int, ranks: int, rank: int) -> int:
-    """What of `length` falls to `rank` where all but the last take equally much, rounded up."""
+    """The part of `length` that `rank` gets; all but the last get equal parts, rounded up."""
     chunk = -(-length // ranks)
     return min(max(length - rank * chunk, 0), chunk)
 

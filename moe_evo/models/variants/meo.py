@@ -1,6 +1,6 @@
-"""MEO: the experts of a token are merged for it, and only the merged one runs (He et al. 2023, arXiv 2310.09762).
+"""MEO (He et al. 2023, arXiv 2310.09762): each token's experts are merged, and only the merged expert runs.
 
-No stock architecture computes this, so it is a way to evaluate, for the untouched model and for any genome.
+No stock architecture computes this, so it can be evaluated (for the untouched model and any genome), not exported.
 """
 
 from __future__ import annotations

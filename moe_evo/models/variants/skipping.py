@@ -1,4 +1,4 @@
-"""Dynamic skipping (NAEE, arXiv 2402.14800): a token whose second expert matters little does without it.
+"""Dynamic skipping (NAEE, arXiv 2402.14800): a token skips its second expert where its gate is small.
 
 A hook on the routers, so that it holds for the untouched model and for every genome alike. No stock
 architecture computes this. Here it is only emulated, with a weight of 0: no time is saved.
@@ -38,7 +38,7 @@ def check_skipping(thresholds: Thresholds | None, shape: ModelShape) -> None:
 
 
 def skip_dynamically(layers: Sequence[MoELayer], thresholds: Thresholds, *, renormalises: bool) -> None:
-    """Let the routers of `layers` do so from now on; renormalises: whether their weights have a fixed sum."""
+    """Make the routers of `layers` skip from now on; renormalises: whether their weights have a fixed sum."""
     each = [thresholds] * len(layers) if isinstance(thresholds, int | float) else thresholds
     for layer, threshold in zip(layers, each, strict=True):
         layer.router.register_forward_hook(partial(_skip, threshold, renormalises))

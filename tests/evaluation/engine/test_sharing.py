@@ -69,12 +69,12 @@ def with_an_unknown_cache_argument(patch: pytest.MonkeyPatch) -> None:
 
 
 def reading_a_beginning_otherwise(patch: pytest.MonkeyPatch) -> None:
-    together = key_values.joined
-    patch.setattr(key_values, "joined", lambda before, after: together((before[0], before[1] * 1.5), after))
+    together = key_values.concatenated
+    patch.setattr(key_values, "concatenated", lambda before, after: together((before[0], before[1] * 1.5), after))
 
 
 def forgetting_the_beginning(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(key_values, "joined", lambda before, after: after)
+    patch.setattr(key_values, "concatenated", lambda before, after: after)
 
 
 def reading_a_cache_otherwise(patch: pytest.MonkeyPatch) -> None:
