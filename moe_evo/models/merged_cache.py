@@ -1,7 +1,6 @@
 """Merged layers that are kept for the next genomes, under a memory budget.
 
-Siblings share most layers, so a layer is keyed by its number and the rows of W_EM alone. Many of the others differ
-in few rows: the cache also tells where rows of a layer stand that is not kept. Layers of the genome that is applied
+Siblings share most layers, so a layer is keyed by its number and W_EM alone. Layers of the genome that is applied
 are never evicted for one another: an LRU would throw out each layer shortly before it is needed again.
 """
 
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from moe_evo.genomes.genome import Matrix
 
-MergedKey = tuple[int, tuple[bytes, ...]]
+MergedKey = tuple[int, bytes]
 MergedTensors = dict[str, Tensor]
-KeptRow = tuple[MergedTensors, int]  # the tensors of a layer and the number of a row in them
 
 
 def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
     """Key of MoE layer number `layer` merged by `expert_merging` (K, E)."""
-    return (layer, tuple(row.tobytes() for row in expert_merging))
+    return (layer, expert_merging.tobytes())
 
 
 class MergedCache:
@@ -30,7 +28,6 @@ class MergedCache:
     def __init__(self, budget_gib: float) -> None:
         self.budget_bytes = int(budget_gib * 2**30)
         self._entries: OrderedDict[MergedKey, MergedTensors] = OrderedDict()
-        self._rows: dict[tuple[int, bytes], KeptRow] = {}  # by layer and row: in the newest entry that has it
         self._in_use: frozenset[MergedKey] = frozenset()
 
     @property
@@ -57,20 +54,11 @@ class MergedCache:
             return build({})
         into: MergedTensors = next((one for one in evicted if _size_bytes(one) == size_bytes), {})
         del evicted  # the others need not stay while what comes is built
-        tensors = build(into)
-        layer, rows = key
-        self._entries[key] = tensors
-        self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))
-        return tensors
-
-    def known_rows(self, key: MergedKey) -> dict[int, KeptRow]:
-        """Rows of `key` that kept layers of the same number have, by their numbers in `key`."""
-        layer, rows = key
-        return {slot: self._rows[layer, row] for slot, row in enumerate(rows) if (layer, row) in self._rows}
+        self._entries[key] = build(into)
+        return self._entries[key]
 
     def clear(self) -> None:
         self._entries.clear()
-        self._rows.clear()
 
     def _make_room(self, needed_bytes: int) -> list[MergedTensors] | None:
         """What had to go, or None where there cannot be room."""
@@ -83,18 +71,9 @@ class MergedCache:
         for key in idle:
             if excess <= 0:
                 break
-            evicted.append(self._evict(key))
+            evicted.append(self._entries.pop(key))
             excess -= _size_bytes(evicted[-1])
         return evicted
-
-    def _evict(self, key: MergedKey) -> MergedTensors:
-        tensors = self._entries.pop(key)
-        layer, rows = key
-        for row in rows:
-            kept = self._rows.get((layer, row))
-            if kept is not None and kept[0] is tensors:  # else a newer entry has, or had, the row too
-                del self._rows[layer, row]
-        return tensors
 
 
 def _size_bytes(tensors: MergedTensors) -> int:
