@@ -1,0 +1,229 @@
+"""One batch on its way through the layers, for many genomes.
+
+The traversal is depth first: a branch is followed to its end before the next one begins, so that states of few
+branches are in memory together. What it is for, logits or what the layers read, is up to its `Purpose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_evo.evaluation.engine.packing import Packing, size_class
+from moe_evo.evaluation.engine.stages import Stages
+from moe_evo.evaluation.engine.states import FirstGenes, State
+from moe_evo.genomes.genome import Genome, LayerGenome
+from moe_evo.models.forward.key_values import KeyValues, beside_each_other
+from moe_evo.models.forward.layer_halves import Start
+from moe_evo.tasks.base import ForwardBatch
+
+Carried = TypeVar("Carried")
+Result = TypeVar("Result")
+Found = TypeVar("Found", covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Node(Generic[Carried]):
+    """Genomes (by their numbers) that begin alike, at the place after that beginning.
+
+    residual: the residual stream there, (P, T, H); where only scored tokens go on, these alone, (1, M, H).
+    prefix_state: the state of the batch's shared prefix at the same place; None without one. carried: what the
+    purpose takes along.
+    """
+
+    first_genes: FirstGenes
+    members: Sequence[int]
+    residual: Tensor
+    prefix_state: State | None
+    carried: Carried
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch(Generic[Carried]):
+    """The members of a node that have the next gene in common, too."""
+
+    node: Node[Carried]
+    gene: LayerGenome
+    members: Sequence[int]
+
+    @property
+    def first_genes(self) -> FirstGenes:
+        return (*self.node.first_genes, self.gene.digest)
+
+
+class Purpose(Protocol[Carried, Found]):
+    """What a traversal is for."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many MoE blocks the traversal goes through."""
+
+    def lengths(self, genes: FirstGenes) -> Sequence[int]:
+        """The traversal starts after that many first genes, the last number; it needs the states after each of them."""
+
+    @property
+    def nothing(self) -> Carried:
+        """What is carried before anything is read."""
+
+    def carry(self, before: Carried, prefix_state: State | None, read: tuple[KeyValues, ...]) -> Carried:
+        """Add what decoder layers read of the shared prefix and of the batch since the block before."""
+
+    def attend(
+        self, stage: int, hidden: Tensor, start: Start, before: Sequence[KeyValues], copies: int
+    ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
+        """`LayerHalves.attend` behind what was read `before`; for each copy what is read now, where that is wanted."""
+
+    def result(self, node: Node[Carried]) -> Found:
+        """What the members of a node at the end of the traversal get."""
+
+
+class Traversal(Generic[Carried, Result]):
+    """From the deepest states that are kept to the end.
+
+    emit: takes the number of a genome and what `purpose` finds. The other options are those of `Engine.run`.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        batch: ForwardBatch,
+        genomes: Sequence[Genome],
+        purpose: Purpose[Carried, Result],
+        emit: Callable[[int, Result], None],
+        *,
+        copies: int,
+        packing: Packing,
+        keep: bool,
+    ) -> None:
+        self._stages, self._layer_halves, self._states = stages, stages.layer_halves, stages.states
+        self._batch = batch
+        self._genomes = genomes
+        self._purpose = purpose
+        self._emit = emit
+        self._copies = copies
+        self._packing = packing
+        self._keep = keep
+        self._start = stages.start(batch, keep=keep)
+
+    def run(self) -> None:
+        """Call `emit` for every genome."""
+        starts: dict[FirstGenes, list[int]] = {}
+        kept: dict[FirstGenes, list[State]] = {}  # before anything is computed, for which others would have to go
+        for number, genome in enumerate(self._genomes):
+            genes = tuple(gene.digest for gene in genome.layers)
+            lengths = self._purpose.lengths(genes)
+            first_genes = genes[: lengths[-1]]
+            starts.setdefault(first_genes, []).append(number)
+            if first_genes not in kept:
+                found = [self._states.get(self._batch, first_genes[:length]) for length in lengths]
+                kept[first_genes] = [state for state in found if state is not None]
+        for stage in sorted(set(map(len, starts))):
+            beginnings = [first_genes for first_genes in starts if len(first_genes) == stage]
+            for first in range(0, len(beginnings), self._copies):  # no more are on the device than go together
+                some = beginnings[first : first + self._copies]
+                self._descend(stage, [self._begin(one, starts[one], kept.pop(one)) for one in some])
+
+    def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> Node[Carried]:
+        genes = self._genomes[members[0]].layers
+        prefix_state, carried = None, self._purpose.nothing
+        if not kept:
+            assert not first_genes, "only the beginning of all genomes can be computed without states"
+            prefix_state = self._prefix_state(())
+            residual, (read,) = self._attend(0, self._start.hidden, [prefix_state])
+            return self._arrive(first_genes, members, residual, prefix_state, carried, read)
+        for length, state in enumerate(kept, start=len(first_genes) + 1 - len(kept)):
+            prefix_state = self._prefix_state(genes[:length], prefix_state)
+            state = state.to(self._stages.model.device)
+            carried = self._purpose.carry(carried, prefix_state, state.read)
+        return Node(first_genes, members, state.residual, prefix_state, carried)
+
+    def _descend(self, stage: int, nodes: Iterable[Node[Carried]]) -> None:
+        """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
+        if stage == self._purpose.num_blocks:
+            return self._finish(nodes)
+        by_top_k: dict[int, list[_Branch[Carried]]] = {}
+        for branch in (branch for node in nodes for branch in self._branches(node, stage)):
+            by_top_k.setdefault(branch.gene.top_k, []).append(branch)
+        for branches in by_top_k.values():
+            kind = self._kind(stage, branches)
+            while branches:
+                number = self._packing.together(kind, min(self._copies, len(branches)))
+                self._descend(stage + 1, self._pass(stage, kind, branches[:number]))
+                branches = branches[number:]
+
+    def _finish(self, nodes: Iterable[Node[Carried]]) -> None:
+        for node in nodes:
+            found = self._purpose.result(node)
+            for number in node.members:
+                self._emit(number, found)
+
+    def _attends(self, stage: int) -> bool:
+        """Whether decoder layers with attention come behind MoE block `stage`."""
+        return stage < self._layer_halves.num_stages - 1 or not self._layer_halves.ends_with_moe
+
+    def _kind(self, stage: int, branches: Sequence[_Branch[Carried]]) -> Hashable:
+        """Of a pass: its tokens a branch, whether another block comes behind, and whether any experts are merged."""
+        plans = [self._stages.plan(stage, branch.gene) for branch in branches]
+        merges = any(plan is not None and plan.expert_merging is not None for plan in plans)
+        tokens = size_class(branches[0].node.residual[..., 0].numel())
+        return (tokens, stage < self._layer_halves.num_stages - 1, merges)
+
+    def _branches(self, node: Node[Carried], stage: int) -> Iterator[_Branch[Carried]]:
+        members: dict[LayerGenome, list[int]] = {}
+        for number in node.members:
+            members.setdefault(self._genomes[number].layers[stage], []).append(number)
+        return (_Branch(node, gene, some) for gene, some in members.items())
+
+    def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch[Carried]]) -> list[Node[Carried]]:
+        """Branches through MoE block `stage` and the attention behind it."""
+        plans = [self._stages.plan(stage, branch.gene) for branch in branches]
+        prefix_states = [self._prefix_state_behind(branch) if self._attends(stage) else None for branch in branches]
+        reads: list[tuple[KeyValues, ...]] = [() for _ in branches]
+        with self._packing.timed(kind, len(branches)):
+            residual = torch.cat([branch.node.residual for branch in branches])
+            hidden = self._layer_halves.mix(stage, residual, plans, self._start)
+            if self._attends(stage):
+                hidden, reads = self._attend(stage + 1, hidden, prefix_states)
+        arrived = zip(branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True)
+        return [
+            self._arrive(branch.first_genes, branch.members, own, prefix_state, branch.node.carried, read)
+            for branch, own, prefix_state, read in arrived
+        ]
+
+    def _attend(
+        self, stage: int, hidden: Tensor, prefix_states: Sequence[State | None]
+    ) -> tuple[Tensor, list[tuple[KeyValues, ...]]]:
+        """As `Purpose.attend`, behind the shared prefix of each copy."""
+        before = [prefix_state.read for prefix_state in prefix_states if prefix_state is not None]
+        rows = len(self._start.hidden)
+        return self._purpose.attend(stage, hidden, self._start, beside_each_other(before, rows), len(prefix_states))
+
+    def _prefix_state_behind(self, branch: _Branch[Carried]) -> State | None:
+        """The state of the shared prefix behind the branch's gene."""
+        genes = self._genomes[branch.members[0]].layers[: len(branch.first_genes)]
+        return self._prefix_state(genes, branch.node.prefix_state)
+
+    def _prefix_state(self, genes: Sequence[LayerGenome], before: State | None = None) -> State | None:
+        tokens = self._batch.shared_prefix
+        return self._stages.prefix_state(tokens, genes, before) if tokens else None
+
+    def _arrive(
+        self,
+        first_genes: FirstGenes,
+        members: Sequence[int],
+        residual: Tensor,
+        prefix_state: State | None,
+        carried: Carried,
+        read: tuple[KeyValues, ...],
+    ) -> Node[Carried]:
+        """A node that was computed; its state is kept. carried: before it. read: since the block before."""
+        # behind the last attention no token sees another
+        if len(first_genes) == self._layer_halves.num_stages - self._layer_halves.ends_with_moe:
+            residual = residual[self._batch.kept.to(residual.device)][None]
+        if self._keep and len(first_genes) < self._layer_halves.num_stages:
+            self._states.keep(self._batch, first_genes, State(residual, read))
+        return Node(first_genes, members, residual, prefix_state, self._purpose.carry(carried, prefix_state, read))
