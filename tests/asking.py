@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tiny_tasks as tiny
+import torch
 from tiny_models import tiny_model
 
 from moe_evo.config.evaluation import EvaluationConfig
@@ -50,3 +52,32 @@ def gang_evaluators(ranks: Ranks, folder: str, sharding: Any) -> Iterator[Evalua
         moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
         configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
         yield Evaluator(moe, [build_task(read_task(one), moe.tokenizer, 64) for one in configs], EvaluationConfig())
+
+
+@contextmanager
+def spoilt_padding(evaluator: Evaluator) -> Iterator[None]:
+    """Let what enters the last MoE block hold NaN where a batch holds padding, which is to be somewhere."""
+    padding, num_spoilt = torch.tensor(False), 0
+    forward = evaluator.forward
+
+    def forward_noting(batch):
+        nonlocal padding
+        padding = batch.counts == 0
+        return forward(batch)
+
+    def spoil(_module, _inputs, output):
+        nonlocal num_spoilt
+        num_spoilt += int(padding.sum())
+        return torch.where(padding.reshape(*output.shape[:-1], 1), torch.nan, output)
+
+    model = evaluator.model
+    # of the last block, so that nothing else reads it
+    norm = model.language_model.get_decoder().layers[model.shape.decoder_layers[-1]].post_attention_layernorm
+    handle = norm.register_forward_hook(spoil)
+    evaluator.forward = forward_noting
+    try:
+        yield
+    finally:
+        evaluator.forward = forward
+        handle.remove()
+    assert num_spoilt

@@ -16,10 +16,10 @@ from moe_evo.errors import ConfigError
 from moe_evo.plain import plain
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from moe_evo.config.parser import CommandParser
 
 
-def _search(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.search import search
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import RunConfig
@@ -36,7 +36,7 @@ def _search(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
     _print_run(str(folder.path), as_json=as_json)
 
 
-def _sweep(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _sweep(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.sweep import sweep
     from moe_evo.config.file import parse_config
     from moe_evo.config.sweep import SweepConfig
@@ -56,7 +56,7 @@ def _sweep(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> Non
         print(f"next     moe-evo report {folder.path}/runs/* --to {folder.path}/report.html")
 
 
-def _plan(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.plan import planned, require_no_problems
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import RunConfig
@@ -74,7 +74,7 @@ def _plan(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None
     require_no_problems(answer)
 
 
-def _show(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _show(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config.file import parse
 
     _print_run(parse(parser, argv).run, as_json=as_json)
@@ -94,7 +94,7 @@ def _print_run(run: str, *, as_json: bool) -> None:
         print_run(folder, result)
 
 
-def _evaluate(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _evaluate(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.evaluate import evaluate
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import ScoringConfig
@@ -117,7 +117,7 @@ def _evaluate(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
         print_scores(scores)
 
 
-def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _compare(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config.file import parse
     from moe_evo.report.lines import as_csv, print_lines
     from moe_evo.report.pairing import print_pairings
@@ -135,7 +135,7 @@ def _compare(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> N
         print_pairings(found.paired)
 
 
-def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _report(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config.file import parse
     from moe_evo.report.write import write_report
 
@@ -149,7 +149,7 @@ def _report(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
         print_report(written)
 
 
-def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _export(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.export import export
     from moe_evo.config.file import parse
     from moe_evo.records.folder import RunFolder
@@ -174,7 +174,7 @@ def _export(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
         print_export(report)
 
 
-def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _prune(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import fields
 
     from moe_evo.commands.prune import PruneOptions, prune
@@ -199,7 +199,7 @@ def _prune(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> Non
         print_export(report)
 
 
-def _compress(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _compress(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import fields, replace
 
     from moe_evo.commands.compress import CompressOptions, compress
@@ -225,7 +225,7 @@ def _compress(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
         print_export(report)
 
 
-def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _criteria(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.prune import criteria
     from moe_evo.config.file import parse
 
@@ -239,7 +239,7 @@ def _criteria(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> 
         print_criteria(found)
 
 
-def _doctor(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _doctor(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.doctor import checks, require_nothing_broken
     from moe_evo.config.file import parse
     from moe_evo.report.terminal import print_check
@@ -255,7 +255,7 @@ def _doctor(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> No
     require_nothing_broken(found)
 
 
-def _wandb_replay(parser: ArgumentParser, argv: Sequence[str], *, as_json: bool) -> None:
+def _wandb_replay(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import asdict, replace
 
     from moe_evo.config.file import parse, read_config

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentParser
-
 from moe_evo.config.file import config_parser, plain_parser
+from moe_evo.config.parser import CommandParser
 from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.sweep import SweepConfig
 
 
-def search_parser() -> ArgumentParser:
+def search_parser() -> CommandParser:
     parser = config_parser(
         "search",
         "Search which experts to keep and merge. The same command again goes on where it stood.",
@@ -20,7 +19,7 @@ def search_parser() -> ArgumentParser:
     return parser
 
 
-def sweep_parser() -> ArgumentParser:
+def sweep_parser() -> CommandParser:
     parser = config_parser(
         "sweep",
         "Search for every combination of numbers of experts, seeds, algorithms and tasks, on gangs that all searches "
@@ -37,7 +36,7 @@ def sweep_parser() -> ArgumentParser:
     return parser
 
 
-def plan_parser() -> ArgumentParser:
+def plan_parser() -> CommandParser:
     parser = config_parser(
         "plan",
         "Tell what a search would take, without loading weights: the model's size, memory of each rank for each way "
@@ -59,7 +58,7 @@ def plan_parser() -> ArgumentParser:
     return parser
 
 
-def evaluate_parser() -> ArgumentParser:
+def evaluate_parser() -> CommandParser:
     parser = config_parser(
         "evaluate",
         "Score one genome on one split, with the model and tasks of a config or of a run; of a run it is the "
@@ -80,7 +79,7 @@ def evaluate_parser() -> ArgumentParser:
     return parser
 
 
-def prune_parser() -> ArgumentParser:
+def prune_parser() -> CommandParser:
     parser = config_parser(
         "prune",
         "Prune or merge without a search, by a one-shot method that looks at the tasks' search split; "
@@ -132,7 +131,7 @@ def prune_parser() -> ArgumentParser:
     return parser
 
 
-def compress_parser() -> ArgumentParser:
+def compress_parser() -> CommandParser:
     parser = config_parser(
         "compress",
         "Make the experts of a checkpoint sparse (moe_pruner) or of low rank (mc_smoe), write them densely in stock "
@@ -168,17 +167,17 @@ def compress_parser() -> ArgumentParser:
     return parser
 
 
-def criteria_parser() -> ArgumentParser:
+def criteria_parser() -> CommandParser:
     return plain_parser("criteria", "List the one-shot criteria and merges, with one line each.")
 
 
-def show_parser() -> ArgumentParser:
+def show_parser() -> CommandParser:
     parser = plain_parser("show", "Table, kept experts and files of a run.")
     parser.add_argument("run", type=str, help="folder of a run, finished or not")
     return parser
 
 
-def compare_parser() -> ArgumentParser:
+def compare_parser() -> CommandParser:
     parser = plain_parser(
         "compare",
         "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
@@ -195,7 +194,7 @@ def compare_parser() -> ArgumentParser:
     return parser
 
 
-def report_parser() -> ArgumentParser:
+def report_parser() -> CommandParser:
     parser = plain_parser(
         "report",
         "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
@@ -212,7 +211,7 @@ def report_parser() -> ArgumentParser:
     return parser
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> CommandParser:
     parser = plain_parser(
         "export",
         "Write the smaller checkpoint of a finished run, then reload it with stock transformers and compare its "
@@ -231,18 +230,18 @@ def export_parser() -> ArgumentParser:
     return parser
 
 
-def wandb_replay_parser() -> ArgumentParser:
+def wandb_replay_parser() -> CommandParser:
     parser = plain_parser(
         "wandb-replay",
         "Write a new run of Weights & Biases from the journal of a search, finished or not; a search that goes on "
         "later goes on in that one.",
     )
     parser.add_argument("run", type=str, help="folder of a run that no process is working on")
-    parser.add_class_arguments(TrackingConfig, "tracking")
+    parser.add_section(TrackingConfig, "tracking")
     return parser
 
 
-def doctor_parser() -> ArgumentParser:
+def doctor_parser() -> CommandParser:
     return plain_parser(
         "doctor",
         "Tell what is installed and what was tested, what this machine offers, and whether what a run relies on holds "

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_evo.errors import GenomeError
 from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
-from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
+from moe_evo.genomes.population import EvaluationFailure, Individual, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
 from moe_evo.genomes.stamped_file import FileKind
 
@@ -56,17 +56,6 @@ def save_individual(
 def save_genome(path: str | os.PathLike[str], genome: Genome, provenance: Mapping[str, Any]) -> None:
     """As `save_individual`, for a genome that no search evaluated."""
     FILE.write(path, _to_bytes(genome, provenance=dict(provenance)))
-
-
-def load_individual(path: str | os.PathLike[str]) -> Individual:
-    """The individual in a file of `save_individual`; raises GenomeError for anything else."""
-    content = FILE.read(path)
-    with _malformed_is_genome_error(str(path)):
-        genome, metadata = _from_bytes(content, str(path))
-        lineage = metadata["lineage"]
-        numbers = tuple(int(parent) for parent in lineage["parents"])
-        candidate = Candidate(int(lineage["number"]), genome, str(lineage["operator"]), numbers)
-        return Individual(candidate, outcome_from_json(metadata["outcome"]))
 
 
 def load_genome(path: str | os.PathLike[str]) -> Genome:
@@ -128,13 +117,6 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     names = ("fitness", "tie_break", "standard_error", "num_examples", "duration_s")
     numbers = {name: getattr(outcome, name) for name in names}
     return {"type": "evaluation", **numbers, "metrics": dict(outcome.metrics)}
-
-
-def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
-    """The outcome of `outcome_to_json`; KeyError or TypeError where it is something else."""
-    fields = {name: value for name, value in data.items() if name != "type"}
-    kinds: dict[str, type[Outcome]] = {"failure": EvaluationFailure, "evaluation": Evaluation}
-    return kinds[data["type"]](**fields)
 
 
 def _to_bytes(genome: Genome, **extras: Mapping[str, Any]) -> bytes:

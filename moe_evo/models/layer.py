@@ -7,7 +7,7 @@ while a plan is installed. Weights are never written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from moe_evo.config.model import RouterMode
 from moe_evo.genomes.genome import LayerGenome, Matrix
 from moe_evo.models.experts_hook import Compute, Hook
 from moe_evo.models.families import Family
-from moe_evo.models.merged_cache import KeptRow, MergedCache, MergedKey, MergedTensors, merged_key
+from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
 from moe_evo.models.weight_shapes import local_shape, whole_shape
@@ -101,19 +101,16 @@ class MoELayer:
         """
         return masked_route(self.router, self._family.router_tensors, logits, kept, top_k)
 
-    def merged_tensors(
-        self, expert_merging: Matrix, known: Mapping[int, KeptRow] | None = None, into: MergedTensors | None = None
-    ) -> MergedTensors:
+    def merged_tensors(self, expert_merging: Matrix, into: MergedTensors | None = None) -> MergedTensors:
         """The experts' tensors (K, ...) for W_EM (K, E).
 
-        known: rows that were merged before, by their numbers. into: tensors that may be overwritten with the result,
-        where they lie on this layer's device.
+        into: tensors that may be overwritten with the result, where they lie on this layer's device.
         """
-        rows, into = known or {}, into or {}
+        into = into or {}
         with torch.inference_mode(mode=False):
             return {
                 name: mix_rows(
-                    expert_merging, stacked, {slot: (kept[name], row) for slot, (kept, row) in rows.items()},
+                    expert_merging, stacked,
                     out=into[name] if name in into and into[name].device == stacked.device else None,
                 )
                 for name, stacked in self.expert_tensors().items()
@@ -170,7 +167,7 @@ class MoELayer:
         expert_merging = plan.expert_merging
 
         def build(into: MergedTensors) -> MergedTensors:
-            return self.merged_tensors(expert_merging, cache.known_rows(key), into)
+            return self.merged_tensors(expert_merging, into)
 
         merged = cache.get(key, self._bytes_of(len(expert_merging)), build)
         return Substitute(self.experts, num_experts=len(plan.expert_merging), **merged)

@@ -1,8 +1,7 @@
 """`MergedCache`: merged layers that are kept for the next genomes, within a memory budget.
 
-Siblings share most layers, so the key of a layer is its number and its rows of W_EM. Other layers differ in a few rows
-only, so the cache also finds single rows in kept layers. Layers of the genome that is applied are not evicted for each
-other: a plain LRU cache would evict each layer shortly before it is needed again.
+Siblings share most layers, so the key of a layer is its number and W_EM. Layers of the genome that is applied are not
+evicted for each other: a plain LRU cache would evict each layer shortly before it is needed again.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from moe_evo.genomes.genome import Matrix
 
-MergedKey = tuple[int, tuple[bytes, ...]]
+MergedKey = tuple[int, bytes]
 MergedTensors = dict[str, Tensor]
-KeptRow = tuple[MergedTensors, int]  # the tensors of a layer and the number of a row in them
 
 
 def merged_key(layer: int, expert_merging: Matrix) -> MergedKey:
     """Key of MoE layer number `layer` merged by `expert_merging` (K, E)."""
-    return (layer, tuple(row.tobytes() for row in expert_merging))
+    return (layer, expert_merging.tobytes())
 
 
 class MergedCache:
@@ -30,7 +28,6 @@ class MergedCache:
     def __init__(self, budget_gib: float) -> None:
         self.budget_bytes = int(budget_gib * 2**30)
         self._entries: OrderedDict[MergedKey, MergedTensors] = OrderedDict()
-        self._rows: dict[tuple[int, bytes], KeptRow] = {}  # by layer and row: in the newest entry that has it
         self._in_use: frozenset[MergedKey] = frozenset()
 
     @property
@@ -57,20 +54,11 @@ class MergedCache:
             return build({})
         into: MergedTensors = next((one for one in evicted if _size_bytes(one) == size_bytes), {})
         del evicted  # the others need not stay while what comes is built
-        tensors = build(into)
-        layer, rows = key
-        self._entries[key] = tensors
-        self._rows.update(((layer, row), (tensors, slot)) for slot, row in enumerate(rows))
-        return tensors
-
-    def known_rows(self, key: MergedKey) -> dict[int, KeptRow]:
-        """The rows of `key` that are in kept layers of the same number, by row number in `key`."""
-        layer, rows = key
-        return {slot: self._rows[layer, row] for slot, row in enumerate(rows) if (layer, row) in self._rows}
+        self._entries[key] = build(into)
+        return self._entries[key]
 
     def clear(self) -> None:
         self._entries.clear()
-        self._rows.clear()
 
     def _evict_for(self, needed_bytes: int) -> list[MergedTensors] | None:
         """Evict what is not in use until so many bytes fit; the evicted tensors, or None where they cannot fit."""
@@ -83,18 +71,9 @@ class MergedCache:
         for key in idle:
             if excess <= 0:
                 break
-            evicted.append(self._evict(key))
+            evicted.append(self._entries.pop(key))
             excess -= _size_bytes(evicted[-1])
         return evicted
-
-    def _evict(self, key: MergedKey) -> MergedTensors:
-        tensors = self._entries.pop(key)
-        layer, rows = key
-        for row in rows:
-            kept = self._rows.get((layer, row))
-            if kept is not None and kept[0] is tensors:  # else a newer entry has, or had, the row too
-                del self._rows[layer, row]
-        return tensors
 
 
 def _size_bytes(tensors: MergedTensors) -> int:

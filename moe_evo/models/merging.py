@@ -5,7 +5,7 @@ Evaluation and export call the same functions, so that the exported model comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from moe_evo.genomes.genome import Matrix
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of a float32 working copy: what a core's cache holds; 256 MiB
 _ROWS, _COLUMNS = 8, 16  # least sizes of a multiplication: below, some CPUs' kernels give a row other last bits
-_LONG_ROW = 1 << 18  # elements: to copy so many is as fast as to mix them beside other rows, in bfloat16 faster
 _EXPERTS = 256  # most experts of a multiplication: it cuts a longer sum where their number says
 
 
@@ -32,19 +31,12 @@ def is_selection(matrix: Matrix) -> bool:
 
 
 @torch.no_grad()
-def mix_rows(
-    matrix: Matrix,
-    stacked: Tensor,
-    known: Mapping[int, tuple[Tensor, int]] | None = None,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+def mix_rows(matrix: Matrix, stacked: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Row i of the result is sum_j matrix[i, j] * stacked[j]   (EEP eq. 6).
 
     matrix: (K, E). stacked: (E, ...) of any dtype. Returns (K, ...) in that dtype, accumulated in
-    float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows, so those
-    of the result that are known (by their numbers: an earlier result and the row's number in it) are copied there
-    where that is faster. out: where to put the result, of its shape and dtype.
+    float32; one-hot rows are exact copies. On the CPU the bits of a row do not depend on the other rows.
+    out: where to put the result, of its shape and dtype.
     """
     assert matrix.shape[1] == stacked.shape[0], (matrix.shape, stacked.shape)
     source = stacked.detach().reshape(stacked.shape[0], -1)
@@ -57,21 +49,9 @@ def mix_rows(
         if expert is not None:
             mixed[slot] = source[expert]
     slots = [slot for slot, expert in enumerate(copies) if expert is None]
-    if known and source.device.type == "cpu":
-        unknown = [slot for slot in slots if slot not in known]
-        if _pays_to_copy(len(slots), len(unknown), source.shape[1]):
-            for slot in set(slots) - set(unknown):
-                earlier, row = known[slot]
-                mixed[slot] = earlier[row].reshape(-1)
-            slots = unknown
     if slots:
         _mix_into(mixed, slots, matrix[slots], source)
     return out
-
-
-def _pays_to_copy(num_mixed: int, num_unknown: int, row_elements: int) -> bool:
-    """Whether copying known rows is less work than computing them: one multiplication makes up to _ROWS rows."""
-    return -(-num_unknown // _ROWS) < -(-num_mixed // _ROWS) or row_elements >= _LONG_ROW
 
 
 def _mix_into(mixed: Tensor, slots: list[int], rows: Matrix, source: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LACKING = ("ray", "wandb", "jsonargparse", "bokeh", "moocore", "cmaes", "lm_eval", "deepspeed", "pytest")
+LACKING = ("ray", "wandb", "jsonargparse", "bokeh", "moocore", "lm_eval", "deepspeed", "pytest")
 WITHOUT_THEM = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))  # None: not to be imported

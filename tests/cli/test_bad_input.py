@@ -140,6 +140,41 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         lambda _: ["search", "--search.init", "reep"],
         "search.init: got 'reep', did you mean 'reap'? expected one of",
     ),
+    "a section that is none": (
+        _file("c.yaml", b"search: 3", "search", "{folder}/c.yaml"),
+        "search: got '3', expected names with values, as in '{NAME: VALUE}' (config ",
+    ),
+    "null for a number": (
+        _file("c.yaml", b"search: {seed: null}", "search", "{folder}/c.yaml"),
+        "search.seed: got 'None', expected a whole number (config ",
+    ),
+    "wrong type in a task": (
+        lambda _: ["search", "--tasks", "[{data: syll, num_search: few}]"],
+        "tasks.num_search: got 'few', expected a whole number",
+    ),
+    "wrong type of a task's key": (
+        lambda _: ["search", "--tasks.num_search", "few"],
+        "tasks.num_search: got 'few', expected a whole number",
+    ),
+    "share of a method that is no number": (
+        lambda _: ["search", "--search.init.reap", "few"],
+        "search.init.reap: got 'few', expected a number",
+    ),
+    "element of a list": (
+        lambda _: ["sweep", "--sweep.algorithms", "eep,foo"],
+        "sweep.algorithms: got 'foo', expected one of 'eep', 'eep_release', 'random'",
+    ),
+    "neither number nor word": (
+        lambda _: ["search", "--cluster.num_gangs", "many"],
+        "cluster.num_gangs: got 'many', expected a whole number or 'auto'",
+    ),
+    "no value": (lambda _: ["search", "--search.seed"], "argument --search.seed: expected one argument"),
+    "empty value": (lambda _: ["search", "--search.seed="], "search.seed: got '', expected a whole number"),
+    "one more for what is no list": (lambda _: ["search", "--search.seed+", "3"], "--search.seed+: no such option"),
+    "words apart": (
+        lambda _: ["report", "a", "--overwrite", "b"],
+        "got 'b', which belongs to no option",
+    ),
     "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
     "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),
     "options beside a preset": (
@@ -195,7 +230,10 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         "got 2 with 1 experts kept",
     ),
     "top_k of nothing": (lambda _: ["evaluate", "--top_k", "0"], "top_k: got 0"),
-    "unknown split": (lambda _: ["evaluate", "--split", "train"], "split"),
+    "unknown split": (
+        lambda _: ["evaluate", "--split", "train"],
+        "split: got 'train', expected one of 'search', 'validation', 'test'",
+    ),
     "show of no run": (lambda folder: ["show", str(folder)], "not the folder of a run"),
     "export of no run": (lambda folder: ["export", str(folder), "--to", "x"], "not the folder of a run"),
     "export without target": (lambda folder: ["export", str(folder)], "required: to"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import yaml
 from moe_evo.cli.main import main
 from moe_evo.cli.parsers import PARSERS
 from moe_evo.config.file import parse, parse_config, read_config
+from moe_evo.config.parser import Word
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.errors import ConfigError
@@ -48,6 +50,40 @@ def test_a_single_name_means_a_list_of_one(value: str, init: Any, tmp_path: Path
     else:
         (tmp_path / "c.yaml").write_text(f"search: {{init: {value}}}\n")
         assert read_config(tmp_path / "c.yaml").search.init == init
+
+
+@pytest.mark.parametrize(
+    ("words", "read", "expected"),
+    [
+        (["--search.eep.sigma", "1e-3"], lambda config: config.search.eep.sigma, 0.001),
+        (["--search.eep.mutation_margin=-0"], lambda config: config.search.eep.mutation_margin, 0.0),
+        (["--tasks.prefix=--x=y"], lambda config: config.tasks[-1].prefix, "--x=y"),
+        (["--tasks+", "nli", "--tasks.num_search", "3"], lambda config: config.tasks[-1].num_search, 3),
+        (["--search.warm_start", "3"], lambda config: config.search.warm_start, "3"),
+        (["--search", "{seed: 4}"], lambda config: config.search.seed, 4),
+        (["--search.init.reap", "2"], lambda config: config.search.init, {"reap": 2.0}),
+        (["--search.seed", "3", "--config", "CONFIG"], lambda config: config.search.seed, 5),
+        (["CONFIG", "--search.seed", "3"], lambda config: config.search.seed, 3),
+    ],
+)
+def test_values_on_the_command_line(
+    words: list[str], read: Callable[[RunConfig], Any], expected: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text("search: {seed: 5}\ntasks: syll\n")
+    argv = ["--tasks", "syll", *(word.replace("CONFIG", str(tmp_path / "c.yaml")) for word in words)]
+    if words[0] == "CONFIG":
+        argv = argv[2:]
+    assert read(run_config(*argv)) == expected
+
+
+def test_every_option_that_help_lists_is_known_and_takes_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, make in PARSERS.items():
+        parser = make()
+        parser.print_help()
+        listed = set(re.findall(r"^  (?:-h, )?--([\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+        assert listed, name
+        for option in listed:
+            parser.check([Word(option, None)])
 
 
 def test_a_single_value_in_a_file_means_a_list_of_one(tmp_path: Path) -> None:

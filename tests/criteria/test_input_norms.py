@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
+from asking import spoilt_padding
 from tiny_models import CONFIGS, logits, tiny_model, tokens
 
 from moe_evo.config.evaluation import EvaluationConfig
@@ -69,26 +70,8 @@ def test_a_model_whose_numbers_overflow_is_refused(tmp_path):
 def test_padding_that_holds_no_number_changes_nothing(moe, tmp_path):
     expected = observe_input_norms(evaluator_of(moe, tmp_path / "clean", batch_tokens=128))
     evaluator = evaluator_of(moe, tmp_path / "padded", batch_tokens=128)
-    forward, padding, spoiled = evaluator.forward, torch.tensor(False), 0
-
-    def forward_noting(batch):
-        nonlocal padding
-        padding = batch.counts == 0
-        return forward(batch)
-
-    def spoil(_module, _inputs, output):
-        nonlocal spoiled
-        spoiled += int(padding.sum())
-        return torch.where(padding.reshape(*output.shape[:-1], 1), torch.nan, output)
-
-    evaluator.forward = forward_noting
-    last = moe.language_model.model.layers[moe.shape.decoder_layers[-1]].post_attention_layernorm
-    handle = last.register_forward_hook(spoil)  # of the last layer, so that nothing else reads it
-    try:
+    with spoilt_padding(evaluator):
         found = observe_input_norms(evaluator)
-    finally:
-        handle.remove()
-    assert spoiled
     assert_norms(found, [vars(layer) for layer in expected])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
-from asking import gang_evaluators, observer_of, write_gang_files
+from asking import gang_evaluators, observer_of, spoilt_padding, write_gang_files
 from process_groups import run_gang
 from tiny_models import CONFIGS, EXPERT_FIELDS, tiny_model
 
@@ -165,29 +165,8 @@ def test_padding_that_answers_no_number_changes_nothing(tmp_path):
     evaluator = Evaluator(moe, [task], EvaluationConfig())
     questions = (RouterLogits(), AllOutputs())
     expected = [observer_of(evaluator).about(question) for question in questions]
-    padding = torch.tensor(False)
-    spoiled = 0
-
-    def spoil(_module, inputs, output):
-        nonlocal spoiled
-        spoiled += int(padding.sum())
-        return torch.where(padding.reshape(*inputs[0].shape[:-1], 1), torch.nan, output)
-
-    forward = evaluator.forward
-
-    def forward_noting(batch):
-        nonlocal padding
-        padding = batch.counts == 0
-        return forward(batch)
-
-    evaluator.forward = forward_noting
-    # of the last layer, so that nothing else reads it
-    handle = moe.language_model.model.layers[-1].post_attention_layernorm.register_forward_hook(spoil)
-    try:
+    with spoilt_padding(evaluator):
         found = [observer_of(evaluator).about(question) for question in questions]
-    finally:
-        handle.remove()
-    assert spoiled
     assert_alike(found, expected)
 
 

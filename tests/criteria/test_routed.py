@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
-from asking import gang_evaluators, observed, observer_of, write_gang_files
+from asking import gang_evaluators, observed, observer_of, spoilt_padding, write_gang_files
 from process_groups import run_gang
 from tiny_models import logits, random_merge, random_pruning, tiny_model, tokens
 
@@ -87,31 +87,9 @@ def test_shared_tokens_count_for_every_prompt_and_padding_never(tmp_path, moe):
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: type(question).__name__)
 def test_padding_that_answers_no_number_changes_nothing(tmp_path, moe, question):
     expected = answered(question, moe, tmp_path / "clean")
-    padding = torch.tensor(False)
-    spoiled = 0
-
-    def spoil(_module, inputs, output):
-        nonlocal spoiled
-        spoiled += int(padding.sum())
-        hidden = inputs[0] if isinstance(inputs, tuple) else inputs
-        return torch.where(padding.reshape(*hidden.shape[:-1], 1), torch.nan, output)
-
     evaluator = evaluator_of(moe, tmp_path / "padded")
-    forward = evaluator.forward
-
-    def forward_noting(batch):
-        nonlocal padding
-        padding = batch.counts == 0
-        return forward(batch)
-
-    evaluator.forward = forward_noting
-    last = moe.language_model.model.layers[moe.shape.decoder_layers[-1]].post_attention_layernorm
-    handle = last.register_forward_hook(spoil)  # of the last layer, so that nothing else reads it
-    try:
+    with spoilt_padding(evaluator):
         found = observer_of(evaluator).about(question)
-    finally:
-        handle.remove()
-    assert spoiled
     assert_alike(found, expected)
 
 

@@ -14,9 +14,7 @@ from moe_evo.genomes.file import (
     genome_from_kept_json,
     genome_to_bytes,
     load_genome,
-    load_individual,
     load_metadata,
-    outcome_from_json,
     outcome_to_json,
     save_individual,
 )
@@ -50,10 +48,10 @@ def file(tmp_path):
 @pytest.mark.parametrize("outcome", [EVALUATION, EvaluationFailure("worker_died", "rank 1 gone", 2.0)])
 def test_an_individual_comes_back_as_it_was_saved(tmp_path, outcome):
     save_individual(tmp_path / "one.safetensors", _individual(outcome), SPACE, {})
-    loaded = load_individual(tmp_path / "one.safetensors")
-    assert loaded == _individual(outcome)
-    assert loaded.genome.digest == MERGED.digest and loaded.genome.top_k == (2, 1)
-    assert load_genome(tmp_path / "one.safetensors") == MERGED
+    loaded, metadata = load_genome(tmp_path / "one.safetensors"), load_metadata(tmp_path / "one.safetensors")
+    assert loaded == MERGED and loaded.digest == MERGED.digest and loaded.top_k == (2, 1)
+    assert metadata["lineage"] == {"number": 17, "operator": "row_crossover", "parents": [3, 9]}
+    assert metadata["outcome"] == json.loads(json.dumps(outcome_to_json(outcome)))
 
 
 def test_a_genome_file_is_plain_safetensors_with_its_space_and_provenance(file):
@@ -82,7 +80,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(file, monkeypatch):
 
 def test_saving_replaces_an_older_file(file):
     save_individual(file, _individual(EvaluationFailure("x", "y")), SPACE, {})
-    assert load_individual(file).outcome == EvaluationFailure("x", "y")
+    assert load_metadata(file)["outcome"] == {"type": "failure", "kind": "x", "reason": "y", "duration_s": 0.0}
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -91,7 +89,7 @@ def test_every_truncation_is_a_genome_error(file):
     for size in range(0, len(whole), 7):
         file.write_bytes(whole[:size])
         with pytest.raises(GenomeError, match=r"best\.safetensors: "):
-            load_individual(file)
+            load_genome(file)
 
 
 def test_every_flipped_byte_is_an_error_or_another_genome_but_never_a_crash(file):
@@ -99,7 +97,7 @@ def test_every_flipped_byte_is_an_error_or_another_genome_but_never_a_crash(file
     for place in range(0, len(whole), 5):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
         try:
-            load_individual(file)
+            load_genome(file), load_metadata(file)
         except GenomeError as error:
             assert "\n" not in str(error) and str(file) in str(error)
 
@@ -137,14 +135,13 @@ def test_what_is_not_a_genome_file_is_an_error_in_one_line_with_the_path(tmp_pat
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_a_genome_without_lineage_is_a_genome_but_no_individual(tmp_path):
+def test_a_genome_without_lineage_is_a_genome(tmp_path):
     save_file(MATRICES, tmp_path / "bare.safetensors", GENOME_METADATA)
     assert load_genome(tmp_path / "bare.safetensors").kept == ((0, 1, 2),)
-    with pytest.raises(GenomeError, match="damaged metadata"):
-        load_individual(tmp_path / "bare.safetensors")
+    assert load_metadata(tmp_path / "bare.safetensors") == {"top_k": [1]}
 
 
-@pytest.mark.parametrize("load", [load_genome, load_individual, load_metadata])
+@pytest.mark.parametrize("load", [load_genome, load_metadata])
 def test_a_file_that_is_not_there_is_an_error_that_says_so(load, tmp_path):
     with pytest.raises(GenomeError, match=r"none\.safetensors: cannot be read .*check the path"):
         load(tmp_path / "none.safetensors")
@@ -172,8 +169,10 @@ def test_bytes_that_are_no_genome_are_an_error(content):
 
 
 @pytest.mark.parametrize("outcome", [EVALUATION, EvaluationFailure("timeout", "600 s", 600.0)])
-def test_outcomes_survive_json(outcome):
-    assert outcome_from_json(json.loads(json.dumps(outcome_to_json(outcome)))) == outcome
+def test_outcomes_are_plain_data_with_their_type(outcome):
+    plain = json.loads(json.dumps(outcome_to_json(outcome)))
+    made = {"evaluation": Evaluation, "failure": EvaluationFailure}[plain.pop("type")](**plain)
+    assert made == outcome
 
 
 def test_a_kept_list_is_read_from_text_or_from_a_file(tmp_path):

@@ -63,39 +63,6 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rows_that_it_is_mixed_with(
         assert torch.equal(mix_rows(matrix[some], stacked), together[torch.from_numpy(some)])
 
 
-def test_known_rows_are_copied_and_only_the_others_are_mixed() -> None:
-    matrix, stacked = random_matrix(20), torch.randn(5, 3, 7)
-    earlier = mix_rows(matrix, stacked)
-    child = matrix[::-1].copy()
-    child[[4, 11]] += 1
-    known = {slot: (earlier, 19 - slot) for slot in range(20) if slot not in (4, 11)}
-    assert torch.equal(mix_rows(child, stacked, known), mix_rows(child, stacked))
-    broken = mix_rows(child, torch.full_like(stacked, torch.nan), known)
-    assert [slot for slot, row in enumerate(broken) if row.isnan().all()] == [4, 11]
-
-
-def test_known_rows_are_copied_where_that_saves_a_multiplication_or_rows_are_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    matrix, broken = random_matrix(20), torch.full((5, 7), torch.nan)
-    earlier = mix_rows(matrix, torch.randn(5, 7))
-
-    def num_copied(num_known: int, num_rows: int) -> int:
-        known = {slot: (earlier, slot) for slot in range(num_known)}
-        mixed = mix_rows(matrix[:num_rows], broken, known)
-        return sum(torch.equal(*pair) for pair in zip(mixed, earlier, strict=False))
-
-    asked = [(4, 4), (3, 4), (4, 20), (3, 20), (20, 20)]
-    assert [num_copied(*one) for one in asked] == [4, 0, 4, 0, 20]
-    monkeypatch.setattr(merging, "_LONG_ROW", 7)
-    assert [num_copied(*one) for one in asked] == [4, 3, 4, 3, 20]
-
-
-def test_known_rows_are_mixed_again_where_their_bits_depend_on_the_others() -> None:
-    stacked = torch.empty((5, 7), device="meta")
-    assert mix_rows(random_matrix(), stacked, {}).shape == mix_rows(random_matrix(), stacked, {0: None}).shape
-
-
 def test_an_expert_that_no_row_mixes_may_be_broken() -> None:
     stacked, matrix = torch.randn(5, 7), random_matrix()
     matrix[:, 2] = 0
@@ -193,59 +160,3 @@ def test_keys_tell_layers_shapes_and_values_apart() -> None:
     keys = {merged_key(0, matrix), merged_key(1, matrix), merged_key(0, 2 * matrix), merged_key(0, matrix.T)}
     assert len(keys) == 4
     assert merged_key(0, matrix) == merged_key(0, matrix.copy())
-
-
-def kept(cache: MergedCache, layer: int, matrix: np.ndarray) -> MergedTensors:
-    """What `cache` gives for a layer merged by `matrix`: 4 KiB a row."""
-    return cache.get(
-        merged_key(layer, matrix), len(matrix) * 4096, lambda _: {"down_proj": torch.zeros(len(matrix), 1024)}
-    )
-
-
-def test_rows_are_found_in_kept_layers_of_the_same_number() -> None:
-    first, second = random_matrix(3, seed=0), random_matrix(4, seed=1)
-    cache = MergedCache(1)
-    of_first, of_second = kept(cache, 0, first), kept(cache, 0, second)
-    kept(cache, 1, random_matrix(3, seed=2))
-    child = np.stack([second[3], first[0], first[1] + 1, second[3]])
-    known = cache.known_rows(merged_key(0, child))
-    assert {slot: number for slot, (_, number) in known.items()} == {0: 3, 1: 0, 3: 3}
-    assert known[0][0] is of_second and known[1][0] is of_first
-    assert cache.known_rows(merged_key(1, child)) == {}
-    cache.clear()
-    assert cache.known_rows(merged_key(0, child)) == {}
-
-
-def test_rows_go_with_the_layer_that_has_them() -> None:
-    matrices = [random_matrix(2, seed=seed) for seed in range(4)]
-    matrices[2][0] = matrices[1][0]
-    keys = [merged_key(0, matrix) for matrix in matrices]
-    cache = MergedCache(budget_gib=3 * 8 / 2**20)
-    for matrix in matrices[:3]:
-        kept(cache, 0, matrix)
-    assert [len(cache.known_rows(key)) for key in keys] == [2, 2, 2, 0]
-    kept(cache, 0, matrices[3])
-    assert [len(cache.known_rows(key)) for key in keys] == [0, 2, 2, 2]
-    kept(cache, 1, matrices[0])
-    newest = kept(cache, 0, matrices[2])
-    assert [len(cache.known_rows(key)) for key in keys] == [0, 1, 2, 2]
-    assert cache.known_rows(keys[1])[0][0] is newest
-    kept(cache, 0, np.repeat(matrices[1][:1], 6, axis=0))  # all else goes
-    assert (len(cache), [len(cache.known_rows(key)) for key in keys]) == (1, [0, 1, 1, 0])
-
-
-def test_layers_that_share_rows_go_in_any_order() -> None:
-    older, newer = random_matrix(2, seed=0), random_matrix(2, seed=1)
-    newer[0] = older[0]
-    cache = MergedCache(budget_gib=2 * 8 / 2**20)
-    for matrix in (older, newer, older):
-        kept(cache, 0, matrix)
-    for layer in (1, 2):
-        kept(cache, layer, older)
-    assert cache.known_rows(merged_key(0, older)) == cache.known_rows(merged_key(0, newer)) == {}
-
-
-def test_layer_that_does_not_fit_is_not_where_rows_are_found() -> None:
-    cache, matrix = MergedCache(0), random_matrix()
-    kept(cache, 0, matrix)
-    assert cache.known_rows(merged_key(0, matrix)) == {}

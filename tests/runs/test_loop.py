@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from child_runs import content, in_child, num_outcomes, wait_for_outcomes
 
 from moe_evo.cli.main import main
 from moe_evo.commands.search import search as search_command
@@ -23,7 +24,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.errors import JournalError, ModelError, OutOfMemory, RunError
+from moe_evo.errors import ModelError, OutOfMemory, RunError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
@@ -64,24 +65,6 @@ def resident(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> Evaluator
 def run(folder: Path, config: RunConfig = CONFIG) -> RunFolder:
     with TerminalTracker() as tracker:
         return search_command(replace(config, folder=str(folder)), tracker)
-
-
-Content = dict[str, list[tuple[object, ...]]]
-
-
-def content(folder: Path) -> Content:
-    """All that a journal says but for times."""
-    with Journal(folder / "journal.sqlite", read_only=True) as journal:
-        read = journal._database.execute
-        return {
-            "candidates": read(
-                "SELECT search, number, digest, operator, parents FROM candidates ORDER BY search, number"
-            ).fetchall(),
-            "outcomes": read(
-                "SELECT position, search, number, split, fitness, tie_break, standard_error, num_examples, metrics,"
-                " failure_kind, failure_reason FROM outcomes ORDER BY position"
-            ).fetchall(),
-        }
 
 
 @pytest.fixture(scope="module")
@@ -308,27 +291,14 @@ def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
     assert f"40 evaluations (0 failed, {len(stopped)} stopped early)" in capsys.readouterr().out
 
 
-def _in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process, which has the model loaded already; answers its id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_journal(
     finished: RunFolder, resident: Evaluator, tmp_path: Path
 ) -> None:
     folder, kills, rng = tmp_path / "run", 0, np.random.default_rng(0)
     stood_at = set()
     while kills < 20:
-        child = _in_child(partial(run, folder))
-        _wait_for_outcomes(folder, num_outcomes(folder) + int(rng.integers(0, 6)), child)
+        child = in_child(partial(run, folder))
+        wait_for_outcomes(folder, num_outcomes(folder) + int(rng.integers(0, 6)), child)
         time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -340,19 +310,6 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_journal(
     run(folder)
     assert content(folder) == content(finished.path)
     assert len(stood_at) >= 8  # the kills were spread over the run
-
-
-def num_outcomes(folder: Path) -> int:
-    """Finished evaluations; 0 before there is a journal."""
-    try:
-        return len(content(folder)["outcomes"])
-    except JournalError:
-        return 0
-
-
-def _wait_for_outcomes(folder: Path, number: int, child: int) -> None:
-    while num_outcomes(folder) < number and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.002)
 
 
 class FailingEvaluator(InterruptedRun):

@@ -125,10 +125,7 @@ class Traversal(Generic[Carried, Result]):
             beginnings = [first_genes for first_genes in starts if len(first_genes) == stage]
             for first in range(0, len(beginnings), self._copies):  # no more are on the device than go together
                 some = beginnings[first : first + self._copies]
-                self._descend(
-                    stage,
-                    [self._begin(first_genes, starts[first_genes], kept.pop(first_genes)) for first_genes in some],
-                )
+                self._descend(stage, [self._begin(one, starts[one], kept.pop(one)) for one in some])
 
     def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> Node[Carried]:
         genes = self._genomes[members[0]].layers

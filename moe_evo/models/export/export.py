@@ -49,17 +49,6 @@ class ExportReport:
     max_logit_difference: float
     loader: Loader
 
-    @property
-    def message(self) -> str:
-        """One line for the user."""
-        size = f"{self.folder}: {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"
-        if self.loader == "transformers":
-            return f"{size}; load it with transformers' AutoModelForCausalLM.from_pretrained"
-        return (
-            f"{size}; its layers differ in experts or top_k, which no stock config holds: load it with "
-            "moe_evo.load_pruned, or search with one num_kept and one top_k for all layers"
-        )
-
 
 def export_checkpoint(
     moe: MoEModel,

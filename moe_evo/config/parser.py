@@ -1,0 +1,235 @@
+"""The parser of one command, which knows its options by name and type, and refuses others in our own words.
+
+What is refused here is what needs no more than names and types; whether values make sense is up to the sections.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from moe_evo.config.value_types import element_types, expected, fits, misfit, unknown_key
+from moe_evo.errors import ConfigError
+
+_RENAMED = {
+    "selection.frequency": "older versions had it; the baselines now stand in selection.baselines, as in [frequency]",
+}
+"""Options that older versions had, and what to do about them."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the command line: an option without its dashes and its value, or a value alone."""
+
+    option: str | None
+    value: str | None
+
+    def __str__(self) -> str:
+        if self.option is None:
+            return str(self.value)
+        return f"--{self.option}" if self.value is None else f"--{self.option}={self.value}"
+
+
+class CommandParser:
+    """The parser of one command; it also knows how many bare words the command takes."""
+
+    def __init__(self, **options: Any) -> None:
+        self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+        self._types: dict[str, Any] = {"help": Any}
+        self._bare: dict[str, Any] = {}  # what takes words without an option: how many
+        self.print_help = self._parser.print_help
+        self.set_defaults = self._parser.set_defaults
+
+    def add_argument(self, name: str, **options: Any) -> None:
+        """As `ArgumentParser.add_argument`, with one name."""
+        of_choices: Any = Literal
+        hint = of_choices[tuple(options["choices"])] if "choices" in options else options.get("type", Any)
+        if name.startswith("--"):
+            self._types[name.removeprefix("--")] = hint
+        else:
+            self._bare[name] = options.get("nargs")
+        self._parser.add_argument(name, **options)
+
+    def add_config(self) -> None:
+        """The option --config, whose value is the content of a file, and --print_config, which comes with it."""
+        self._parser.add_argument(
+            "--config", action="config", help="YAML file, or a run's folder; may also be given first, without --config"
+        )
+        self._types.update({"config": Any, "print_config": Any})
+
+    def add_section(self, config: type, name: str | None = None) -> None:
+        """One option for every key of a dataclass; name: of its section."""
+        self._parser.add_class_arguments(config, name, as_group=name is not None)
+        if name is not None:
+            self._types[name] = config
+        self._types.update(_types_of(config, f"{name}." if name else ""))
+
+    def parse(self, words: Sequence[Word]) -> Namespace:
+        """Check, parse and instantiate; raises ConfigError in one line."""
+        self.check(words)
+        try:
+            parsed: Namespace = self._parser.instantiate(self._parser.parse_args(list(map(str, words))))
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(_reason(error)) from error
+        return parsed
+
+    def words(self, argv: Iterable[str]) -> list[Word]:
+        """The command line, with every option beside its value; of options that take true or false, the name is true.
+
+        A word behind such an option is its value where it can be; where the command takes bare words, it is one
+        of those unless it says true or false.
+        """
+        found: list[Word] = []
+        rest = list(argv)
+        while rest:
+            name, is_joined, value = rest.pop(0).partition("=")
+            if not name.startswith("--"):
+                found.append(Word(None, name + is_joined + value))
+                continue
+            option = name.removeprefix("--")
+            if is_joined:
+                found.append(Word(option, value))
+                continue
+            is_bool = self._types.get(option) in (bool, bool | None)
+            follows = bool(rest) and not _is_option(rest[0])
+            if is_bool and self._bare:
+                follows = bool(rest) and rest[0].lower() in ("true", "false")
+            found.append(Word(option, rest.pop(0) if follows else "true" if is_bool else None))
+        return found
+
+    def check(self, words: Sequence[Word]) -> None:
+        """Raise ConfigError for the first option that does not exist, or whose value has another type."""
+        for word in words:
+            if word.option is not None:
+                self._check_option(word.option, word.value)
+        if unclaimed := self._unclaimed(words):
+            raise ConfigError(f"got {' '.join(unclaimed)!r}, which belongs to no option; --help tells what each takes")
+
+    def _check_section(self, name: str, content: Any) -> None:
+        """The same for what a file says; name: of the section, or '' for the whole file."""
+        if not isinstance(content, Mapping):
+            if content is not None:
+                raise ConfigError(f"{name}: got {str(content)!r}, expected {expected(dict)}")
+            return
+        for key, value in content.items():
+            option = f"{name}.{key}" if name else str(key)
+            if option not in self._types:
+                raise self._unknown(option, "")
+            if is_dataclass(self._types[option]):
+                self._check_section(option, value)
+            elif complaint := misfit(option, value, self._types[option]):
+                raise ConfigError(complaint)
+
+    def _check_option(self, option: str, value: str | None) -> None:
+        name = option.removesuffix("+")
+        hints = self._types_of(option)
+        if value is None:
+            return
+        content = _yaml_or_text(value)
+        if is_dataclass(hints[0]) or option == "config":
+            self._check_section("" if option == "config" else name, content)
+        elif not any(fits(one, hint) for one in (value, content) for hint in hints):
+            shown = content if isinstance(content, list | dict) else value
+            complaint = misfit(name, shown, hints[0])
+            assert complaint is not None, (name, shown, hints)
+            raise ConfigError(complaint)
+
+    def _types_of(self, option: str) -> list[Any]:
+        """The types that an option's value may have; OPTION+ adds to a list, and OPTION.KEY is of names with values."""
+        name = option.removesuffix("+")
+        if name == option and name in self._types:
+            return [self._types[name]]
+        if name != option and (elements := element_types(self._types.get(name), list)):
+            return [self._types[name], *elements]
+        parent, _, key = name.rpartition(".")
+        if parent in self._types and key == "help":  # which jsonargparse adds where a list is of dataclasses
+            return [Any]
+        for section in filter(is_dataclass, element_types(self._types.get(parent), list)):  # of the last one in a list
+            hints = get_type_hints(section)
+            if key not in hints:
+                raise ConfigError(unknown_key(parent, key, hints))
+            return [hints[key]]
+        if values := element_types(self._types.get(parent), dict):
+            return values
+        raise self._unknown(option, "--")
+
+    def _unclaimed(self, words: Sequence[Word]) -> list[str]:
+        """Bare words that the command does not take: it takes as many as it names, or those that stand together."""
+        runs = [list(map(str, run)) for is_bare, run in groupby(words, lambda one: one.option is None) if is_bare]
+        odd = [word for run in runs for word in run if _is_option(word)]
+        first = len(runs[0]) if runs and "+" in self._bare.values() else len(self._bare)
+        return odd or [word for run in runs for word in run][first:]
+
+    def _unknown(self, name: str, dashes: str) -> ConfigError:
+        """What to do about an option that does not exist."""
+        if name in _RENAMED:
+            return ConfigError(f"{dashes}{name}: {_RENAMED[name]}")
+        near = self._nearest(name, dashes)
+        advice = f"did you mean {dashes}{near}?" if near else "--help lists all options"
+        return ConfigError(f"{dashes}{name}: no such option; {advice}")
+
+    def _nearest(self, name: str, dashes: str) -> str | None:
+        """The name that is probably meant: one that ends like this, else one that is spelt like it, or whose end is."""
+        parent, _, end = name.rpartition(".")
+        if not dashes:  # in a file, first one of the same section
+            siblings = [one for one in self._types if one.rpartition(".")[0] == parent]
+            if near := get_close_matches(name, siblings, n=1):
+                return near[0]
+        names = [one for one, hint in self._types.items() if not is_dataclass(hint)]
+        ends = {one.rpartition(".")[2]: one for one in reversed(names)}
+        if not parent and end in ends:
+            return ends[end]
+        if whole := get_close_matches(name, names, n=1):
+            return whole[0]
+        return next((ends[one] for one in get_close_matches(end, ends, n=1)), None)
+
+
+def yaml_of(text: str, where: str) -> Any:
+    """The content of a YAML text; raises ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: is not YAML ({' '.join(str(error).split())})") from error
+
+
+def _yaml_or_text(text: str) -> Any:
+    try:
+        return yaml_of(text, "")
+    except ConfigError:
+        return text
+
+
+def _types_of(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Names and types of all options of a dataclass of dataclasses."""
+    hints = get_type_hints(config)
+    for one in fields(config):
+        name, hint = f"{prefix}{one.name}", hints[one.name]
+        yield name, hint
+        if is_dataclass(hint):
+            yield from _types_of(hint, f"{name}.")
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word begins as options do; numbers may have a sign."""
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-")
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    """The complaint of a config section where there is one, else the parser's, in one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())
