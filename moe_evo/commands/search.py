@@ -13,28 +13,24 @@ from typing import TYPE_CHECKING
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.criteria.observation_file import observed_names
-from moe_evo.errors import RunError
+from moe_evo.errors import raise_first
 from moe_evo.genomes.file import save_individual
 from moe_evo.genomes.genome import Genome
-from moe_evo.genomes.population import Individual, Population
-from moe_evo.genomes.space import SearchSpace, check_fits
+from moe_evo.genomes.population import Individual
+from moe_evo.genomes.space import SearchSpace
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder, check_inputs, default_folder, task_hashes, with_absolute_paths
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
-from moe_evo.runs.checks import check_methods_of, check_model
+from moe_evo.runs.checks import inspect, warm_start_hash
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.searches.eep import eep_config, schedule
-from moe_evo.searches.registry import build_space
-from moe_evo.tasks.data import TaskData, check_tasks, is_share
+from moe_evo.tasks.data import TaskData, is_share
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.models.view import MoEModel
-
-
-_NUM_WIDER = 10
 
 
 def search(
@@ -47,49 +43,22 @@ def search(
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
-    data = check_tasks(config.tasks)
-    from moe_evo.models.load import model_hash, read_shape, resolve_device
-
-    if config.cluster.address is None:  # else the ranks' devices count, not this machine's
-        resolve_device(config.model.device)
     if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
         tracker.message(f"looking for {config.model.path} on Hugging Face")
-    space = build_space(read_shape(config.model), config.search)
-    check_methods_of(config, space)
-    check_model(config)
+    found = inspect(config)
+    raise_first(found.problems)
+    space, known_as, data = found.space, found.model_hash, found.data
+    assert space is not None and known_as is not None, "nothing is wrong with them"
     with folder.claim(config) as journal:
-        known_as = model_hash(config.model)
         new = check_inputs(journal, {"model": known_as, **task_hashes(data)})
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
-        wider = _wider_prunings(config.search.warm_start, space)
-        if wider:
-            new |= check_inputs(journal, {"warm_start": " ".join(one.digest for one in wider)})
-        journal.set_meta(new)
+        journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
         with tracked(config, space, journal, folder, tracker) as trackers:
-            _run(config, space, journal, folder, data, trackers, model, known_as, wider, cluster or config.cluster)
+            wanted = cluster or config.cluster
+            _run(config, space, journal, folder, data, trackers, model, known_as, found.wider, wanted)
     return folder
-
-
-def _wider_prunings(warm_start: str | None, space: SearchSpace) -> list[Genome]:
-    """The best prunings of the run that a search begins from; raises RunError where it cannot."""
-    if warm_start is None:
-        return []
-    folder = RunFolder.existing(warm_start)
-    folder.read_result()  # or say that it is not finished
-    with folder.open_journal() as journal:
-        prunings = Population().with_outcomes(journal.individuals(MAIN)).prunings
-    genomes = [one.genome for one in prunings.ranked[:_NUM_WIDER]]
-    for genome in genomes[:1]:
-        check_fits(genome, space.shape)
-    pairs = zip(genomes[0].num_kept, space.num_kept, strict=True) if genomes else ()
-    if not genomes or any(has < wanted for has, wanted in pairs):
-        raise RunError(
-            f"search.warm_start: {warm_start} has no pruning that keeps at least {list(space.num_kept)} experts; give "
-            "a run that kept more"
-        )
-    return genomes
 
 
 def _run(
