@@ -15,6 +15,7 @@ from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, GenomeError, MoeEvoError, Problem, Problems, RunError, raise_first
+from moe_evo.plain import plain
 from moe_evo.records.folder import with_absolute_paths
 from moe_evo.runs import open_pool
 from moe_evo.tracking.base import Trackers
@@ -114,7 +115,9 @@ def test_a_good_run_has_no_problems_and_writes_nothing(tmp_path: Path) -> None:
 def test_the_first_of_several_is_raised_with_the_number_of_the_others(tmp_path: Path) -> None:
     config = replace(GOOD, folder=str(tmp_path / "run"), tasks=[TaskConfig(data="nowhere")])
     config = replace(config, search=SearchConfig(num_kept=9), model=ModelConfig(device="cuda:99"))
-    problems = plan(config).problems
+    told = plan(config)
+    problems = told.problems
+    assert plain(told)["problems"] == [str(one) for one in problems]
     assert [one.where for one in problems] == ["task nowhere", "search.num_kept", "model.device"]
     with pytest.raises(type(problems[0].error), match=r"^task nowhere: .* \(and 2 more; moe-evo plan lists all\)$"):
         search(config, Trackers())
