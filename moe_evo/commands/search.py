@@ -15,17 +15,17 @@ from moe_evo.config.run import RunConfig
 from moe_evo.criteria.observation_file import observed_names
 from moe_evo.errors import raise_first
 from moe_evo.genomes.file import save_individual
-from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder, check_inputs, default_folder, task_hashes, with_absolute_paths
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
-from moe_evo.runs.checks import inspect, warm_start_hash
+from moe_evo.records.result import RunResult, TableRow
+from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.searches.eep import eep_config, schedule
-from moe_evo.tasks.data import TaskData, is_share
+from moe_evo.tasks.data import is_share
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
@@ -47,47 +47,60 @@ def search(
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     found = inspect(config)
     raise_first(found.problems)
-    space, known_as, data = found.space, found.model_hash, found.data
-    assert space is not None and known_as is not None, "nothing is wrong with them"
+    assert found.space is not None and found.model_hash is not None, "nothing is wrong with them"
     with folder.claim(config) as journal:
-        new = check_inputs(journal, {"model": known_as, **task_hashes(data)})
+        new = check_inputs(journal, {"model": found.model_hash, **task_hashes(found.data)})
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
-        with tracked(config, space, journal, folder, tracker) as trackers:
-            wanted = cluster or config.cluster
-            _run(config, space, journal, folder, data, trackers, model, known_as, found.wider, wanted)
+        with tracked(config, found.space, journal, folder, tracker) as trackers:
+            rows = _rows(config, found, found.space, journal, folder, trackers, model, cluster or config.cluster)
+            result = run_result(config, found.space.shape, journal, found.data, rows)
+            _save_winners(config, found.space, journal, folder, result, rows)
+            _draw(folder, journal, rows)
+            folder.write_result(result)  # last: a run with a result is finished
+            trackers.finished(result, winner_files(folder))
     return folder
 
 
-def _run(
+def _rows(
     config: RunConfig,
+    found: Inspection,
     space: SearchSpace,
     journal: Journal,
     folder: RunFolder,
-    data: Sequence[TaskData],
     tracker: Tracker,
     model: MoEModel | None,
-    model_hash: str,
-    wider: Sequence[Genome],
     cluster: ClusterConfig,
-) -> None:
+) -> list[TableRow]:
+    """Evaluate whatever is missing, and answer the final table."""
     from moe_evo.criteria.observer import Observer
-    from moe_evo.models.load import alignment_digest
     from moe_evo.runs.selection import run_search
 
+    assert found.model_hash is not None
     if config.search.algorithm != "random" and space.can_prune:
         merging_starts = schedule(eep_config(config.search), config.search.evaluations)[1]
         if merging_starts >= config.search.evaluations:
             tracker.message(f"this budget only prunes: merging would start after {merging_starts} evaluations")
-    with open_pool(replace(config, cluster=cluster), data, tracker, space, model) as pool:
-        names = observed_names(config.model, data)
-        observer = Observer(pool.ask, names, model_hash, folder.observations, tracker.message)
-        rows = run_search(
-            config, space, journal, pool, tracker, is_share=is_share(data), observer=observer, wider=wider
-        )
-    result = run_result(config, space.shape, journal, data, rows)
+    with open_pool(replace(config, cluster=cluster), found.data, tracker, space, model, found.tasks) as pool:
+        names = observed_names(config.model, found.data)
+        observer = Observer(pool.ask, names, found.model_hash, folder.observations, tracker.message)
+        bounded = is_share(found.data)
+        return run_search(config, space, journal, pool, tracker, is_share=bounded, observer=observer, wider=found.wider)
+
+
+def _save_winners(
+    config: RunConfig,
+    space: SearchSpace,
+    journal: Journal,
+    folder: RunFolder,
+    result: RunResult,
+    rows: Sequence[TableRow],
+) -> None:
+    """Write the genomes that may be exported, with where they come from."""
+    from moe_evo.models.load import alignment_digest
+
     for row in rows:
         if row.key in folder.winners:
             outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
@@ -95,6 +108,9 @@ def _run(
             provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
             provenance |= {"alignment": alignment_digest(config.model), "row": plain(row.to_row())}
             save_individual(folder.winners[row.key], individual, space, provenance)
+
+
+def _draw(folder: RunFolder, journal: Journal, rows: Sequence[TableRow]) -> None:
     from moe_evo.report.figure import kept_figure, search_figure  # Matplotlib: not before there is something to draw
 
     search_figure(
@@ -105,5 +121,3 @@ def _run(
         rows[-1].candidate.genome,
     )
     kept_figure(folder.kept_figure, rows[-1].candidate.genome)
-    folder.write_result(result)  # last: a run with a result is finished
-    tracker.finished(result, winner_files(folder))

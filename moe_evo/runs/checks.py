@@ -29,6 +29,7 @@ from moe_evo.tasks.data import TaskData, check_tasks, read_task
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.size.size import ModelSize
+    from moe_evo.tasks.task import Task
 
 _NUM_WIDER = 10
 
@@ -37,12 +38,13 @@ _NUM_WIDER = 10
 class Inspection:
     """What looking at a run tells, without loading weights.
 
-    data: the tasks whose data are good. size, space, model_hash: None where the model, or what is searched in it, is
-    wrong. wider: the prunings that a warm start begins from. state: how far the run has come in its folder. problems:
-    what the search refuses.
+    data: the tasks whose data are good; tasks: what they make, tokenised. size, space, model_hash: None where the
+    model, or what is searched in it, is wrong. wider: the prunings that a warm start begins from. state: how far the
+    run has come in its folder. problems: what the search refuses.
     """
 
     data: tuple[TaskData, ...]
+    tasks: tuple[Task, ...]
     size: ModelSize | None
     space: SearchSpace | None
     model_hash: str | None
@@ -54,7 +56,8 @@ class Inspection:
 def inspect(config: RunConfig) -> Inspection:
     """Check everything that can be checked of a run before a model is loaded; writes nothing, raises no MoeEvoError."""
     problems = Problems()
-    data = _tasks(config, problems)
+    data = _data(config, problems)
+    tasks = _tasks(config, data, problems)
     size = _size(config, problems)
     known_as = _hash(config, problems)
     space = None if size is None else _space(size.shape, config.search, problems)
@@ -65,7 +68,7 @@ def inspect(config: RunConfig) -> Inspection:
         with problems.noted():
             resolve_device(config.model.device)
     state, wider = _folder(config, data, known_as, space, problems)
-    return Inspection(tuple(data), size, space, known_as, wider, state, problems.found)
+    return Inspection(tuple(data), tuple(tasks), size, space, known_as, wider, state, problems.found)
 
 
 def _add(problems: Problems, found: Sequence[Problem]) -> None:
@@ -73,25 +76,31 @@ def _add(problems: Problems, found: Sequence[Problem]) -> None:
         problems.add(one.error)
 
 
-def _tasks(config: RunConfig, problems: Problems) -> list[TaskData]:
-    """The tasks whose data are good; each is tokenised too, where the model has a tokenizer."""
+def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
+    """The tasks whose data are good."""
     data = []
     for task in config.tasks:
         with problems.noted():
             data.append(read_task(task))
     with problems.noted():
         check_tasks([one.config for one in data])
+    return data
+
+
+def _tasks(config: RunConfig, data: Sequence[TaskData], problems: Problems) -> list[Task]:
+    """The tasks whose examples are good, tokenised, where the model has a tokenizer."""
     if not data:
-        return data
+        return []
     from moe_evo.models.load import load_tokenizer
     from moe_evo.tasks.registry import build_task
 
+    tasks = []
     with problems.noted():
         tokenizer = load_tokenizer(config.model)
         for one in data:
             with problems.noted():
-                build_task(one, tokenizer, config.evaluation.batch_tokens)
-    return data
+                tasks.append(build_task(one, tokenizer, config.evaluation.batch_tokens))
+    return tasks
 
 
 def _size(config: RunConfig, problems: Problems) -> ModelSize | None:
