@@ -1,8 +1,14 @@
 """Every error that moe_evo raises on purpose: one base class, few leaves, each also a builtin.
 
 A message says where, what was got, what was expected and what to do, in one line; the command line
-prints that line and exits with code 2.
+prints that line and exits with code 2. What can be wrong before a model is loaded is collected as `Problem`s.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 
 class MoeEvoError(Exception):
@@ -51,3 +57,80 @@ class RunError(MoeEvoError, RuntimeError):
 
 class ExportError(MoeEvoError, RuntimeError):
     """A checkpoint cannot be exported, or the export does not compute what was evaluated."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, as a value: an error that nobody raised yet.
+
+    where: the option, file or task; got: what was found there; expected, advice: what was expected and what to do,
+    '' where the message says none. error: what to raise.
+    """
+
+    where: str
+    got: str
+    expected: str
+    advice: str
+    error: MoeEvoError = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, error: MoeEvoError) -> Problem:
+        """An error taken apart as its message says: `WHERE: got GOT, expected EXPECTED; ADVICE`."""
+        where, _, rest = " ".join(str(error).split()).partition(": ")
+        told, _, advice = rest.rpartition("; ") if "; " in rest else (rest, "", "")
+        got, _, expected = told.removeprefix("got ").partition(", expected ")
+        return cls(where, got, expected, advice, error)
+
+    def __str__(self) -> str:
+        return " ".join(str(self.error).split())
+
+    def to_plain(self) -> str:
+        """The message, in one line."""
+        return str(self)
+
+
+class Problems:
+    """Problems as they are found: `with problems.noted(): ...` writes an error of the block down and goes on after it.
+
+    Each is written down once.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, Problem] = {}
+
+    def noted(self) -> AbstractContextManager[None, bool]:
+        """Write down what the block raises."""
+        return _Noted(self)
+
+    def add(self, error: MoeEvoError) -> None:
+        """Write an error down."""
+        problem = Problem.of(error)
+        self._found.setdefault(str(problem), problem)
+
+    @property
+    def found(self) -> tuple[Problem, ...]:
+        """All of them, in the order in which they were found."""
+        return tuple(self._found.values())
+
+
+class _Noted:
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, MoeEvoError):
+            return False
+        self._problems.add(error)
+        return True
+
+
+def raise_first(problems: Sequence[Problem]) -> None:
+    """Raise the first of several problems, if any, and tell how many more there are."""
+    if len(problems) == 1:
+        raise problems[0].error
+    if problems:
+        first = problems[0]
+        raise type(first.error)(f"{first} (and {len(problems) - 1} more; moe-evo plan lists all)") from first.error

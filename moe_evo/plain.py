@@ -64,7 +64,7 @@ def _made(kind: Any, data: Any, where: str) -> Any:
     if origin in (dict, Mapping):
         key_kind, value_kind = get_args(kind)
         _checked(isinstance(data, Mapping), kind, data, where)
-        return {_made(key_kind, key, where): _made(value_kind, one, _in(where, key)) for key, one in data.items()}
+        return {_key(key_kind, key, where): _made(value_kind, one, _in(where, key)) for key, one in data.items()}
     if is_dataclass(kind):
         return _dataclass(kind, data, where)
     if kind is Path:
@@ -73,6 +73,12 @@ def _made(kind: Any, data: Any, where: str) -> Any:
         return float(_checked(isinstance(data, int | float) and not isinstance(data, bool), kind, data, where))
     is_right = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
     return _checked(is_right, kind, data, where)
+
+
+def _key(kind: Any, key: Any, where: str) -> Any:
+    """A key of a dict; JSON writes those that are numbers as text."""
+    is_number = isinstance(key, str) and key.isdigit() and int in get_args(kind)
+    return int(key) if is_number else _made(kind, key, where)
 
 
 def _dataclass(kind: Any, data: Any, where: str) -> Any:
@@ -142,12 +148,15 @@ def _checked(is_right: bool, kind: Any, data: Any, where: str) -> Any:
     return data
 
 
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "names"}
+
+
 def _name(kind: Any) -> str:
     """A type in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) in (list, tuple, Sequence):
-        return f"a list of {_name(get_args(kind)[0])}"
+        return f"a list of {_PLURALS.get(get_args(kind)[0]) or _name(get_args(kind)[0])}"
     if get_origin(kind) in (dict, Mapping) or is_dataclass(kind):
         return "names with values"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}

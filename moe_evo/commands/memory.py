@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_evo.config.model import Offload, Sharding
 from moe_evo.config.run import RunConfig
+from moe_evo.errors import ConfigError, Problems
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.report.planned import MemoryPlan, ModeMemory
 from moe_evo.runs.workload import merges
@@ -31,7 +32,7 @@ def planned_memory(
     size: ModelSize,
     space: SearchSpace | None,
     device_bytes: int | None,
-    problems: list[str],
+    problems: Problems,
     notes: list[str],
 ) -> MemoryPlan:
     """Each mode of sharding: what a rank holds, what comes on top, and whether that fits."""
@@ -50,9 +51,11 @@ def planned_memory(
         elif chosen.sharding == "device_map":
             notes.append(f"{line}; what finds no cache_bytes goes to the CPU's memory or to disk, which is slow")
         elif would:
-            problems.append(f"{line}; with gangs of {size.ranks} these fit: {', '.join(would)}")
+            problems.add(ConfigError(f"{line}; with gangs of {size.ranks} these fit: {', '.join(would)}"))
         else:
-            problems.append(f"{line}; give a larger cluster.gang_size, or model.sharding zero3 with model.offload cpu")
+            problems.add(
+                ConfigError(f"{line}; give a larger cluster.gang_size, or model.sharding zero3 with model.offload cpu")
+            )
     if device_bytes is not None and chosen.merged_fit is False and chosen.fits:
         notes.append(
             "the merged layers of one genome may not fit beside the weights: what does not is merged anew in every "

@@ -7,29 +7,26 @@ time of an evaluation is measured by a function of the caller's, so nothing here
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_evo.commands.memory import planned_memory
-from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig
-from moe_evo.config.search import RANDOM, SearchConfig
-from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
+from moe_evo.errors import ClusterError, ConfigError, Problem, Problems
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.genomes.operators import random_pruning
-from moe_evo.genomes.space import ModelShape, SearchSpace
-from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.records.folder import default_folder
 from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, SearchPlan, TaskPlan
+from moe_evo.runs.checks import Inspection, inspect
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
-from moe_evo.searches.registry import build_space, check_search
-from moe_evo.tasks.data import SPLITS, TaskData, check_tasks, read_task
+from moe_evo.searches.registry import build_space
+from moe_evo.tasks.data import SPLITS, TaskData, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
@@ -53,19 +50,17 @@ def plan(
 
     `problems` of the answer are what the search would refuse, or fail of; `notes` what may surprise.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    data = _tasks(config, problems)
-    size = _model(config, problems)
-    space = None if size is None else _space(size.shape, config.search, problems)
-    _check_methods(config, space, problems)
-    device_bytes = _device_bytes(config, memory_gib, problems)
-    _check_folder(config, problems, notes)
+    found = inspect(config)
+    data, size, space = found.data, found.size, found.space
+    problems, notes = Problems(), _notes(config, found)
+    for one in found.problems:
+        problems.add(one.error)
+    device_bytes = _device_bytes(config, memory_gib)
     memory = None if size is None else planned_memory(config, data, size, space, device_bytes, problems, notes)
     cluster = None if capacity is None else _cluster(config, capacity, problems, notes)
     time = None
-    if calibrate is not None and not problems and space is not None:
-        with _Noted(problems):
+    if calibrate is not None and not problems.found and space is not None:
+        with problems.noted():
             examples = {split: sum(len(one.splits[split]) for one in data) for split in SPLITS}
             counts = evaluations_by_split(config, can_prune=space.can_prune)
             time = estimate(counts, examples, calibrate(), 1 if cluster is None else max(cluster.gangs, 1))
@@ -77,7 +72,7 @@ def plan(
         checkpoint=None if size is None or space is None else _checkpoint(size, space),
         cluster=cluster,
         estimate=time,
-        problems=tuple(problems),
+        problems=problems.found,
         notes=tuple(notes),
     )
 
@@ -100,7 +95,7 @@ def planned(config: RunConfig, memory_gib: float | None, *, calibrate: bool, tra
             return plan(config, capacity=capacity, memory_gib=memory_gib, calibrate=measure)
     except ClusterError as error:
         answer = plan(config, memory_gib=memory_gib)
-        return replace(answer, problems=(*answer.problems, str(error)))
+        return replace(answer, problems=(*answer.problems, Problem.of(error)))
 
 
 def _stopwatch(config: RunConfig, tracker: TerminalTracker) -> Callable[[], float]:
@@ -134,131 +129,30 @@ def require_no_problems(answer: Plan) -> None:
         raise ConfigError(f"this run cannot start: {problems[0]}{more}")
 
 
-class _Noted:
-    """Write an error of the block down, once, and go on after it."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self._problems = problems
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, MoeEvoError):
-            return False
-        line = " ".join(str(error).split())
-        if line not in self._problems:
-            self._problems.append(line)
-        return True
-
-
-def _tasks(config: RunConfig, problems: list[str]) -> list[TaskData]:
-    """The tasks whose data are good; each is tokenised too, where the model has a tokenizer."""
-    data = []
-    for task in config.tasks:
-        with _Noted(problems):
-            data.append(read_task(task))
-    with _Noted(problems):
-        check_tasks([one.config for one in data])
-    if not data:
-        return data
-    from moe_evo.models.load import load_tokenizer
-    from moe_evo.tasks.registry import build_task
-
-    with _Noted(problems):
-        tokenizer = load_tokenizer(config.model)
-        for one in data:
-            with _Noted(problems):
-                build_task(one, tokenizer, config.evaluation.batch_tokens)
-    return data
-
-
-def _model(config: RunConfig, problems: list[str]) -> ModelSize | None:
-    from moe_evo.models.load import model_hash
-    from moe_evo.models.placement import check_placement
-    from moe_evo.models.ranks import Ranks
-    from moe_evo.models.size.size import read_config, read_size
-    from moe_evo.models.variants.meo import check_experts
-    from moe_evo.models.variants.skipping import check_skipping
-
-    size = None
-    with _Noted(problems):
-        family, transformers_config = read_config(config.model)
-        size = read_size(config.model, config.cluster.gang_size)
-        with _Noted(problems):
-            check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
-        with _Noted(problems):
-            check_experts(config.model.experts, family, transformers_config)
-        with _Noted(problems):
-            model_hash(config.model)  # reads the alignment
-        if config.model.router == "eep":
-            with _Noted(problems):
-                family.check_eep_router(transformers_config)
-        check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
-    return size
-
-
-def _check_methods(config: RunConfig, space: SearchSpace | None, problems: list[str]) -> None:
-    from moe_evo.criteria.registry import check_methods
-
-    with _Noted(problems):
-        check_search(config.search, space)
-    with _Noted(problems):
-        check_methods("selection.baselines", config.selection.baselines, space)
-    with _Noted(problems):
-        check_methods("search.init", config.search.init_methods, space, also=[RANDOM])
-
-
-def _space(shape: ModelShape, config: SearchConfig, problems: list[str]) -> SearchSpace | None:
-    space = None
-    with _Noted(problems):
-        space = build_space(shape, config)
-    if space is None:  # that was the first complaint; layer groups have their own
-        with _Noted(problems):
-            build_space(shape, replace(config, num_kept=list(shape.num_experts), top_k=None, multiple_of=1))
-        with _Noted(problems):
-            build_space(shape, replace(config, num_layer_groups=None))
-    return space
-
-
-def _device_bytes(config: RunConfig, memory_gib: float | None, problems: list[str]) -> int | None:
+def _device_bytes(config: RunConfig, memory_gib: float | None) -> int | None:
     """Memory of one rank's device: what is given, or, for a run in this process, what is free."""
     from moe_evo.models.free_memory import free_bytes
     from moe_evo.models.load import resolve_device
 
-    free = None
-    if config.cluster.address is None:  # a cluster's devices are not those of this machine
-        with _Noted(problems):
-            free = free_bytes(resolve_device(config.model.device))
-    return free if memory_gib is None else int(memory_gib * 2**30)
+    if memory_gib is not None:
+        return int(memory_gib * 2**30)
+    if config.cluster.address is not None:  # a cluster's devices are not those of this machine
+        return None
+    try:
+        return free_bytes(resolve_device(config.model.device))
+    except ConfigError:  # which is among the problems
+        return None
 
 
-def _check_folder(config: RunConfig, problems: list[str], notes: list[str]) -> None:
-    """What `RunFolder.claim` would refuse, without writing."""
-    folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
-    with _Noted(problems):
-        if folder.config.is_file():
-            absolute_config = with_absolute_paths(replace(config, folder=str(folder.path)))
-            notes += _resumed(folder, absolute_config)
-            return
-        folder.check_foreign()
-        absolute = folder.path.absolute()
-        parent = next(one for one in (absolute, *absolute.parents) if one.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise RunError(f"{folder.path}: cannot be written; choose another folder with --folder")
-
-
-def _resumed(folder: RunFolder, config: RunConfig) -> list[str]:
-    """What the search would do with a folder that holds a run; raises RunError where it would refuse."""
-    if not folder.journal.is_file():
-        return []
-    with folder.open_journal() as journal:
-        state = folder.state(config, journal)
-    return {
+def _notes(config: RunConfig, found: Inspection) -> list[str]:
+    """What the search would do with a folder that holds its run."""
+    folder = config.folder or default_folder(config)
+    notes = {
         "new": [],
-        "begun": [f"{folder.path}: holds this run; the search goes on where it stands"],
-        "finished": [f"{folder.path}: this run is finished; the search would only show it"],
-    }[state]
+        "begun": [f"{folder}: holds this run; the search goes on where it stands"],
+        "finished": [f"{folder}: this run is finished; the search would only show it"],
+    }
+    return notes[found.state]
 
 
 def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:
@@ -301,7 +195,7 @@ def _checkpoint(size: ModelSize, space: SearchSpace) -> CheckpointPlan:
     return CheckpointPlan(parameters, total, "transformers" if is_uniform else "moe_evo")
 
 
-def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], notes: list[str]) -> ClusterPlan:
+def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: Problems, notes: list[str]) -> ClusterPlan:
     """Gangs that fit on the whole cluster, and on what is free of it now; `gangs` is how many would run."""
     cluster, ranks = config.cluster, 1 if config.model.sharding == "device_map" else config.cluster.gang_size
     whole, free = (
@@ -312,14 +206,11 @@ def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], 
     labels = f" on nodes with {cluster.labels}" if cluster.labels else ""
     needs = f"{ranks} x ({amounts}){labels}, {cluster.strategy}"
     if whole == 0:
-        (notes if capacity.can_grow else problems).append(
-            f"cluster: no gang of {needs} fits on the {len(capacity.nodes)} nodes; "
-            + (
-                "the run waits for larger ones"
-                if capacity.can_grow
-                else "change cluster.gang_size, resources or labels"
-            )
-        )
+        what = f"cluster: no gang of {needs} fits on the {len(capacity.nodes)} nodes"
+        if capacity.can_grow:
+            notes.append(f"{what}; the run waits for larger ones")
+        else:
+            problems.add(ConfigError(f"{what}; change cluster.gang_size, resources or labels"))
     elif free == 0:
         notes.append(f"cluster: all of it is busy; {whole} gangs of {needs} fit when it is free")
     if cluster.num_gangs != "auto" and whole and cluster.num_gangs > free:

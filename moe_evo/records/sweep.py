@@ -36,13 +36,17 @@ class SweepLine:
     front: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """The final tables of a sweep's finished runs as one. unfinished: names of the runs that are not."""
 
     runs: tuple[str, ...]
     lines: tuple[SweepLine, ...]
     unfinished: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        more = f", {len(self.unfinished)} unfinished" if self.unfinished else ""
+        return f"<SweepResult of {len(self.runs)} finished runs{more}, {len(self.lines)} lines>"
 
 
 class SweepFolder:

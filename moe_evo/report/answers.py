@@ -106,7 +106,7 @@ class ExportedRun:
         return _report_table(f"{self.title} ({self.which} of the run)", self.report)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrunedModel:
     """A checkpoint that a one-shot method made.
 
@@ -137,6 +137,10 @@ class PrunedModel:
         optional = ("alignment", "dynamic_skipping_beta")
         absent = {name for name in optional if told[name] is None} | {"report"}
         return {**told["report"], **{name: value for name, value in told.items() if name not in absent}}
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} model {score}" for name, score in self.scores.items())
+        return f"<PrunedModel by {self.method} in {self.folder}; on the test split: {scores}>"
 
     def _repr_html_(self) -> str:
         return _report_table(self.method, self.report) + scores_table("test split", self.scores)

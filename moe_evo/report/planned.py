@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moe_evo.config.model import Offload, Sharding
+from moe_evo.errors import Problem
 from moe_evo.plain import Plain
 
 
@@ -140,5 +141,5 @@ class Plan:
     checkpoint: CheckpointPlan | None
     cluster: ClusterPlan | None
     estimate: Estimate | None
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     notes: tuple[str, ...]

@@ -16,12 +16,16 @@ from moe_evo.report.pairing import Pairing, pairings
 from moe_evo.report.record import read_records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The final tables of several runs as one sorted list, and each winner against that of the first run."""
 
     lines: tuple[Line, ...]
     paired: tuple[Pairing, ...] = ()
+
+    def __repr__(self) -> str:
+        tests = "; ".join(f"{line.run} {line.test:.3f}" for line in self.lines if line.key == "best" and line.test)
+        return f"<Comparison of {len({line.run for line in self.lines})} runs; winners on the test split: {tests}>"
 
     def _repr_html_(self) -> str:
         return lines_table(self.lines) + (pairings_table(self.paired) if self.paired else "")

@@ -1,43 +1,263 @@
-"""What a run would be refused for, found before weights are read."""
+"""What is wrong with a run, found before weights are read: one list, which `plan` shows and `search` raises."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig, ScoringConfig
-from moe_evo.config.search import RANDOM
-from moe_evo.errors import ConfigError
-from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.registry import check_search
+from moe_evo.config.search import RANDOM, SearchConfig
+from moe_evo.errors import ConfigError, Problem, Problems, RunError, raise_first
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.population import Population
+from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
+from moe_evo.records.folder import (
+    RunFolder,
+    RunState,
+    check_inputs,
+    default_folder,
+    task_hashes,
+    with_absolute_paths,
+)
+from moe_evo.records.journal import MAIN
+from moe_evo.searches.registry import build_space, check_search
+from moe_evo.tasks.data import TaskData, check_tasks, read_task
+
+if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
+    from moe_evo.models.size.size import ModelSize
+    from moe_evo.tasks.task import Task
+
+_NUM_WIDER = 10
 
 
-def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
-    """Raise ConfigError or ModelError where a run asks for a search or one-shot methods that cannot serve it."""
-    from moe_evo.criteria.merges import Merge
-    from moe_evo.criteria.registry import METHODS, check_methods
+@dataclass(frozen=True)
+class Inspection:
+    """What looking at a run tells, without loading weights.
 
-    check_search(config.search, space)
-    check_methods("selection.baselines", config.selection.baselines, space)
-    check_methods("search.init", config.search.init_methods, space, also=[RANDOM])
-    shares_genes = any(len(numbers) > 1 for numbers in space.layer_groups)
-    for name in config.search.init_methods:
-        if shares_genes and isinstance(METHODS[name], Merge):
-            raise ConfigError(
-                f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes layers "
-                "share theirs; use a method that prunes, or leave num_layer_groups out"
-            )
+    data: the tasks whose data are good; tasks: what they make, tokenised. size, space, model_hash: None where the
+    model, or what is searched in it, is wrong. wider: the prunings that a warm start begins from. state: how far the
+    run has come in its folder. problems: what the search refuses.
+    """
+
+    data: tuple[TaskData, ...]
+    tasks: tuple[Task, ...]
+    size: ModelSize | None
+    space: SearchSpace | None
+    model_hash: str | None
+    wider: tuple[Genome, ...]
+    state: RunState
+    problems: tuple[Problem, ...]
 
 
-def check_model(config: ScoringConfig) -> None:
-    """Raise ConfigError where the model cannot compute or be shared among ranks as is asked, from config.json alone."""
+def inspect(config: RunConfig) -> Inspection:
+    """Check everything that can be checked of a run before a model is loaded; writes nothing, raises no MoeEvoError."""
+    problems = Problems()
+    data = _data(config, problems)
+    tasks = _tasks(config, data, problems)
+    size = _size(config, problems)
+    known_as = _hash(config, problems)
+    space = None if size is None else _space(size.shape, config.search, problems)
+    _add(problems, method_problems(config, space))
+    if config.cluster.address is None:  # a cluster's devices are not those of this machine
+        from moe_evo.models.load import resolve_device
+
+        with problems.noted():
+            resolve_device(config.model.device)
+    state, wider = _folder(config, data, known_as, space, problems)
+    return Inspection(tuple(data), tuple(tasks), size, space, known_as, wider, state, problems.found)
+
+
+def _add(problems: Problems, found: Sequence[Problem]) -> None:
+    for one in found:
+        problems.add(one.error)
+
+
+def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
+    """The tasks whose data are good."""
+    data = []
+    for task in config.tasks:
+        with problems.noted():
+            data.append(read_task(task))
+    with problems.noted():
+        check_tasks([one.config for one in data])
+    return data
+
+
+def _tasks(config: RunConfig, data: Sequence[TaskData], problems: Problems) -> list[Task]:
+    """The tasks whose examples are good, tokenised, where the model has a tokenizer."""
+    if not data:
+        return []
+    from moe_evo.models.load import load_tokenizer
+    from moe_evo.tasks.registry import build_task
+
+    tasks = []
+    with problems.noted():
+        tokenizer = load_tokenizer(config.model)
+        for one in data:
+            with problems.noted():
+                tasks.append(build_task(one, tokenizer, config.evaluation.batch_tokens))
+    return tasks
+
+
+def _size(config: RunConfig, problems: Problems) -> ModelSize | None:
+    """The model's size, where it is one that can be searched."""
+    from moe_evo.models.size.size import read_size
+
+    size = None
+    with problems.noted():
+        size = read_size(config.model, config.cluster.gang_size)
+    if size is not None:
+        _add(problems, model_problems(config))
+    return size
+
+
+def _hash(config: RunConfig, problems: Problems) -> str | None:
+    """The model's hash, for which its alignment is read."""
+    from moe_evo.models.load import model_hash
+
+    found = None
+    with problems.noted():
+        found = model_hash(config.model)
+    return found
+
+
+def model_problems(config: ScoringConfig) -> tuple[Problem, ...]:
+    """Why the model cannot compute, or be shared among ranks, as is asked: from config.json alone."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
     from moe_evo.models.size.size import read_config
     from moe_evo.models.variants.meo import check_experts
     from moe_evo.models.variants.skipping import check_skipping
 
-    family, transformers_config = read_config(config.model)
-    check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
-    check_experts(config.model.experts, family, transformers_config)
-    if config.model.router == "eep":
-        family.check_eep_router(transformers_config)
-    check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
+    problems = Problems()
+    with problems.noted():
+        family, transformers_config = read_config(config.model)
+        with problems.noted():
+            check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
+        with problems.noted():
+            check_experts(config.model.experts, family, transformers_config)
+        if config.model.router == "eep":
+            with problems.noted():
+                family.check_eep_router(transformers_config)
+        check_placement(config.model, family, transformers_config, Ranks(0, num_ranks(config.model, config.cluster)))
+    return problems.found
+
+
+def method_problems(config: RunConfig, space: SearchSpace | None) -> tuple[Problem, ...]:
+    """Why the search or the one-shot methods that a run asks for cannot serve it; space: where it is known."""
+    from moe_evo.criteria.merges import Merge
+    from moe_evo.criteria.registry import METHODS, check_methods
+
+    problems = Problems()
+    with problems.noted():
+        check_search(config.search, space)
+    with problems.noted():
+        check_methods("selection.baselines", config.selection.baselines, space)
+    with problems.noted():
+        check_methods("search.init", config.search.init_methods, space, also=[RANDOM])
+    if space is not None and any(len(numbers) > 1 for numbers in space.layer_groups):
+        for name in config.search.init_methods:
+            if name in METHODS and isinstance(METHODS[name], Merge):
+                problems.add(
+                    ConfigError(
+                        f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes "
+                        "layers share theirs; use a method that prunes, or leave num_layer_groups out"
+                    )
+                )
+    return problems.found
+
+
+def _space(shape: ModelShape, config: SearchConfig, problems: Problems) -> SearchSpace | None:
+    space = None
+    with problems.noted():
+        space = build_space(shape, config)
+    if space is None:  # that was the first complaint; layer groups have their own
+        with problems.noted():
+            build_space(shape, replace(config, num_kept=list(shape.num_experts), top_k=None, multiple_of=1))
+        with problems.noted():
+            build_space(shape, replace(config, num_layer_groups=None))
+    return space
+
+
+def _folder(
+    config: RunConfig, data: Sequence[TaskData], model_hash: str | None, space: SearchSpace | None, problems: Problems
+) -> tuple[RunState, tuple[Genome, ...]]:
+    """How far the run has come in its folder, and what a warm start begins from; what `RunFolder.claim` would refuse.
+
+    A finished run begins from nothing any more.
+    """
+    folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
+    config = with_absolute_paths(replace(config, folder=str(folder.path)))
+    state: RunState = "new"
+    with problems.noted():
+        if folder.config.is_file():
+            hashes = task_hashes(data) | ({} if model_hash is None else {"model": model_hash})
+            state = _state(folder, config, hashes)
+        else:
+            folder.check_foreign()
+            _check_writable(folder)
+    wider: tuple[Genome, ...] = ()
+    if space is not None and state != "finished":
+        with problems.noted():
+            wider = _wider_prunings(config.search.warm_start, space)
+            if wider and state == "begun":
+                with folder.open_journal() as journal:
+                    check_inputs(journal, warm_start_hash(wider))
+    return state, wider
+
+
+def _state(folder: RunFolder, config: RunConfig, hashes: dict[str, str]) -> RunState:
+    """Raises RunError where the folder holds another run, or one of another model or other data."""
+    if not folder.journal.is_file():
+        return "new"
+    with folder.open_journal() as journal:
+        state = folder.state(config, journal)
+        if state != "new":
+            check_inputs(journal, hashes)
+    return state
+
+
+def _check_writable(folder: RunFolder) -> None:
+    absolute = folder.path.absolute()
+    parent = next(one for one in (absolute, *absolute.parents) if one.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise RunError(f"{folder.path}: cannot be written; choose another folder with --folder")
+
+
+def warm_start_hash(wider: Sequence[Genome]) -> dict[str, str]:
+    """What `check_inputs` knows of the prunings that a search begins from."""
+    return {"warm_start": " ".join(one.digest for one in wider)} if wider else {}
+
+
+def _wider_prunings(warm_start: str | None, space: SearchSpace) -> tuple[Genome, ...]:
+    """The best prunings of the run that a search begins from; raises RunError where it cannot."""
+    if warm_start is None:
+        return ()
+    folder = RunFolder.existing(warm_start)
+    folder.read_result()  # or say that it is not finished
+    with folder.open_journal() as journal:
+        prunings = Population().with_outcomes(journal.individuals(MAIN)).prunings
+    genomes = tuple(one.genome for one in prunings.ranked[:_NUM_WIDER])
+    for genome in genomes[:1]:
+        check_fits(genome, space.shape)
+    pairs = zip(genomes[0].num_kept, space.num_kept, strict=True) if genomes else ()
+    if not genomes or any(has < wanted for has, wanted in pairs):
+        raise RunError(
+            f"search.warm_start: {warm_start} has no pruning that keeps at least {list(space.num_kept)} experts; give "
+            "a run that kept more"
+        )
+    return genomes
+
+
+def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
+    """Raise the first of `method_problems`."""
+    raise_first(method_problems(config, space))
+
+
+def check_model(config: ScoringConfig) -> None:
+    """Raise the first of `model_problems`."""
+    raise_first(model_problems(config))

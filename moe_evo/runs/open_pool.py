@@ -32,19 +32,21 @@ def open_pool(
     tracker: Tracker,
     space: SearchSpace | None = None,
     model: MoEModel | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> Iterator[Pool]:
     """The evaluators that a config asks for: in this process, or gangs on a cluster.
 
     space: what will be searched, so that it can be told where its genomes will be slow. model: for this
-    process, where it is loaded already.
+    process, where it is loaded already. tasks: those that `data` make, where they are tokenised already.
     """
     if config.cluster.address is None:
         from moe_evo.evaluation.local_pool import LocalPool
 
         if model is None:
-            evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+            evaluator = load_evaluator(config.model, data, config.evaluation, tracker, tasks)
         else:
-            evaluator = _evaluator(model, _built(data, model.tokenizer, config.evaluation), config.evaluation, tracker)
+            built = _built(data, model.tokenizer, config.evaluation) if tasks is None else tasks
+            evaluator = _evaluator(model, built, config.evaluation, tracker)
         if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
             tracker.message(
                 "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
@@ -56,7 +58,8 @@ def open_pool(
         from moe_evo.models.load import model_hash, read_shape
 
         check_model(config)
-        check_examples(config, data)  # or ranks would find what is wrong with them
+        if tasks is None:
+            check_examples(config, data)  # or ranks would find what is wrong with them
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
             yield pool
@@ -69,12 +72,17 @@ def _fully_merged(space: SearchSpace) -> Genome:
 
 
 def load_evaluator(
-    model: ModelConfig, data: Sequence[TaskData], evaluation: EvaluationConfig, tracker: Tracker
+    model: ModelConfig,
+    data: Sequence[TaskData],
+    evaluation: EvaluationConfig,
+    tracker: Tracker,
+    tasks: Sequence[Task] | None = None,
 ) -> Evaluator:
     """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
     from moe_evo.models.load import load_model, load_tokenizer
 
-    tasks = _built(data, load_tokenizer(model), evaluation)
+    if tasks is None:
+        tasks = _built(data, load_tokenizer(model), evaluation)
     tracker.message(f"loading {model.path}")
     return _evaluator(load_model(model), tasks, evaluation, tracker)
 

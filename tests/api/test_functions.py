@@ -143,6 +143,19 @@ def test_runs_and_answers_show_themselves_in_a_notebook_without_a_network(run: m
     assert found.resume().result.best == run.result.best
 
 
+def test_answers_are_told_in_a_line(run: moe_evo.Run, tmp_path: Path) -> None:
+    test = run.result.best.scores["test"]
+    assert repr(moe_evo.compare(run)) == (
+        f"<Comparison of 1 runs; winners on the test split: {run.folder.name} {test.fitness:.3f}>"
+    )
+    small = moe_evo.prune(
+        tasks=[TASK], method="reap", num_kept=4, to=tmp_path / "small", threads=1, self_check=False
+    )  # fmt: skip
+    assert repr(small).startswith(f"<PrunedModel by reap in {tmp_path / 'small'}; on the test split: full model ")
+    assert well_formed(small._repr_html_())
+    assert str(run.evaluate()).endswith(f": {test} on 8 test examples")
+
+
 def test_a_run_writes_its_report(run: moe_evo.Run, tmp_path: Path) -> None:
     written = run.report(tmp_path / "page.html")
     assert written.runs == 1 and (tmp_path / "page.html").read_text("utf-8").startswith("<!doctype html>")

@@ -84,7 +84,7 @@ def test_one_thing_where_a_list_is_expected_and_numbers_of_numpy_are_taken() -> 
         ({"num_search": 4}, "num_search: no such option; give it with its task, as in tasks="),
         ({"tasks": [{"data": "nli", "num_serch": 4}]}, r"tasks\[0\]\.num_serch: no such option; did you mean "),
         ({"tasks": [{"name": "x"}]}, r"tasks \(x\).data: got ''"),
-        ({"num_kept": "four"}, "search.num_kept: got 'four', expected a whole number or a list of a whole number"),
+        ({"num_kept": "four"}, "search.num_kept: got 'four', expected a whole number or a list of whole numbers"),
         ({"num_kept": 0}, "search.num_kept: got 0, expected 1 or more"),
         ({"algorithm": "luck"}, "search.algorithm: got 'luck', expected one of 'eep'"),
         ({"num_kept": 4, "search": {"num_kept": 5}}, "search.num_kept: got it twice"),

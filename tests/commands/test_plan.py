@@ -26,7 +26,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.errors import ClusterError, ConfigError
+from moe_evo.errors import ClusterError, ConfigError, Problem
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder
@@ -158,7 +158,7 @@ def test_methods_that_cannot_be_asked_are_problems(tmp_path: Path) -> None:
         search=replace(config.search, init=["luck"]),
         model=replace(config.model, dynamic_skipping=[0.5], alignment="nowhere"),
     )
-    skipping, alignment, baseline, seed = plan(config).problems
+    skipping, alignment, baseline, seed = map(str, plan(config).problems)
     assert alignment.startswith("nowhere: cannot be read (No such file or directory)")
     assert skipping == "model.dynamic_skipping: got 1 thresholds, the model has 4 MoE layers"
     assert baseline.startswith("selection.baselines: router_norm compares with the checkpoint before fine-tuning")
@@ -184,7 +184,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         "task nowhere", "tasks (syll).metric", "'nli' twice", "search.num_kept", "search.num_layer_groups",
         "model.device", "holds other files",
     ]  # fmt: skip
-    assert [part in line for part, line in zip(expected, problems, strict=True)] == [True] * len(expected)
+    assert [part in str(line) for part, line in zip(expected, problems, strict=True)] == [True] * len(expected)
     with pytest.raises(ConfigError, match=r"cannot start: task nowhere.* \(and 6 more\)"):
         require_no_problems(told)
 
@@ -192,7 +192,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 def test_an_unknown_model_leaves_tasks_and_folder_checked(tmp_path: Path) -> None:
     told = plan(replace(small(tmp_path), model=ModelConfig(path=str(tmp_path / "none"))))
     assert (told.model, told.search, told.memory, told.checkpoint) == (None, None, None, None)
-    assert len(told.problems) == 1 and "no such folder" in told.problems[0]
+    assert len(told.problems) == 1 and "no such folder" in str(told.problems[0])
     assert len(told.tasks) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_folder_is_told_as_free_held_by_another_run_or_resumed(tmp_path: Path)
         search_command(config, tracker)
     assert "finished" in plan(config).notes[0]
     other = replace(config, search=SearchConfig(evaluations=7))
-    assert "another config (search.evaluations: 6 -> 7)" in plan(other).problems[0]
+    assert "another config (search.evaluations: 6 -> 7)" in str(plan(other).problems[0])
     (tmp_path / "run" / "result.json").unlink()
     assert "goes on where it stands" in plan(config).notes[0]
     shutil.rmtree(tmp_path / "run")
@@ -222,7 +222,7 @@ def test_weights_that_do_not_fit_are_a_problem_with_what_would_fit(tmp_path: Pat
     assert chosen.device_bytes < 0.6 * by_mode["single", "none"].device_bytes
     assert chosen.merged_bytes * 2 == by_mode["single", "none"].merged_bytes
     too_small = plan(sharded, memory_gib=0.004).problems
-    assert len(too_small) == 1 and "tensor_parallel needs" in too_small[0]
+    assert len(too_small) == 1 and "tensor_parallel needs" in str(too_small[0])
     tight = plan(sharded, memory_gib=0.02)
     assert tight.problems == () and "evaluation.batch_tokens" in tight.notes[0]
     assert plan(sharded).memory.device_bytes is None
@@ -235,7 +235,7 @@ def test_experts_that_a_gang_cannot_share_are_a_problem(tmp_path: Path) -> None:
         cluster=ClusterConfig(address="auto", gang_size=7),
     )
     told = plan(config)
-    assert any("7 ranks" in line for line in told.problems)
+    assert any("7 ranks" in str(line) for line in told.problems)
     assert next(mode for mode in told.memory.modes if mode.chosen).refusal
 
 
@@ -259,7 +259,7 @@ def test_a_cluster_without_room_is_told(
     told = plan(config, capacity=ClusterCapacity(nodes, GPU, can_grow=grows))
     for lines, part in ((told.problems, problem), (told.notes, note)):
         assert len(lines) == (part is not None)
-        assert part is None or part in lines[0]
+        assert part is None or part in str(lines[0])
 
 
 def test_a_device_map_is_one_process_on_a_cluster(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_speed_is_measured_only_where_nothing_is_wrong(tmp_path: Path) -> None:
     def fails() -> float:
         raise ClusterError("gang 0: lost")
 
-    assert plan(config, capacity=capacity, calibrate=fails).problems == ("gang 0: lost",)
+    assert plan(config, capacity=capacity, calibrate=fails).problems == (Problem.of(ClusterError("gang 0: lost")),)
     wrong = replace(config, tasks=[TaskConfig(data="nowhere")])
     assert plan(wrong, capacity=capacity, calibrate=pytest.fail).estimate is None
 

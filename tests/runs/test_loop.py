@@ -77,8 +77,7 @@ def finished(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_finished_run_leaves_config_result_genomes_and_pictures(finished: RunFolder) -> None:
     result = finished.read_result()
-    keys = ["full", "frequency", "reap", "random_search", "best_pruning", "best"]
-    assert [row.key for row in result.rows] == keys
+    assert [row.key for row in result.rows] == ["full", "frequency", "reap", "random_search", "best_pruning", "best"]
     for row in result.rows:
         assert set(row.scores) == {"search", "validation", "test"}
         assert row.test is not None and row.test.low <= row.test.fitness <= row.test.high
