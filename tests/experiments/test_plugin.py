@@ -72,8 +72,12 @@ def test_its_search_metric_and_criterion_are_used_by_their_names(alone: dict[str
     assert "nli/starts_with" in alone["rows"][-1]["scores"]["test"]["metrics"]
 
 
-def test_gangs_load_the_same_plug_ins(site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    assert rows(search(site, tmp_path / "run", "--cluster.address", "local", "--cluster.num_gangs", "1")) == rows(alone)
+@pytest.mark.parametrize("metric", ["starts_with", "moe_evo_example.metric:starts_with"])
+def test_gangs_load_the_same_plug_ins(metric: str, site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    gang = ["--cluster.address", "local", "--cluster.num_gangs", "1"]
+    result = search(site, tmp_path / "run", "--tasks.metric", metric, *gang)
+    assert result["tasks"][0]["metric"] == metric and result["gangs"] is not None
+    assert rows(result) == rows(alone)
 
 
 def test_a_path_names_the_same_search(site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
