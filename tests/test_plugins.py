@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from moe_evo.cli.main import main
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.registry import METHODS, check_methods
 from moe_evo.errors import ConfigError, ModelError
+from moe_evo.gangs.ray_pool import work_of
 from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.models.families import FAMILIES, Family, family_of
-from moe_evo.plugins import Registry
+from moe_evo.plugins import Registry, _registering_modules, import_modules, registering_modules
 from moe_evo.searches.registry import SEARCHES, build_search, check_search
 from moe_evo.tasks.answer_metrics import ANSWER_METRICS
 from moe_evo.tasks.data import read_task
@@ -199,3 +201,28 @@ def test_help_lists_the_names_that_are_built_in(
     assert set(names) <= printed
     if words != ["--help"]:
         assert {name for kind in KINDS.values() for name in kind.metrics} <= printed
+
+
+def test_a_broken_plug_in_is_one_line_and_exit_code_two(brought: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("search", "plan"):
+        assert main([command, "--search.algorithm", "broken", "--folder", str(brought / "run")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("moe-evo: error: ") and "the search 'broken' cannot be imported from brought:Mi" in line
+    assert not (brought / "run").exists()
+
+
+def test_gangs_import_the_modules_that_register_something(brought: Path) -> None:
+    (brought / "registering.py").write_text(
+        "from moe_evo.tasks.answer_metrics import ANSWER_METRICS\n"
+        "@ANSWER_METRICS.register('always')\n"
+        "def always(text, example):\n    return 1.0\n"
+    )
+    try:
+        import_modules(["registering"])
+        assert "always" in ANSWER_METRICS and "registering" in registering_modules()
+        assert work_of((), EvaluationConfig()).modules == registering_modules()
+    finally:
+        ANSWER_METRICS._registered.pop("always")
+        _registering_modules.pop("registering")
+    with pytest.raises(ConfigError, match="the module not_here, which registers a plug-in, cannot be imported here"):
+        import_modules(["not_here"])

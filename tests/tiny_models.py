@@ -1,23 +1,39 @@
-"""Tiny random models of every supported family, and stock models with fewer experts made by hand.
-
-The stock models are the oracle of the contract suite: their state dicts are sliced and mixed here,
-with nothing from `moe_evo.models`, and loaded into unmodified transformers classes.
-"""
+"""Tiny random models of every supported family and of what configs of a family differ in; oracles for them."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
-
-from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.genomes.space import ModelShape
 from moe_evo.models.tiny import CONFIGS, tiny_model
+from moe_evo.testing.stock_models import (
+    EXPERT_FIELDS,
+    combined,
+    largest_difference,
+    logits,
+    mixed,
+    random_kept,
+    random_merge,
+    random_pruning,
+    stock_model,
+    tokens,
+)
+
+__all__ = [
+    "CONFIGS",
+    "EXPERT_FIELDS",
+    "VARIANTS",
+    "combined",
+    "largest_difference",
+    "logits",
+    "mixed",
+    "random_kept",
+    "random_merge",
+    "random_pruning",
+    "stock_model",
+    "tiny_model",
+    "tokens",
+    "variant",
+]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in sorted(CONFIGS)},
@@ -28,88 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every family, and what configs of a family differ in beside experts."""
 
-EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
-
 
 def variant(name: str) -> Any:
     """One of `VARIANTS`."""
     return tiny_model(name.split(",")[0], **VARIANTS[name])
-
-
-def stock_model(model: Any, genome: Genome, shape: ModelShape) -> Any:
-    """A stock model that really has K experts, whose tensors are `genome`'s mixtures of `model`'s."""
-    config = copy.deepcopy(model.config)
-    field = next(name for name in EXPERT_FIELDS if name in config.to_dict())
-    setattr(config, field, genome.num_kept[0])
-    config.num_experts_per_tok = genome.top_k[0]
-    small = AutoModelForCausalLM.from_config(config).eval()
-    genes = dict(zip(shape.decoder_layers, genome.layers, strict=True))
-    state = {name: mixed(name, tensor, genes) for name, tensor in model.state_dict().items()}
-    small.load_state_dict(state)
-    return small
-
-
-def mixed(name: str, tensor: torch.Tensor, genes: dict[int, LayerGenome]) -> torch.Tensor:
-    """The tensor `name` of the smaller model."""
-    layer = re.search(r"layers\.(\d+)\.", name)
-    gene = genes.get(int(layer[1])) if layer else None
-    if gene is None:
-        return tensor
-    if ".experts." in name:
-        return combined(gene.expert_merging, tensor)
-    if re.search(r"\.(mlp|block_sparse_moe)\.(gate|router)\.\w+$", name):
-        return combined(gene.router_mapping, tensor)
-    return tensor
-
-
-def combined(matrix: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
-    """(K, E) times (E, ...) in float64."""
-    product = np.tensordot(matrix.astype(np.float64), tensor.double().numpy(), axes=1)
-    return torch.from_numpy(product).to(tensor.dtype)
-
-
-def random_kept(shape: ModelShape, num_kept: int, *, seed: int) -> list[list[int]]:
-    """A random choice of `num_kept` experts a layer, with equally many in each router group."""
-    rng = np.random.default_rng(seed)
-    groups = shape.num_expert_groups
-    size = shape.num_experts[0] // groups
-    return [
-        sorted(
-            group * size + int(expert)
-            for group in range(groups)
-            for expert in rng.permutation(size)[: num_kept // groups]
-        )
-        for _ in range(shape.num_layers)
-    ]
-
-
-def random_pruning(shape: ModelShape, num_kept: int, *, top_k: int = 2, seed: int = 0) -> Genome:
-    return Genome.from_kept(random_kept(shape, num_kept, seed=seed), shape.num_experts, top_k)
-
-
-def random_merge(
-    shape: ModelShape, num_kept: int | Sequence[int], *, top_k: int | Sequence[int] = 2, seed: int = 0
-) -> Genome:
-    """Dense random W_EM and, independently, W_RM."""
-    rng = np.random.default_rng(seed)
-    kept = [num_kept] * shape.num_layers if isinstance(num_kept, int) else num_kept
-    active = [top_k] * shape.num_layers if isinstance(top_k, int) else top_k
-
-    def matrix(layer: int) -> np.ndarray:
-        return rng.normal(0, 0.5, size=(kept[layer], shape.num_experts[layer])).astype(np.float32)
-
-    return Genome(tuple(LayerGenome(matrix(i), matrix(i), active[i]) for i in range(shape.num_layers)))
-
-
-def tokens(*, batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
-    """(batch, length) ids without special tokens."""
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(language_model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return language_model(input_ids=input_ids, use_cache=False, **arguments).logits
-
-
-def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    return float((first - second).abs().max())

@@ -29,6 +29,19 @@ class Method(Protocol):
     """A genome without a search.
 
     title: of its row in a table. description: one line for people. source: the paper or code that it is from.
+    One that also has `global_genome` or `progressive_genome` can do what `moe-evo prune` calls so.
+    `moe_evo.testing.methods` tests a new one. Most score each expert, which takes a formula and no class:
+
+    >>> from moe_evo.testing.methods import evaluator_of, observer_of
+    >>> def mean_gate(layer):  # of its tokens; (E,) of what was observed in one layer
+    ...     return layer.gates / layer.tokens.clip(1)
+    >>> criterion = Criterion("mean_gate", "mean gate weight of its tokens", "an example", Routed(), mean_gate)
+    >>> METHODS.register("mean_gate")(criterion).title
+    'mean_gate pruning'
+    >>> evaluator = evaluator_of("mixtral")
+    >>> space = SearchSpace.build(evaluator.model.shape, num_kept=4)
+    >>> METHODS["mean_gate"].genome(observer_of(evaluator), space).num_kept
+    (4, 4, 4)
     """
 
     @property

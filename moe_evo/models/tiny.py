@@ -59,7 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random model in float32 whose router logits are far apart and whose biases are not zero."""
-    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS[model_type], **changes})
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS.get(model_type, {}), **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

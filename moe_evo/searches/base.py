@@ -20,6 +20,49 @@ class Search(Protocol):
     ask: up to n candidates, fewer or none when the space is exhausted. tell: finished candidates, in
     any order and any number at a time. restore: candidates that were asked before by a process that
     died, in order; `tell` follows for the finished ones, and the search goes on as if uninterrupted.
+
+    A search is made of a space and a `SearchConfig`; one that can begin from genomes also takes `wider` and `seeds`,
+    see `build_search`. It may tell more in a static method `phases(config, *, can_prune)` (a list of `Phase`) and
+    in `parameters(config)` (what a tracker writes down). `moe_evo.testing.searches.SearchContract` tests a new one.
+
+    >>> import numpy as np
+    >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace
+    >>> from moe_evo.config.search import SearchConfig
+    >>> from moe_evo.genomes.operators import random_pruning
+    >>> from moe_evo.searches.base import Archive
+    >>> class Draws:
+    ...     phase = "drawing"
+    ...
+    ...     def __init__(self, space, config):
+    ...         self.space, self.seed, self.archive = space, config.seed, Archive()
+    ...
+    ...     @property
+    ...     def population(self):
+    ...         return self.archive.population
+    ...
+    ...     def draw(self):
+    ...         number = self.archive.next_number
+    ...         rng = np.random.default_rng([self.seed, number])
+    ...         genomes = (random_pruning(self.space, rng) for _ in range(100))
+    ...         new = next((one for one in genomes if one not in self.archive), None)
+    ...         return None if new is None else Candidate(number, new, "random_pruning")
+    ...
+    ...     def ask(self, n):
+    ...         return self.archive.ask(n, self.draw)
+    ...
+    ...     def tell(self, individuals):
+    ...         self.archive.tell(individuals)
+    ...
+    ...     def restore(self, candidates):
+    ...         self.archive.restore(candidates)
+    >>> shape = ModelShape("mixtral", num_experts=(4, 4), top_k=(1, 1), decoder_layers=(0, 1))
+    >>> search = Draws(SearchSpace.build(shape, num_kept=2), SearchConfig(seed=0))
+    >>> for _ in range(20):
+    ...     (candidate,) = search.ask(1)
+    ...     right = sum(3 in layer for layer in candidate.genome.kept)  # expert 3 is worth keeping
+    ...     search.tell([Individual(candidate, Evaluation(right / 2))])
+    >>> search.population.best.evaluation.fitness
+    1.0
     """
 
     @property

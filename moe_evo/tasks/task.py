@@ -17,7 +17,46 @@ from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
 
 class Scorer(Protocol):
-    """How one kind of task turns examples into rows, and logits into scores; `needs_reference`: see `Task`."""
+    """How one kind of task turns examples into rows, and logits into scores; `needs_reference`: see `Task`.
+
+    It is made of a `PromptFormat`, and goes by the name of its `moe_evo.tasks.kinds.Kind`.
+    `moe_evo.testing.tasks.TaskContract` tests a new one.
+
+    >>> import json, tempfile
+    >>> from moe_evo.config.task import TaskConfig
+    >>> from moe_evo.tasks.base import target_log_probs
+    >>> from moe_evo.tasks.data import read_task
+    >>> from moe_evo.tasks.examples import parse_answers
+    >>> from moe_evo.tasks.kinds import KINDS, NATS, Kind
+    >>> from moe_evo.tasks.registry import build_task
+    >>> from moe_evo.testing.tiny_tasks import run_task, tiny_llama, tiny_tokenizer
+    >>> class LastWord:  # how probable the answer is behind its prompt
+    ...     needs_reference = False
+    ...     batches = staticmethod(forward_batches)
+    ...
+    ...     def __init__(self, format):
+    ...         self.format = format
+    ...
+    ...     def rows(self, number, example):
+    ...         context, (answer,) = self.format.pair_tokens(example, example.answers[:1])
+    ...         return [Row(number, context + answer[:-1], len(context) - 1, ((0, answer),), len(context))]
+    ...
+    ...     def score(self, batch, output, reference):
+    ...         return target_log_probs(batch, output)  # (B, 1)
+    ...
+    ...     def combine(self, examples, partials):
+    ...         return {"last_word": np.array([float(rows[0][0]) for rows in partials])}
+    >>> kind = KINDS.register("last_word")(Kind({"last_word": NATS}, parse_answers, LastWord))
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    ...     for n in range(30):
+    ...         print(json.dumps({"prompt": f"{n} and one is", "answers": [f" {n + 1}"]}, sort_keys=True), file=file)
+    ...     file.flush()
+    ...     data = read_task(TaskConfig(data=file.name, name="sums", kind="last_word"))
+    >>> tokenizer = tiny_tokenizer()
+    >>> scores = run_task(build_task(data, tokenizer, batch_tokens=64), tiny_llama(), tokenizer)
+    >>> data.metric, bool((scores.score < 0).all()), sorted(scores.metrics)
+    ('last_word', True, ['last_word'])
+    """
 
     needs_reference: bool
 

@@ -136,12 +136,6 @@ def test_every_criterion_makes_a_pruning_of_the_space(case):
     assert CRITERIA["frequency"].genome(observer, space) == pruning_by(counts, space)
 
 
-def test_criteria_are_registered_under_their_names_with_a_line_and_a_source():
-    for name, criterion in CRITERIA.items():
-        assert criterion.name == name and criterion.title == f"{name} pruning"
-        assert criterion.description and "\n" not in criterion.description and criterion.source
-
-
 def test_an_expert_without_tokens_scores_lowest_in_every_criterion():
     layer = LayerObservation(*([[3.0, 0.0, 1.0]] * len(LayerObservation.names())))
     for criterion in OF_ROUTED.values():

@@ -16,11 +16,9 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.grouping import Group
 from moe_evo.criteria.merges import MERGES, merged_layer
 from moe_evo.criteria.questions import AllOutputs, RouterLogits
-from moe_evo.criteria.registry import METHODS
 from moe_evo.criteria.sums import LayerLogits, LayerObservation, Observation
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.models.experts.alignment import align_neurons, alignment_of
 from moe_evo.models.export.export import export_checkpoint
@@ -84,37 +82,6 @@ def test_merges_equal_loops_over_tokens_experts_and_pairs(case, name, num_kept):
             for slot, (dominant, members) in enumerate(groups):
                 wanted = oracle.merged_expert(stacked, weights, dominant, members)
                 np.testing.assert_allclose(merged[slot].numpy(), wanted, rtol=1e-6, atol=1e-6, err_msg=tensor)
-
-
-@pytest.mark.parametrize("name", sorted(MERGES))
-def test_every_merge_fits_its_space_and_repeats(case, name):
-    evaluator, _ = case
-    space = space_of(evaluator.model, 4)
-    genome = METHODS[name].genome(observer_of(evaluator), space)
-    space.check(genome)
-    for layer in genome.layers:
-        np.testing.assert_allclose(layer.expert_merging.sum(axis=1), 1, rtol=1e-6)
-        assert (layer.expert_merging >= 0).all() and not layer.is_pruning
-        used = sorted(expert for members in layer.members for expert in members)
-        assert len(set(used)) == len(used), "an expert is in two groups"
-    assert METHODS[name].genome(observer_of(evaluator), space).digest == genome.digest
-    everything = METHODS[name].genome(observer_of(evaluator), space_of(evaluator.model, 8))
-    assert everything == evaluator.model.shape.identity()
-
-
-@pytest.mark.parametrize("name", sorted(MERGES))
-def test_later_layers_can_be_merged_behind_merged_ones(case, name):
-    evaluator, _ = case
-    space = space_of(evaluator.model, 4)
-    observer = observer_of(evaluator)
-    genome, behind = MERGES[name].genome(observer, space), MERGES[name].progressive_genome(observer, space)
-    space.check(behind)
-    assert behind.layers[0] == genome.layers[0]
-    # the first layer's merge is in force when the second is looked at
-    before = Genome((behind.layers[0], *evaluator.model.shape.identity().layers[1:]))
-    question = RouterLogits(genome=before, layer=1)
-    moved, still = observer.about(question).layers[0], observer.about(RouterLogits()).layers[1]
-    assert moved.tokens == still.tokens and not np.allclose(moved.products, still.products)
 
 
 @pytest.mark.parametrize("name", sorted(MERGES))

@@ -12,24 +12,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
-from request_runs import MODEL, TASK, complete, genomes, requests
+from request_runs import MODEL, TASK, complete, requests
 
 from moe_evo.commands.search import search as search_command
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
-from moe_evo.criteria.answering import answer
-from moe_evo.criteria.questions import Routed, Weights
 from moe_evo.evaluation.evaluator import Evaluator
-from moe_evo.evaluation.pool import Pool, Request
-from moe_evo.genomes.population import Evaluation, Outcome
+from moe_evo.evaluation.local_pool import LocalPool
+from moe_evo.evaluation.pool import Pool
 from moe_evo.records.journal import Journal
 from moe_evo.runs import open_pool
 from moe_evo.tasks.data import SPLITS, check_tasks
+from moe_evo.testing.methods import evaluator_of
+from moe_evo.testing.pools import PoolContract, numbers
 from moe_evo.tracking.terminal import TerminalTracker
 
 CONFIG = RunConfig(
@@ -47,16 +46,16 @@ CLUSTERS = {
 
 
 @pytest.fixture(scope="module")
-def evaluator() -> Evaluator:
+def embedded() -> Evaluator:
     return open_pool.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture(scope="module")
-def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(cluster: Cluster, embedded: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of finished runs of CONFIG, one a pool. They start the services, so they hear all that happens."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: embedded)
         for name, where in CLUSTERS.items():
             folder = tmp_path_factory.mktemp("run") / "run"
             with TerminalTracker() as tracker:
@@ -66,64 +65,32 @@ def folders(cluster: Cluster, evaluator: Evaluator, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(params=CLUSTERS)
-def pool(request: pytest.FixtureRequest, folders: dict[str, Path], evaluator: Evaluator) -> Iterator[Pool]:
+def pool(request: pytest.FixtureRequest, folders: dict[str, Path], embedded: Evaluator) -> Iterator[Pool]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
+        patch.setattr(open_pool, "load_evaluator", lambda *_: embedded)
         config = replace(CONFIG, cluster=CLUSTERS[request.param])
         with open_pool.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
             yield pool
 
 
-def numbers(outcome: Outcome) -> tuple[object, ...]:
-    """All that an outcome says but for how long it took, as float32."""
-    assert isinstance(outcome, Evaluation)
-    metrics = tuple((name, np.float32(value)) for name, value in sorted(outcome.metrics.items()))
-    scores = (outcome.fitness, outcome.tie_break, outcome.standard_error)
-    return (*map(np.float32, scores), outcome.num_examples, metrics)
+class TestPools(PoolContract):
+    @pytest.fixture
+    def evaluator(self, embedded: Evaluator) -> Evaluator:
+        return embedded
+
+    @pytest.fixture
+    def pool(self, pool: Pool) -> Pool:
+        return pool
 
 
-def test_the_shape_is_that_of_the_model(pool: Pool, evaluator: Evaluator) -> None:
-    assert pool.shape == evaluator.model.shape
+class TestAPoolOfATinyModel(PoolContract):
+    @pytest.fixture(params=["mixtral", "gpt_oss"])
+    def evaluator(self, request: pytest.FixtureRequest) -> Evaluator:
+        return evaluator_of(request.param)
 
-
-def test_there_are_free_slots_at_the_start_and_none_when_they_are_taken(pool: Pool) -> None:
-    slots = pool.free_slots
-    assert slots > 0
-    pool.submit(requests(slots, seed=1))
-    assert pool.free_slots == 0
-    done = 0
-    while done < slots:
-        done += len(pool.next_outcomes())
-    assert done == slots
-    assert pool.free_slots > 0
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_request_is_answered_once_with_the_scores_of_its_genome(
-    pool: Pool, evaluator: Evaluator, split: str
-) -> None:
-    wanted = requests(12, seed=SPLITS.index(split) + 10, split=split)
-    outcomes = complete(pool, wanted).outcomes
-    expected = evaluator.evaluate([one.genome for one in wanted], split)
-    assert {key: numbers(one) for key, one in outcomes.items()} == {
-        (request.number, split): numbers(one) for request, one in zip(wanted, expected, strict=True)
-    }
-
-
-def test_equal_genomes_under_two_numbers_are_both_answered(pool: Pool) -> None:
-    (genome,) = genomes(1, seed=20)
-    outcomes = complete(pool, [Request("search", n, genome, "search") for n in range(3)]).outcomes
-    assert len({numbers(one) for one in outcomes.values()}) == 1
-
-
-def test_answers_about_experts_are_those_of_the_evaluator(pool: Pool, evaluator: Evaluator) -> None:
-    questions = [Routed(task.name) for task in evaluator.tasks] + [Weights()]
-    answers = {question.key: answer for question, answer in pool.ask(questions)}
-    assert answers.keys() == {question.key for question in questions}
-    for question in questions:
-        for found, expected in zip(answers[question.key].layers, answer(question, evaluator).layers, strict=True):
-            for name in expected.names():
-                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    @pytest.fixture
+    def pool(self, evaluator: Evaluator) -> Pool:
+        return LocalPool(evaluator)
 
 
 def test_a_search_leaves_the_same_journal_whatever_its_pool(folders: dict[str, Path]) -> None:
@@ -165,13 +132,13 @@ def test_the_journal_of_a_run_in_this_process_tells_nothing_of_gangs(folders: di
 
 @pytest.mark.parametrize("pool", ["one gang"], indirect=True)
 def test_an_idle_gang_that_is_killed_is_built_anew_and_its_scores_stay_the_same(
-    pool: Pool, evaluator: Evaluator
+    pool: Pool, embedded: Evaluator
 ) -> None:
     wanted = requests(8, seed=30)
     before = complete(pool, wanted[:4])
     os.kill(before.pids()[0], signal.SIGKILL)
     after = complete(pool, wanted[4:])
     assert after.kinds() == ["broken", "placed", "ready"]
-    expected = evaluator.evaluate([one.genome for one in wanted], "search")
+    expected = embedded.evaluate([one.genome for one in wanted], "search")
     outcomes = before.outcomes | after.outcomes
     assert [numbers(outcomes[n, "search"]) for n in range(8)] == [numbers(one) for one in expected]

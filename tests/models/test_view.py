@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import (
+    CONFIGS,
     largest_difference,
     logits,
     random_merge,
@@ -24,157 +27,17 @@ from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
-
-MATCH = 2e-6
-
-
-def match_of_merge(expected: torch.Tensor) -> float:
-    """Mixing in float32 here and in float64 in the oracle rounds router rows differently."""
-    return 4 * MATCH * max(1.0, float(expected.abs().max()))
+from moe_evo.testing.families import Counts, FamilyContract
 
 
-class Counts:
-    """Tokens routed to each expert of each MoE layer; times: how often each of a batch counts (default: once)."""
-
-    def __init__(self, moe: MoEModel) -> None:
-        self.layers = [np.zeros(number) for number in moe.shape.num_experts]
-        self.times: torch.Tensor | None = None
-
-    def see(self, layer: int, index: torch.Tensor, gates: torch.Tensor, outputs: torch.Tensor) -> None:
-        times = torch.ones(len(index)) if self.times is None else self.times.reshape(-1)
-        weights = times.double()[:, None].expand_as(index).reshape(-1)
-        self.layers[layer] += torch.bincount(index.reshape(-1), weights, minlength=len(self.layers[layer])).numpy()
+class TestFamilies(FamilyContract):
+    @pytest.fixture(params=sorted(CONFIGS))
+    def moe(self, request: pytest.FixtureRequest, load: Callable[[str], MoEModel]) -> MoEModel:
+        return load(request.param)
 
 
-def snapshot(moe: MoEModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in moe.language_model.state_dict().items()}
-
-
-def test_every_family_of_the_table_is_in_this_suite(moe: MoEModel) -> None:
-    assert moe.family is FAMILIES[moe.shape.family]
-
-
-def test_identity_genome_equals_untouched_model_bit_for_bit(moe: MoEModel) -> None:
-    untouched = logits(moe.language_model, tokens())
-    with moe.applied(moe.shape.identity()) as language_model:
-        assert torch.equal(logits(language_model, tokens()), untouched)
-
-
-def test_both_hooks_forced_on_equal_untouched_model(moe: MoEModel) -> None:
-    plans = [LayerPlan.reversed_identity(8, k) for k in moe.shape.top_k]
-    untouched = logits(moe.language_model, tokens())
-    with moe.installed([[plan] for plan in plans]):
-        assert moe.language_model.config._experts_implementation == "moe_evo"
-        assert largest_difference(logits(moe.language_model, tokens()), untouched) <= 1e-6
-
-
-@pytest.mark.parametrize("num_kept", [4, 6])
-def test_pruning_equals_stock_model_with_fewer_experts(moe: MoEModel, num_kept: int) -> None:
-    genome = random_pruning(moe.shape, num_kept)
-    expected = logits(stock_model(moe.language_model, genome, moe.shape), tokens())
-    with moe.applied(genome):
-        got = logits(moe.language_model, tokens())
-    assert largest_difference(got, expected) <= MATCH
-    assert largest_difference(got, logits(moe.language_model, tokens())) > 1e-2
-
-
-def test_merge_with_untied_router_equals_stock_model_with_mixed_weights(moe: MoEModel) -> None:
-    genome = random_merge(moe.shape, 4)
-    expected = logits(stock_model(moe.language_model, genome, moe.shape), tokens())
-    with moe.applied(genome):
-        got = logits(moe.language_model, tokens())
-    assert largest_difference(got, expected) <= match_of_merge(expected)
-    assert largest_difference(got, logits(moe.language_model, tokens())) > 1e-2
-
-
-def test_one_hot_merging_with_another_router_mapping_needs_no_merged_tensors(moe: MoEModel) -> None:
-    merges, prunes = random_merge(moe.shape, 4), random_pruning(moe.shape, 4)
-    genome = Genome(
-        tuple(
-            LayerGenome(pruned.expert_merging, merged.router_mapping, 2)
-            for pruned, merged in zip(prunes.layers, merges.layers, strict=True)
-        )
-    )
-    expected = logits(stock_model(moe.language_model, genome, moe.shape), tokens())
-    moe.merged_cache.clear()
-    with moe.applied(genome):
-        assert largest_difference(logits(moe.language_model, tokens()), expected) <= match_of_merge(expected)
-    assert len(moe.merged_cache) == 0
-
-
-@pytest.mark.parametrize("num_kept", [4, 8])
-def test_lower_top_k_equals_stock_model_with_lower_top_k(moe: MoEModel, num_kept: int) -> None:
-    genome = random_pruning(moe.shape, num_kept, top_k=1)
-    expected = logits(stock_model(moe.language_model, genome, moe.shape), tokens())
-    with moe.applied(genome):
-        assert largest_difference(logits(moe.language_model, tokens()), expected) <= MATCH
-
-
-def test_fewer_experts_than_top_k_with_top_k_lowered_to_them(moe: MoEModel) -> None:
-    fewest = moe.shape.num_expert_groups * moe.shape.min_kept_per_group
-    genome = random_pruning(moe.shape, fewest, top_k=1)
-    expected = logits(stock_model(moe.language_model, genome, moe.shape), tokens())
-    with moe.applied(genome):
-        assert largest_difference(logits(moe.language_model, tokens()), expected) <= MATCH
-
-
-def test_left_padding_does_not_change_what_a_genome_computes(moe: MoEModel) -> None:
-    genome = random_merge(moe.shape, 4)
-    short = tokens(batch=1, length=7)
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)
-    batch = torch.cat([padded, tokens(batch=1, length=12, seed=1)])
-    mask = (batch != 0).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with moe.applied(genome):
-        alone = logits(moe.language_model, short)
-        together = logits(moe.language_model, batch, attention_mask=mask, position_ids=positions, logits_to_keep=3)
-    expected = stock_model(moe.language_model, genome, moe.shape)
-    stock = logits(expected, batch, attention_mask=mask, position_ids=positions, logits_to_keep=3)
-    assert together.shape[1] == 3
-    assert largest_difference(together, stock) <= match_of_merge(stock)
-    assert largest_difference(together[0], alone[0, -3:]) <= 2 * match_of_merge(stock)
-
-
-def test_generation_with_a_cache_follows_the_genome(moe: MoEModel) -> None:
-    genome = random_merge(moe.shape, 4)
-    prompt = tokens(batch=2, length=5)
-    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    stock = stock_model(moe.language_model, genome, moe.shape)
-    with torch.inference_mode():
-        expected = stock.generate(prompt, **options)
-        with moe.applied(genome):
-            got = moe.language_model.generate(prompt, **options)
-    assert torch.equal(got, expected)
-
-
-def test_base_model_comes_back_bit_exactly_even_after_an_exception(moe: MoEModel) -> None:
-    before, untouched = snapshot(moe), logits(moe.language_model, tokens())
-    for genome in (random_pruning(moe.shape, 4), random_merge(moe.shape, 4)):
-        with pytest.raises(RuntimeError, match="in the block"), moe.applied(genome):
-            logits(moe.language_model, tokens())
-            raise RuntimeError("in the block")
-        assert torch.equal(logits(moe.language_model, tokens()), untouched)
-    after = moe.language_model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any("forward" in module.__dict__ for module in moe.language_model.modules())
-
-
-def test_routing_counts_match_the_genome_and_skip_padding(moe: MoEModel) -> None:
-    genome = random_pruning(moe.shape, 4)
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[0, :5] = 0
-    counts = Counts(moe)
-    counts.times = mask
-    with observed_experts(moe, counts.see), moe.applied(genome):
-        logits(moe.language_model, tokens(), attention_mask=mask)
-        logits(moe.language_model, tokens(), attention_mask=mask)
-    assert len(counts.layers) == moe.shape.num_layers
-    for layer, kept in zip(counts.layers, genome.kept, strict=True):
-        assert layer.dtype == np.float64 and layer.shape == (8,)
-        assert layer.sum() == 2 * 2 * int(mask.sum())
-        assert set(np.flatnonzero(layer)) <= set(kept)
-    logits(moe.language_model, tokens())
-    assert sum(layer.sum() for layer in counts.layers) == moe.shape.num_layers * 2 * 2 * int(mask.sum())
+def test_every_family_of_the_table_is_in_this_suite() -> None:
+    assert set(FAMILIES) == set(CONFIGS)
 
 
 def test_routing_counts_of_generation_count_each_new_token_once(mixtral: MoEModel) -> None:

@@ -154,7 +154,7 @@ def test_no_initial_candidate_is_lost_between_shares() -> None:
     ("words", "told"),
     [
         (["--selection.baselines", "[reap, best]"], "selection.baselines: got 'best', expected one of frequency, "),
-        (["--search.init", "[rnd]"], "search.init: got 'rnd', expected one of frequency, "),
+        (["--search.init", "[rnd]"], "search.init: got 'rnd', did you mean 'random'? expected one of random, "),
         (["--search.init", "{reap: -1}"], "search.init: got {'reap': -1.0}, expected names, or names with shares"),
         (["--search.init", "[]"], "search.init: got [], expected names"),
         (["--search.init", "[reap]", "--search.algorithm", "random"], "only 'random' in a random search"),
