@@ -13,6 +13,7 @@ from typing import Any
 from moe_evo.config.run import RunConfig
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import ModelShape
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.tasks.data import SPLITS, TaskData
 
@@ -117,7 +118,7 @@ def run_result(
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
 
-    size = read_size(config.model, ranks=1)
+    size = read_size(ModelSource(config.model), ranks=1)
     sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
     outcomes = journal.outcomes(MAIN, "search")
     return {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.space import SearchSpace
+
+if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
+    from moe_evo.models.source import ModelSource
 
 
 def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
@@ -24,16 +29,15 @@ def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
             )
 
 
-def check_model(config: ScoringConfig) -> None:
+def check_model(config: ScoringConfig, source: ModelSource) -> None:
     """Raise ConfigError where the model cannot compute or be shared among ranks as is asked, from config.json alone."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
-    from moe_evo.models.size.size import read_config
     from moe_evo.models.variants.meo import check_experts
     from moe_evo.models.variants.skipping import check_skipping
 
-    family, transformers_config = read_config(config.model)
-    check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
+    family, transformers_config = source.family, source.transformers_config
+    check_skipping(config.model.dynamic_skipping, source.shape)
     check_experts(config.model.experts, family, transformers_config)
     if config.model.router == "eep":
         family.check_eep_router(transformers_config)

@@ -27,6 +27,7 @@ from moe_evo.criteria.questions import Routed, Weights
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.genomes.population import Evaluation, Outcome
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import Journal
 from moe_evo.runs import open_pool
 from moe_evo.tasks.data import SPLITS, check_tasks
@@ -48,7 +49,7 @@ CLUSTERS = {
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return open_pool.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(ModelSource(MODEL), check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def pool(request: pytest.FixtureRequest, folders: dict[str, Path], evaluator: Ev
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_pool, "load_evaluator", lambda *_: evaluator)
         config = replace(CONFIG, cluster=CLUSTERS[request.param])
-        with open_pool.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
+        with open_pool.open_pool(
+            config, ModelSource(config.model), check_tasks(config.tasks), TerminalTracker()
+        ) as pool:
             yield pool
 
 
