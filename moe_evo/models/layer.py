@@ -68,7 +68,7 @@ class MoELayer:
         self.experts: nn.Module = block.get_submodule("experts")
         self._family = family
         self._router_mode = router_mode
-        self._renormalise = family.ModelSource(config).renormalises
+        self._renormalise = family.renormalises(config)
         self._scaling = family.scaling(config)
         # accelerate's offload hook loads the weights and then calls _old_forward
         self._slot = "_old_forward" if hasattr(self.router, "_old_forward") else "forward"

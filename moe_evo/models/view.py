@@ -70,7 +70,7 @@ class MoEModel:
         self.computes_meo = self._experts_implementation() == MEO
         self.skips_dynamically = dynamic_skipping is not None
         if dynamic_skipping is not None:
-            skip_dynamically(self.layers, dynamic_skipping, renormalises=self.family.ModelSource(config).renormalises)
+            skip_dynamically(self.layers, dynamic_skipping, renormalises=self.family.renormalises(config))
         self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
         self.reads_trees = takes_any_mask(config)
         self.switched_off: tuple[SwitchedOff, ...] = ()

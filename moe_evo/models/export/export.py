@@ -79,7 +79,7 @@ def export_checkpoint(
     """
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
-    check_router(genome, moe.router_mode, renormalises=moe.family.ModelSource(moe.language_model.config).renormalises)
+    check_router(genome, moe.router_mode, renormalises=moe.family.renormalises(moe.language_model.config))
     check_skips_nothing(skips_dynamically=moe.skips_dynamically)
     check_own_experts("meo" if moe.computes_meo else "own")
     if not all(map(is_whole, moe.language_model.parameters())):

@@ -58,7 +58,7 @@ def test_every_family_skips_as_weights_changed_by_hand_do(family: str) -> None:
     beta = 0.9 if family in ("deepseek_v3", "glm4_moe") else BETA  # a sigmoid's weights are more alike
     model = tiny_model(family)
     plain, skipping = MoEModel(copy.deepcopy(model)), MoEModel(model, dynamic_skipping=beta)
-    renormalises = plain.family.ModelSource(plain.language_model.config).renormalises
+    renormalises = plain.family.renormalises(plain.language_model.config)
 
     def change(_router, _inputs, output):
         return output[0], by_hand(output[1], beta, renormalises=renormalises), output[2]
