@@ -232,7 +232,7 @@ def test_an_alignment_of_another_shape_is_refused_before_anything_is_changed(ali
         assert all(torch.equal(old[name], new[name]) for name in old)
     save_alignment(tmp_path / "wide.safetensors", Alignment(ModelSource(config).hash, wider))
     wide = ModelConfig(path=config.path, device="cpu", self_check=False, alignment=str(tmp_path / "wide.safetensors"))
-    assert "(8, 25), the model has 3 of (8, 24)" in refusal(load_model, wide)
+    assert "(8, 25), the model has 3 of (8, 24)" in refusal(load_model, ModelSource(wide))
 
 
 def test_experts_that_are_elsewhere_are_refused_in_one_line():
