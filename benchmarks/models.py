@@ -18,6 +18,7 @@ from moe_evo.config.model import Dtype, ModelConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
+from moe_evo.models.source import ModelSource
 from moe_evo.models.transformers_border import quiet
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.base import ForwardBatch
@@ -66,7 +67,7 @@ def loaded(
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         tracker = TerminalTracker(Console(file=nowhere))
         model = ModelConfig(path=path, self_check=self_check, dtype=dtype, merged_cache_gib=merged_cache_gib)
-        return load_evaluator(model, tasks, config, tracker)
+        return load_evaluator(ModelSource(model), tasks, config, tracker)
 
 
 def evaluate(evaluator: Evaluator, genomes: Sequence[Genome]) -> None:

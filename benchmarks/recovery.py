@@ -52,7 +52,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.models.load import model_hash, read_shape
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import MAIN, Journal
 from moe_evo.tasks.data import check_tasks
 
@@ -173,13 +173,13 @@ def measure(fault: Fault, cluster: Cluster, deadline_s: float) -> Seconds:
             resources=_SLOT if fault.spare_node else None,
         ),
     )
-    shape, data, began = read_shape(config.model), check_tasks(config.tasks), time.perf_counter()
+    shape, data, began = ModelSource(config.model).shape, check_tasks(config.tasks), time.perf_counter()
     space = SearchSpace.build(shape, num_kept=4)
     seconds: Seconds = {}
     struck_at, num_broken = 0.0, 0
     with tempfile.TemporaryDirectory() as folder, _nodes(cluster, 2 if fault.spare_node else 0):
         file = Path(folder) / "genome"
-        with ray_pool(config, data, shape, model_hash(config.model), fault.rank(file)) as pool:
+        with ray_pool(config, data, shape, ModelSource(config.model).hash, fault.rank(file)) as pool:
             requests = _requests(space)
             stage = Stage(cluster, pool, file, next(requests))
 

@@ -29,7 +29,7 @@ from moe_evo.gangs.ray_pool import ray_pool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.models.load import model_hash, read_shape
+from moe_evo.models.source import ModelSource
 from moe_evo.tasks.data import check_tasks
 
 
@@ -53,10 +53,10 @@ def measured(num_gangs: int, task: str, number: int) -> float:
         evaluation=EvaluationConfig(threads=1),
         cluster=ClusterConfig(address="local", num_gangs=num_gangs),
     )
-    shape = read_shape(ModelConfig())
+    shape = ModelSource(ModelConfig()).shape
     space = SearchSpace.build(shape, num_kept=4)
     genomes = [random_pruning(space, np.random.default_rng([1, n])) for n in range(number + 8 * num_gangs)]
-    with ray_pool(config, check_tasks(config.tasks), shape, model_hash(ModelConfig())) as pool:
+    with ray_pool(config, check_tasks(config.tasks), shape, ModelSource(ModelConfig()).hash) as pool:
         ready = 0
         while ready < num_gangs:  # the first evaluations wait for gangs and tokenise
             evaluations_per_s(pool, [genomes.pop() for _ in range(num_gangs)])

@@ -36,6 +36,7 @@ from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.genomes.population import Individual
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 from moe_evo.records.journal import MAIN
 from moe_evo.report.table import print_whole
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         search=SearchConfig(num_kept=4, evaluations=options.evaluations),
         selection=SelectionConfig(finalists=5),
     )
-    model = load_model(config.model)
+    model = load_model(ModelSource(config.model))
     seconds: dict[str, list[Seconds]] = {arm: [] for arm in ARMS}
     with hanging_service():
         measured(replace(config, tracking=ARMS["no tracker"]), model)  # the first one warms up

@@ -21,6 +21,7 @@ from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.models.load import load_model
 from moe_evo.models.ranks import Ranks
+from moe_evo.models.source import ModelSource
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
 
@@ -49,7 +50,7 @@ def write_gang_files(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 def gang_evaluators(ranks: Ranks, folder: str, sharding: Any) -> Iterator[Evaluator]:
     """One for each model of `write_gang_files`."""
     for family in GANG_FAMILIES:
-        moe = load_model(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding), ranks)
+        moe = load_model(ModelSource(ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding)), ranks)
         configs = [TaskConfig(data=f"{folder}/{name}", name=name) for name in ("equal", "unequal")]
         yield Evaluator(moe, [build_task(read_task(one), moe.tokenizer, 64) for one in configs], EvaluationConfig())
 

@@ -37,6 +37,7 @@ from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, ExampleScores
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.statistics import paired_difference
 from moe_evo.runs.open_pool import load_evaluator
@@ -111,7 +112,7 @@ def _winner(folder: RunFolder, key: str) -> Genome:
 
 def _evaluator(task: str, tracker: TerminalTracker) -> Evaluator:
     data = check_tasks([TaskConfig(data=task, num_search=NUM_SEARCH)])
-    return load_evaluator(ModelConfig(self_check=False), data, EvaluationConfig(), tracker)
+    return load_evaluator(ModelSource(ModelConfig(self_check=False)), data, EvaluationConfig(), tracker)
 
 
 def _scores(evaluator: Evaluator, genomes: dict[tuple[str, int], Genome]) -> dict[tuple[str, int], ExampleScores]:

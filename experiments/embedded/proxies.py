@@ -31,6 +31,7 @@ from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.source import ModelSource
 from moe_evo.records.statistics import RankCorrelation, rank_correlation
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.searches.random_search import RandomSearch
@@ -64,7 +65,7 @@ def proxies(task: str, tracker: TerminalTracker) -> tuple[dict[str, Scores], Sco
 
 
 def _evaluator(task: TaskConfig, tracker: TerminalTracker) -> Evaluator:
-    return load_evaluator(ModelConfig(self_check=False), check_tasks([task]), EvaluationConfig(), tracker)
+    return load_evaluator(ModelSource(ModelConfig(self_check=False)), check_tasks([task]), EvaluationConfig(), tracker)
 
 
 def _evaluations(

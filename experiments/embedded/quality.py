@@ -30,6 +30,7 @@ from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.genomes.population import Evaluation
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder, write_whole
 from moe_evo.records.journal import RANDOM
 from moe_evo.runs.open_pool import load_evaluator
@@ -87,7 +88,7 @@ def _random_scores(config: RunConfig, folder: RunFolder, tracker: TerminalTracke
         with folder.open_journal() as journal:
             genomes = [one.genome for one in journal.candidates(RANDOM)[:10]]
         data = check_tasks(config.tasks)
-        evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+        evaluator = load_evaluator(ModelSource(config.model), data, config.evaluation, tracker)
         outcomes = evaluator.evaluate(genomes, "test")
         scores = [one.fitness for one in outcomes if isinstance(one, Evaluation)]
         write_whole(path, json.dumps(scores))

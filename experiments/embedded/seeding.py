@@ -32,6 +32,7 @@ from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.population import Evaluation, Individual, Population
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN
 from moe_evo.runs.open_pool import load_evaluator
@@ -80,7 +81,9 @@ def curve(cell: Cell) -> Curve:
             folder = search(cell.config, tracker)
         with folder.open_journal() as journal:
             individuals = journal.individuals(MAIN)
-        evaluator = load_evaluator(cell.config.model, check_tasks(cell.config.tasks), cell.config.evaluation, tracker)
+        evaluator = load_evaluator(
+            ModelSource(cell.config.model), check_tasks(cell.config.tasks), cell.config.evaluation, tracker
+        )
     return _validated(evaluator, individuals)
 
 

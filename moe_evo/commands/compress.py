@@ -94,15 +94,15 @@ def compress(
     from moe_evo.models.compress.compression import experts_replaced
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.export.target_folder import check_target
-    from moe_evo.models.load import model_hash, resolve_device
+    from moe_evo.models.load import resolve_device
     from moe_evo.models.size.size import read_size
+    from moe_evo.models.source import ModelSource
 
-    compression = options.compression()
+    source, compression = ModelSource(config.model), options.compression()
     resolve_device(config.model.device)
-    _check_fits(options, read_size(config.model, 1))
+    _check_fits(options, read_size(source, 1))
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
-    known_as = model_hash(config.model)
-    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+    evaluator = load_evaluator(source, data, config.evaluation, tracker)
     experts = _compressed(evaluator, compression, tracker)
     tracker.message("scoring the model on the test split, as it was and as it is")
     scores = scored_on_test(evaluator, {"original": None}, data)
@@ -113,7 +113,7 @@ def compress(
         scores |= scored_on_test(evaluator, {"compressed": None}, data)
         _check_references(evaluator, batch_tokens)
         tracker.message(f"writing and checking {target}")
-        told = provenance(config, known_as, data, _how(options, compression, experts), scores)
+        told = provenance(config, source.hash, data, _how(options, compression, experts), scores)
         report = export_checkpoint(
             evaluator.model,
             evaluator.model.shape.identity(),

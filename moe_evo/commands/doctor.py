@@ -180,8 +180,9 @@ def _chromium() -> Finding:
 def _embedded_model() -> Finding:
     """The self-check at load, and what of sharing holds on the device that a run would take."""
     from moe_evo.models.load import load_model
+    from moe_evo.models.source import ModelSource
 
-    return _sharing(load_model(ModelConfig()))
+    return _sharing(load_model(ModelSource(ModelConfig())))
 
 
 def _families() -> Sequence[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_evo.commands.named_genome import named_genome
-from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import GenomeError
 from moe_evo.genomes.genome import Genome
@@ -19,6 +19,9 @@ from moe_evo.report.answers import ScoredGenome
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.tasks.data import TaskData, check_tasks, is_share
 from moe_evo.tracking.base import Tracker
+
+if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
+    from moe_evo.models.source import ModelSource
 
 
 def _with_top_k(genome: Genome, top_k: int) -> Genome:
@@ -41,24 +44,26 @@ def evaluate(
     """
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
-    if run is not None:
-        _tell_changes(RunFolder(Path(run)), config.model, data, tracker)
-    from moe_evo.models.load import alignment_digest, read_shape, resolve_device
+    from moe_evo.models.load import resolve_device
+    from moe_evo.models.source import ModelSource
 
     if config.cluster.address is None:
         resolve_device(config.model.device)
-    shape = read_shape(config.model)
+    source = ModelSource(config.model)
+    if run is not None:
+        _tell_changes(RunFolder(Path(run)), source, data, tracker)
+    shape = source.shape
     wanted = shape if top_k is None else replace(shape, top_k=(top_k,) * shape.num_layers)
     name = genome if isinstance(genome, str) else f"genome {genome.digest[:12]}"
     if isinstance(genome, str):
-        genome = named_genome(genome, wanted, config.model.router, alignment_digest(config.model))
+        genome = named_genome(genome, wanted, config.model.router, source.alignment_digest)
     genome = genome if top_k is None else _with_top_k(genome, top_k)
     check_fits(genome, shape)
     if name.endswith(".pth") and config.model.router != "eep" and not genome.is_pruning:
         tracker.message("EEP coefficients remap probabilities: --model.router eep gives what they were searched for")
     from moe_evo.evaluation.pool import Request
 
-    with open_pool(config, data, tracker) as pool:
+    with open_pool(config, source, data, tracker) as pool:
         pool.listener = tracker.pool
         pool.submit([Request("evaluate", 0, genome, split)])
         ((_, outcome),) = pool.next_outcomes()
@@ -75,15 +80,13 @@ def evaluate(
     )
 
 
-def _tell_changes(run: RunFolder, model: ModelConfig, data: Sequence[TaskData], tracker: Tracker) -> None:
+def _tell_changes(run: RunFolder, source: ModelSource, data: Sequence[TaskData], tracker: Tracker) -> None:
     """Scores of another model or on other data are no longer those of the run."""
     if not run.result.is_file():
         return
-    from moe_evo.models.load import model_hash
-
     result = run.read_result()
-    if model_hash(model) != result.model.hash:
-        tracker.message(f"{model.path}: is not the model that {run.path} searched")
+    if source.hash != result.model.hash:
+        tracker.message(f"{source.config.path}: is not the model that {run.path} searched")
     hashes = {task.name: task.hash for task in result.tasks}
     for one in data:
         if hashes.get(one.name, one.hash) != one.hash:

@@ -30,18 +30,20 @@ def export(
         raise RunError(f"{folder.result}: has no row {which!r}, though {genome_file.name} is there; run it anew")
     from moe_evo.models.export.export import check_own_experts, check_router, check_skips_nothing, export_checkpoint
     from moe_evo.models.export.target_folder import check_target
-    from moe_evo.models.load import load_model, model_hash, renormalises, resolve_device
+    from moe_evo.models.load import load_model, resolve_device
+    from moe_evo.models.source import ModelSource
 
     resolve_device(device)
     model = replace(resumed_config(str(folder.path)).model, device=device)
+    source = ModelSource(model)
     check_target(target.absolute(), Path(model.path), overwrite=overwrite)
-    check_router(genome, model.router, renormalises=renormalises(model))
+    check_router(genome, model.router, renormalises=source.renormalises)
     check_skips_nothing(skips_dynamically=model.dynamic_skipping is not None)
     check_own_experts(model.experts)
-    if model_hash(model) != result.model.hash:
+    if source.hash != result.model.hash:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
     tracker.message(f"loading {model.path}")
-    moe = load_model(model)
+    moe = load_model(source)
     tracker.message(f"writing and checking {target}")
     report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
     return ExportedRun(report, which, row.title)

@@ -103,13 +103,14 @@ def _stopwatch(config: RunConfig, tracker: TerminalTracker) -> Callable[[], floa
 
     def measure() -> float:
         from moe_evo.evaluation.pool import Request
-        from moe_evo.models.load import read_shape
+        from moe_evo.models.source import ModelSource
 
-        space = build_space(read_shape(config.model), config.search)
+        source = ModelSource(config.model)
+        space = build_space(source.shape, config.search)
         is_local = config.cluster.address is None
         one_gang = config if is_local else replace(config, cluster=replace(config.cluster, num_gangs=1))
         genomes = [random_pruning(space, np.random.default_rng(seed)) for seed in range(1 + _CALIBRATIONS)]
-        with open_pool(one_gang, check_tasks(config.tasks), tracker) as pool:
+        with open_pool(one_gang, source, check_tasks(config.tasks), tracker) as pool:
             pool.listener = tracker.pool
             durations = []
             for number, genome in enumerate(genomes):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 from moe_evo.commands.align import align, aligned_progressively, aligns, save_beside
 from moe_evo.commands.shared import Scores, provenance, require_one_process, scored_on_test
 from moe_evo.config.check import require
-from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.criteria.observation_file import observed_names
 from moe_evo.errors import ConfigError
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # not needed for the help texts
     from moe_evo.genomes.genome import Genome
     from moe_evo.models.experts.alignment_file import Alignment
     from moe_evo.models.export.export import ExportReport
+    from moe_evo.models.source import ModelSource
 
 Allocation = Literal["uniform", "global"]
 
@@ -103,11 +103,13 @@ def prune(
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     _check_blend(options.blend or {}, [one.name for one in data])
-    space = _space(config.model, options)
-    task = _Task(
-        config, options, data, space, is_aligned, *_method(config, options, space, target, overwrite=overwrite)
-    )
-    evaluator = load_evaluator(config.model, data, config.evaluation, tracker)
+    from moe_evo.models.source import ModelSource
+
+    source = ModelSource(config.model)
+    space = _space(source, options)
+    method = _method(source, options, space, target, overwrite=overwrite)
+    task = _Task(config, source, options, data, space, is_aligned, method)
+    evaluator = load_evaluator(source, data, config.evaluation, tracker)
     observer = _observer(task, evaluator, tracker)
     genome, alignment = _genome(task, evaluator, observer, tracker)
     tracker.message("scoring the full and the smaller model on the test split")
@@ -129,23 +131,23 @@ def prune(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be done, when everything of it is checked. known_as: hash of the model."""
+    """What is to be done, when everything of it is checked."""
 
     config: ScoringConfig
+    source: ModelSource
     options: PruneOptions
     data: Sequence[TaskData]
     space: SearchSpace
     is_aligned: bool
     method: Method
-    known_as: str
 
 
-def _space(model: ModelConfig, options: PruneOptions) -> SearchSpace:
+def _space(source: ModelSource, options: PruneOptions) -> SearchSpace:
     """The genomes that keep so many experts; raises ConfigError where the model has too few or needs more."""
-    from moe_evo.models.load import read_shape, resolve_device
+    from moe_evo.models.load import resolve_device
 
-    resolve_device(model.device)
-    shape = read_shape(model)
+    resolve_device(source.config.device)
+    shape = source.shape
     fewest, most = max(shape.top_k), min(shape.num_experts) - 1
     require(
         fewest <= options.num_kept <= most, "--num_kept", options.num_kept,
@@ -154,33 +156,30 @@ def _space(model: ModelConfig, options: PruneOptions) -> SearchSpace:
     return SearchSpace.build(shape, num_kept=options.num_kept)
 
 
-def _method(
-    config: ScoringConfig, options: PruneOptions, space: SearchSpace, target: Path, *, overwrite: bool
-) -> tuple[Method, str]:
-    """The method, ready to be asked, and the hash of the model; raises where anything is wrong with the input."""
+def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, target: Path, *, overwrite: bool) -> Method:
+    """The method, ready to be asked; raises where anything is wrong with the input."""
     from moe_evo.criteria.observation_file import load_observations
     from moe_evo.criteria.pruning import check_global
     from moe_evo.criteria.registry import METHODS, Criterion, check_methods
     from moe_evo.models.export.target_folder import check_target
-    from moe_evo.models.load import model_hash
     from moe_evo.models.router_rows import check_comparable
+    from moe_evo.models.source import ModelSource
 
-    check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
-    known_as = model_hash(config.model)
+    check_target(target.absolute(), Path(source.config.path), overwrite=overwrite)
     method = METHODS[options.method]
     if options.allocation == "global":
         check_global(space)
     check_methods("--method", [options.method], space, has_base_model=options.base_model is not None)
     if options.base_model is not None and isinstance(method, Criterion):
-        base = replace(config.model, path=options.base_model, revision=None, alignment=None)
-        check_comparable(config.model, base)
-        method = method.comparing_with(base, model_hash(base), config.model)
+        base = ModelSource(replace(source.config, path=options.base_model, revision=None, alignment=None))
+        check_comparable(source, base)
+        method = method.comparing_with(base.config, base.hash, source.config)
     if options.observations is not None:  # or say what is wrong, before a model is loaded
         if options.observations.exists():
-            load_observations(options.observations, known_as)
+            load_observations(options.observations, source.hash)
         elif not options.observations.absolute().parent.is_dir():
             raise ConfigError(f"--observations: got {options.observations}, expected a file in a folder that exists")
-    return method, known_as
+    return method
 
 
 def _observer(task: _Task, evaluator: Evaluator, tracker: Tracker) -> Observer:
@@ -192,7 +191,7 @@ def _observer(task: _Task, evaluator: Evaluator, tracker: Tracker) -> Observer:
         # what lies behind an aligned merge is another answer to the same question
         names = {name: f"{known}+aligned" for name, known in names.items()}
     file, blend = task.options.observations, task.options.blend
-    return Observer(LocalPool(evaluator).ask, names, task.known_as, file, tracker.message, blend or {})
+    return Observer(LocalPool(evaluator).ask, names, task.source.hash, file, tracker.message, blend or {})
 
 
 def _genome(task: _Task, evaluator: Evaluator, observer: Observer, tracker: Tracker) -> tuple[Genome, Alignment | None]:
@@ -201,10 +200,10 @@ def _genome(task: _Task, evaluator: Evaluator, observer: Observer, tracker: Trac
 
     if task.is_aligned and task.options.progressive:
         assert isinstance(task.method, Merge)
-        return aligned_progressively(evaluator, task.method, observer, task.space, task.known_as, tracker)
+        return aligned_progressively(evaluator, task.method, observer, task.space, task.source.hash, tracker)
     make: Callable[[Observer, SearchSpace], Genome] = getattr(task.method, task.options.way)
     genome = make(observer, task.space)
-    return genome, align(evaluator, genome, task.known_as, tracker) if task.is_aligned else None
+    return genome, align(evaluator, genome, task.source.hash, tracker) if task.is_aligned else None
 
 
 def _write(
@@ -213,7 +212,6 @@ def _write(
 ) -> tuple[ExportReport, dict[str, str]]:  # fmt: skip
     """Write the checkpoint, and what evaluates the genome again beside it; answers the files of the latter."""
     from moe_evo.models.export.export import export_checkpoint
-    from moe_evo.models.load import alignment_digest
 
     model = task.config.model
     how = {
@@ -221,9 +219,9 @@ def _write(
         "genome": f"digest {genome.digest}",
         **({} if alignment is None else {"alignment": f"digest {alignment.digest}"}),
     }
-    told = provenance(task.config, task.known_as, task.data, how, scores)
+    told = provenance(task.config, task.source.hash, task.data, how, scores)
     report = export_checkpoint(evaluator.model, genome, target, overwrite=overwrite, provenance=told)
-    digest = alignment_digest(model) if alignment is None else alignment.digest
+    digest = task.source.alignment_digest if alignment is None else alignment.digest
     made_by = {"method": task.options.method, "router": model.router, "alignment": digest}
     return report, save_beside(report.folder, genome, alignment or model.alignment, made_by)
 

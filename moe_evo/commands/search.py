@@ -31,6 +31,7 @@ from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
 
 
@@ -48,17 +49,18 @@ def search(
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     found = inspect(config)
     raise_first(found.problems)
-    assert found.space is not None and found.model_hash is not None, "nothing is wrong with them"
+    assert found.source is not None and found.space is not None, "nothing is wrong with them"
     with folder.claim(config) as journal:
-        new = check_inputs(journal, {"model": found.model_hash, **task_hashes(found.data)})
+        new = check_inputs(journal, {"model": found.source.hash, **task_hashes(found.data)})
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
         with tracked(config, found.space, journal, folder, tracker) as trackers:
-            rows = _rows(config, found, found.space, journal, folder, trackers, model, cluster or config.cluster)
-            result = run_result(config, found.space.shape, journal, found.data, rows)
-            _save_winners(config, found.space, journal, folder, result, rows)
+            here = replace(config, cluster=cluster or config.cluster)
+            rows = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
+            result = run_result(config, found.source, journal, found.data, rows)
+            _save_winners(found.source, found.space, journal, folder, result, rows)
             _draw(folder, journal, rows)
             folder.write_result(result)  # last: a run with a result is finished
             trackers.finished(result, winner_files(folder))
@@ -68,32 +70,31 @@ def search(
 def _rows(
     config: RunConfig,
     found: Inspection,
+    source: ModelSource,
     space: SearchSpace,
     journal: Journal,
     folder: RunFolder,
     tracker: Tracker,
     model: MoEModel | None,
-    cluster: ClusterConfig,
 ) -> list[TableRow]:
     """Evaluate whatever is missing, and answer the final table."""
     from moe_evo.criteria.observer import Observer
     from moe_evo.runs.selection import run_search
 
-    assert found.model_hash is not None
     phases = planned_phases(config.search, can_prune=space.can_prune)
     merging = next((phase for phase in phases if not phase.only_prunes), None)
     if merging is not None and not merges(config.search, can_prune=space.can_prune):
         planned = sum(phase.evaluations for phase in phases)
         tracker.message(f"this budget only prunes: {merging.name} would start after {planned} evaluations")
-    with open_pool(replace(config, cluster=cluster), found.data, tracker, space, model, found.tasks) as pool:
+    with open_pool(config, source, found.data, tracker, space, model, found.tasks) as pool:
         names = observed_names(config.model, found.data)
-        observer = Observer(pool.ask, names, found.model_hash, folder.observations, tracker.message)
+        observer = Observer(pool.ask, names, source.hash, folder.observations, tracker.message)
         bounded = is_share(found.data)
         return run_search(config, space, journal, pool, tracker, is_share=bounded, observer=observer, wider=found.wider)
 
 
 def _save_winners(
-    config: RunConfig,
+    source: ModelSource,
     space: SearchSpace,
     journal: Journal,
     folder: RunFolder,
@@ -101,14 +102,13 @@ def _save_winners(
     rows: Sequence[TableRow],
 ) -> None:
     """Write the genomes that may be exported, with where they come from."""
-    from moe_evo.models.load import alignment_digest
 
     for row in rows:
         if row.key in folder.winners:
             outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
             provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
-            provenance |= {"alignment": alignment_digest(config.model), "row": plain(row.to_row())}
+            provenance |= {"alignment": source.alignment_digest, "row": plain(row.to_row())}
             save_individual(folder.winners[row.key], individual, space, provenance)
 
 

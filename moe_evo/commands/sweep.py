@@ -33,8 +33,9 @@ from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
 
-if TYPE_CHECKING:  # Ray is imported when a sweep begins
+if TYPE_CHECKING:  # Ray and torch are imported when a sweep begins
     from moe_evo.gangs.tune_runs import Report, RunEvent
+    from moe_evo.models.source import ModelSource
 
 
 def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[str, RunConfig]:
@@ -104,13 +105,14 @@ def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFold
 
     Everything that can be wrong with any of the runs is found before the first begins.
     """
-    from moe_evo.models.load import read_shape
+    from moe_evo.models.source import ModelSource
     from moe_evo.runs.checks import check_model
 
     folder = SweepFolder(Path(config.folder or _default_folder(config)).absolute())
-    runs = grid(config, read_shape(config.model), folder)
-    check_model(config)
-    missing = _missing(runs, folder)
+    source = ModelSource(with_absolute_paths(config).model)
+    runs = grid(config, source.shape, folder)
+    check_model(config, source)
+    missing = _missing(runs, source, folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
@@ -121,31 +123,29 @@ def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFold
     if missing:
         progress = _Progress(folder, tracker, total=len(runs), done=done)
         if use_tune:
-            _with_tune(config, missing, folder, tracker, progress)
+            _with_tune(config, source, missing, folder, tracker, progress)
         else:
-            _one_by_one(config, missing, folder, tracker, progress)
+            _one_by_one(config, source, missing, folder, tracker, progress)
     _summarise(runs, folder)
     return folder
 
 
-def _missing(runs: Mapping[str, RunConfig], folder: SweepFolder) -> dict[str, RunConfig]:
+def _missing(runs: Mapping[str, RunConfig], source: ModelSource, folder: SweepFolder) -> dict[str, RunConfig]:
     """The runs that are not finished; raises where a run's folder holds another run, or its data are wrong."""
-    from moe_evo.models.load import model_hash
     from moe_evo.runs.open_pool import check_examples
 
     missing = {}
-    hashed = model_hash(next(iter(runs.values())).model)
     checked: dict[str, list[TaskData]] = {}
     for name, run in runs.items():
         key = json.dumps([asdict(task) for task in run.tasks])
         if key not in checked:
             checked[key] = list(check_tasks(run.tasks))
-            check_examples(run, checked[key])
+            check_examples(run, source, checked[key])
         state = "new"
         if folder.run(name).config.is_file() and folder.run(name).journal.is_file():
             with folder.run(name).open_journal() as journal:
                 state = folder.run(name).state(run, journal)
-                check_inputs(journal, {"model": hashed, **task_hashes(checked[key])})
+                check_inputs(journal, {"model": source.hash, **task_hashes(checked[key])})
         if state != "finished":
             missing[name] = run
     return missing
@@ -194,6 +194,7 @@ class _Progress:
 
 def _one_by_one(
     config: SweepConfig,
+    source: ModelSource,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
     tracker: Tracker,
@@ -206,9 +207,9 @@ def _one_by_one(
         model = cluster = None
         if config.cluster.address is None:
             tracker.message(f"loading {config.model.path}")
-            model = load_model(config.model)
+            model = load_model(source)
         else:
-            cluster = stack.enter_context(_service(config, folder, tracker))
+            cluster = stack.enter_context(_service(config, source, folder, tracker))
         for name, run in runs.items():
             progress(name, "started")
             folder.logs.mkdir(exist_ok=True)
@@ -223,13 +224,14 @@ def _one_by_one(
 
 def _with_tune(
     config: SweepConfig,
+    source: ModelSource,
     runs: Mapping[str, RunConfig],
     folder: SweepFolder,
     tracker: Tracker,
     progress: _Progress,
 ) -> None:
     """As trials of Ray Tune that share one service of gangs."""
-    with _service(config, folder, tracker) as cluster:
+    with _service(config, source, folder, tracker) as cluster:
         from moe_evo.gangs.tune_runs import run_trials
 
         for wave in _waves(runs, config):
@@ -244,10 +246,11 @@ def _with_tune(
 
 
 @contextmanager
-def _service(config: SweepConfig, folder: SweepFolder, tracker: Tracker) -> Iterator[ClusterConfig]:
+def _service(
+    config: SweepConfig, source: ModelSource, folder: SweepFolder, tracker: Tracker
+) -> Iterator[ClusterConfig]:
     """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
     from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
-    from moe_evo.models.load import model_hash
 
     cluster = config.cluster
     address = cluster.address or "local"
@@ -258,8 +261,7 @@ def _service(config: SweepConfig, folder: SweepFolder, tracker: Tracker) -> Iter
         if address == "local" and num_gangs == "auto":  # not on the CPUs that are counted for the runs' drivers
             num_gangs = gangs_without_drivers(config.model, cluster)
         shared = replace(cluster, address="auto", service=name, num_gangs=num_gangs)
-        model = with_absolute_paths(config).model
-        with shared_service(model, model_hash(model), shared, keep=cluster.service is not None):
+        with shared_service(source.config, source.hash, shared, keep=cluster.service is not None):
             yield shared
 
 

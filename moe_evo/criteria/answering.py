@@ -22,6 +22,7 @@ from moe_evo.criteria.subset_trials import observe_trials
 from moe_evo.criteria.sums import LayerRouters, LayerWeights, Observation
 from moe_evo.criteria.weights import expert_weights
 from moe_evo.models.router_rows import router_lengths
+from moe_evo.models.source import ModelSource
 
 
 def answer(question: Question, evaluator: Observed) -> Observation[Any]:
@@ -35,7 +36,8 @@ def _weights(evaluator: Observed, question: Weights) -> Observation[LayerWeights
 
 def _routers(evaluator: Observed, question: Routers) -> Observation[LayerRouters]:
     assert question.tuned is not None and question.base is not None, "asked without the checkpoints to compare"
-    layers = zip(router_lengths(question.tuned), router_lengths(question.base), strict=True)
+    tuned, base = (router_lengths(ModelSource(one)) for one in (question.tuned, question.base))
+    layers = zip(tuned, base, strict=True)
     return Observation(tuple(LayerRouters(*lengths) for lengths in layers))
 
 

@@ -75,20 +75,20 @@ class Rank:
         timeout_s: longest wait of one rank for another.
         Raises ModelError, also where the checkpoint is not the one that `model_hash` names.
         """
-        from moe_evo.models.load import load_model, load_tokenizer
-        from moe_evo.models.load import model_hash as hash_of
+        from moe_evo.models.load import load_model
         from moe_evo.models.ranks import Ranks, join_ranks
+        from moe_evo.models.source import ModelSource
 
-        found = hash_of(model)
-        if found != model_hash:
+        source = ModelSource(model)
+        if source.hash != model_hash:
             raise ModelError(
                 f"{model.path} on {socket.gethostname()}: is not the checkpoint that the run was started with; "
                 "put the same files on every node"
             )
         with _reported(report):
-            self._tokenizer = load_tokenizer(model)
+            self._tokenizer = source.tokenizer
             ranks = join_ranks(self._rank, self._size, *meeting_point, timeout_s) if self._size > 1 else Ranks()
-            self._model = load_model(model, ranks)
+            self._model = load_model(source, ranks)
 
     def begin(self, work: Work, halvings: int) -> Sequence[str]:
         """Tokenise the tasks of `work`, and return the `Evaluator.notes` of this rank.

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from moe_evo.config.run import RunConfig
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
-from moe_evo.genomes.space import ModelShape
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.records.result import (
     FailureFacts,
@@ -32,18 +32,18 @@ def software_versions() -> dict[str, str]:
 
 
 def run_result(
-    config: RunConfig, shape: ModelShape, journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]
+    config: RunConfig, source: ModelSource, journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]
 ) -> RunResult:
     """What a run found, when everything of it stands in its journal."""
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
 
-    size = read_size(config.model, ranks=1)
+    size = read_size(source, ranks=1)
     sizes = [exported_size(size, row.candidate.genome.num_kept) for row in rows]
     skipping = config.model.dynamic_skipping
     return RunResult(
         software=software_versions(),
-        model=ModelFacts(path=config.model.path, hash=journal.meta("hash/model"), **asdict(shape)),
+        model=ModelFacts(path=config.model.path, hash=journal.meta("hash/model"), **asdict(source.shape)),
         tasks=tuple(task_facts(one) for one in data),
         fitness=config.evaluation.fitness,
         router=config.model.router,

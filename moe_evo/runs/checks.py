@@ -29,6 +29,7 @@ from moe_evo.tasks.data import TaskData, check_tasks, read_task
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.size.size import ModelSize
+    from moe_evo.models.source import ModelSource
     from moe_evo.tasks.task import Task
 
 _NUM_WIDER = 10
@@ -38,13 +39,14 @@ _NUM_WIDER = 10
 class Inspection:
     """What looking at a run tells, without loading weights.
 
-    data: the tasks whose data are good; tasks: what they make, tokenised. size, space, model_hash: None where the
-    model, or what is searched in it, is wrong. wider: the prunings that a warm start begins from. state: how far the
-    run has come in its folder. problems: what the search refuses.
+    data: the tasks whose data are good; tasks: what they make, tokenised. source, size, space, model_hash: None where
+    the model, or what is searched in it, is wrong. wider: the prunings that a warm start begins from. state: how far
+    the run has come in its folder. problems: what the search refuses.
     """
 
     data: tuple[TaskData, ...]
     tasks: tuple[Task, ...]
+    source: ModelSource | None
     size: ModelSize | None
     space: SearchSpace | None
     model_hash: str | None
@@ -57,9 +59,10 @@ def inspect(config: RunConfig) -> Inspection:
     """Check everything that can be checked of a run before a model is loaded; writes nothing, raises no MoeEvoError."""
     problems = Problems()
     data = _data(config, problems)
-    tasks = _tasks(config, data, problems)
-    size = _size(config, problems)
-    known_as = _hash(config, problems)
+    source = _source(config, problems)
+    tasks = _tasks(config, source, data, problems)
+    size = None if source is None else _size(config, source, problems)
+    known_as = None if source is None else _hash(source, problems)
     space = None if size is None else _space(size.shape, config.search, problems)
     _add(problems, method_problems(config, space))
     if config.cluster.address is None:  # a cluster's devices are not those of this machine
@@ -68,7 +71,7 @@ def inspect(config: RunConfig) -> Inspection:
         with problems.noted():
             resolve_device(config.model.device)
     state, wider = _folder(config, data, known_as, space, problems)
-    return Inspection(tuple(data), tuple(tasks), size, space, known_as, wider, state, problems.found)
+    return Inspection(tuple(data), tuple(tasks), source, size, space, known_as, wider, state, problems.found)
 
 
 def _add(problems: Problems, found: Sequence[Problem]) -> None:
@@ -87,57 +90,64 @@ def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
     return data
 
 
-def _tasks(config: RunConfig, data: Sequence[TaskData], problems: Problems) -> list[Task]:
+def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
+    """The model's files, where there is a model that moe_evo can load."""
+    from moe_evo.models.source import ModelSource
+
+    source = None
+    with problems.noted():
+        source = ModelSource(config.model)
+    return source
+
+
+def _tasks(config: RunConfig, source: ModelSource | None, data: Sequence[TaskData], problems: Problems) -> list[Task]:
     """The tasks whose examples are good, tokenised, where the model has a tokenizer."""
-    if not data:
+    if source is None:
         return []
-    from moe_evo.models.load import load_tokenizer
     from moe_evo.tasks.registry import build_task
 
     tasks = []
     with problems.noted():
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = source.tokenizer
         for one in data:
             with problems.noted():
                 tasks.append(build_task(one, tokenizer, config.evaluation.batch_tokens))
     return tasks
 
 
-def _size(config: RunConfig, problems: Problems) -> ModelSize | None:
+def _size(config: RunConfig, source: ModelSource, problems: Problems) -> ModelSize | None:
     """The model's size, where it is one that can be searched."""
     from moe_evo.models.size.size import read_size
 
     size = None
     with problems.noted():
-        size = read_size(config.model, config.cluster.gang_size)
+        size = read_size(source, config.cluster.gang_size)
     if size is not None:
-        _add(problems, model_problems(config))
+        _add(problems, model_problems(config, source))
     return size
 
 
-def _hash(config: RunConfig, problems: Problems) -> str | None:
+def _hash(source: ModelSource, problems: Problems) -> str | None:
     """The model's hash, for which its alignment is read."""
-    from moe_evo.models.load import model_hash
 
     found = None
     with problems.noted():
-        found = model_hash(config.model)
+        found = source.hash
     return found
 
 
-def model_problems(config: ScoringConfig) -> tuple[Problem, ...]:
+def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem, ...]:
     """Why the model cannot compute, or be shared among ranks, as is asked: from config.json alone."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
-    from moe_evo.models.size.size import read_config
     from moe_evo.models.variants.meo import check_experts
     from moe_evo.models.variants.skipping import check_skipping
 
     problems = Problems()
     with problems.noted():
-        family, transformers_config = read_config(config.model)
+        family, transformers_config = source.family, source.transformers_config
         with problems.noted():
-            check_skipping(config.model.dynamic_skipping, family.shape(transformers_config))
+            check_skipping(config.model.dynamic_skipping, source.shape)
         with problems.noted():
             check_experts(config.model.experts, family, transformers_config)
         if config.model.router == "eep":
@@ -258,6 +268,6 @@ def check_methods_of(config: RunConfig, space: SearchSpace) -> None:
     raise_first(method_problems(config, space))
 
 
-def check_model(config: ScoringConfig) -> None:
+def check_model(config: ScoringConfig, source: ModelSource) -> None:
     """Raise the first of `model_problems`."""
-    raise_first(model_problems(config))
+    raise_first(model_problems(config, source))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_evo.config.evaluation import EvaluationConfig
-from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import gaussian_mutation, random_pruning
@@ -21,6 +20,7 @@ from moe_evo.tracking.base import Tracker
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.evaluation.pool import Pool
+    from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
     from moe_evo.tasks.task import Task
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
 @contextmanager
 def open_pool(
     config: ScoringConfig,
+    source: ModelSource,
     data: Sequence[TaskData],
     tracker: Tracker,
     space: SearchSpace | None = None,
@@ -36,14 +37,14 @@ def open_pool(
 ) -> Iterator[Pool]:
     """The evaluators that a config asks for: in this process, or gangs on a cluster.
 
-    space: what will be searched, so that it can be told where its genomes will be slow. model: for this
-    process, where it is loaded already. tasks: those that `data` make, where they are tokenised already.
+    source: of `config.model`. space: what will be searched, so that it can be told where its genomes will be slow.
+    model: for this process, where it is loaded already. tasks: those that `data` make, where they are tokenised.
     """
     if config.cluster.address is None:
         from moe_evo.evaluation.local_pool import LocalPool
 
         if model is None:
-            evaluator = load_evaluator(config.model, data, config.evaluation, tracker, tasks)
+            evaluator = load_evaluator(source, data, config.evaluation, tracker, tasks)
         else:
             built = _built(data, model.tokenizer, config.evaluation) if tasks is None else tasks
             evaluator = _evaluator(model, built, config.evaluation, tracker)
@@ -55,13 +56,12 @@ def open_pool(
         yield LocalPool(evaluator)
     else:
         from moe_evo.gangs.ray_pool import ray_pool
-        from moe_evo.models.load import model_hash, read_shape
 
-        check_model(config)
+        check_model(config, source)
         if tasks is None:
-            check_examples(config, data)  # or ranks would find what is wrong with them
+            check_examples(config, source, data)  # or ranks would find what is wrong with them
         tracker.message(f"connecting to Ray ({config.cluster.address})")
-        with ray_pool(config, data, read_shape(config.model), model_hash(config.model)) as pool:
+        with ray_pool(config, data, source.shape, source.hash) as pool:
             yield pool
 
 
@@ -72,26 +72,25 @@ def _fully_merged(space: SearchSpace) -> Genome:
 
 
 def load_evaluator(
-    model: ModelConfig,
+    source: ModelSource,
     data: Sequence[TaskData],
     evaluation: EvaluationConfig,
     tracker: Tracker,
     tasks: Sequence[Task] | None = None,
 ) -> Evaluator:
     """The model and the tasks, ready to score genomes; every example is tokenised before weights are read."""
-    from moe_evo.models.load import load_model, load_tokenizer
+    from moe_evo.models.load import load_model
 
     if tasks is None:
-        tasks = _built(data, load_tokenizer(model), evaluation)
-    tracker.message(f"loading {model.path}")
-    return _evaluator(load_model(model), tasks, evaluation, tracker)
+        tasks = _built(data, source.tokenizer, evaluation)
+    tracker.message(f"loading {source.config.path}")
+    return _evaluator(load_model(source), tasks, evaluation, tracker)
 
 
-def check_examples(config: ScoringConfig, data: Sequence[TaskData]) -> None:
+def check_examples(config: ScoringConfig, source: ModelSource, data: Sequence[TaskData]) -> None:
     """Tokenise every example, without weights; raises TaskError or ModelError."""
-    from moe_evo.models.load import load_tokenizer
 
-    _built(data, load_tokenizer(config.model), config.evaluation)
+    _built(data, source.tokenizer, config.evaluation)
 
 
 def _built(data: Sequence[TaskData], tokenizer: Any, evaluation: EvaluationConfig) -> list[Task]:

@@ -17,8 +17,9 @@ from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.experts.outputs import observed_experts
 from moe_evo.models.families import FAMILIES
 from moe_evo.models.layer import LayerPlan
-from moe_evo.models.load import load_model, read_shape
+from moe_evo.models.load import load_model
 from moe_evo.models.self_check import self_check
+from moe_evo.models.source import ModelSource
 from moe_evo.models.tiny import tiny_model
 from moe_evo.models.view import MoEModel
 from moe_evo.testing.stock_models import (
@@ -89,7 +90,7 @@ class FamilyContract:
     ) -> None:
         moe.language_model.save_pretrained(tmp_path)
         config = ModelConfig(path=str(tmp_path), device="cpu", dtype="float32")
-        assert read_shape(config) == load_model(config).shape == moe.shape
+        assert ModelSource(config).shape == load_model(ModelSource(config)).shape == moe.shape
 
     def test_identity_genome_equals_untouched_model_bit_for_bit(self, moe: MoEModel) -> None:
         untouched = logits(moe.language_model, tokens())

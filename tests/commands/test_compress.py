@@ -19,6 +19,7 @@ from moe_evo.commands import compress as command
 from moe_evo.config.model import ModelConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 OPTIONS = ("--model.self_check", "false", "--tasks", TASK)
@@ -51,7 +52,7 @@ def test_the_checkpoint_is_a_stock_one_and_has_the_scores_that_were_told(
     report = compress(tmp_path / "small", *words, capsys=capsys)
     assert report["loader"] == "transformers" and report["max_logit_difference"] <= 1e-5
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    ours = load_model(ModelConfig(path=str(tmp_path / "small"), device="cpu"))
+    ours = load_model(ModelSource(ModelConfig(path=str(tmp_path / "small"), device="cpu")))
     torch.testing.assert_close(logits(stock, tokens()), logits(ours.language_model, tokens()))
     scores = {"original": scores_of("embedded", capsys), "compressed": scores_of(tmp_path / "small", capsys)}
     for name, told in report["scores"].items():

@@ -19,7 +19,8 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.merges import MERGES
 from moe_evo.genomes.file import load_genome, load_metadata
 from moe_evo.models.experts.alignment_file import load_alignment
-from moe_evo.models.load import load_model, model_hash
+from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 
 TASK = "[{data: syll, num_search: 12, num_validation: 8, num_test: 16}]"
 WORDS = ("--model.self_check", "false", "--tasks", TASK)
@@ -51,10 +52,12 @@ def test_every_merge_ends_with_a_smaller_checkpoint_that_stock_transformers_load
     alignment = beside / "alignment.safetensors"
     assert alignment.is_file() == report["aligned"]
     moe = load_model(
-        ModelConfig(device="cpu", self_check=False, alignment=str(alignment) if report["aligned"] else None)
+        ModelSource(
+            ModelConfig(device="cpu", self_check=False, alignment=str(alignment) if report["aligned"] else None)
+        )
     )
     genome = load_genome(beside / "genome.safetensors")
-    digest = load_alignment(alignment, model_hash(ModelConfig())).digest if report["aligned"] else None
+    digest = load_alignment(alignment, ModelSource(ModelConfig()).hash).digest if report["aligned"] else None
     made_by = {"method": method, "router": "exported", "alignment": digest}
     assert load_metadata(beside / "genome.safetensors")["provenance"] == made_by
     assert report["genome"] == str(beside / "genome.safetensors")

@@ -30,7 +30,7 @@ from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, RunError, TaskError
 from moe_evo.gangs.connection import connected
 from moe_evo.gangs.tune_runs import Report, trainable, tune
-from moe_evo.models.load import read_shape
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import Journal
 from moe_evo.records.result import ModelFacts, Row, RunResult, Score, SearchFacts, TaskFacts
 from moe_evo.records.sweep import SweepFolder
@@ -48,7 +48,7 @@ CONFIG = SweepConfig(
 
 
 def runs_of(config: SweepConfig, folder: Path = Path("/sweep")):  # type: ignore[no-untyped-def]
-    return grid(config, read_shape(config.model), SweepFolder(folder))
+    return grid(config, ModelSource(config.model).shape, SweepFolder(folder))
 
 
 def test_every_combination_is_one_run_in_a_folder_of_its_name() -> None:

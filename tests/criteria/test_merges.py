@@ -24,6 +24,7 @@ from moe_evo.models.experts.alignment import align_neurons, alignment_of
 from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
@@ -115,7 +116,7 @@ def test_merging_identical_experts_returns_that_expert(tmp_path, family, name):
 def test_merges_of_every_family_are_smaller_stock_checkpoints(tmp_path, family, name):
     tiny_model(family, vocab_size=350).save_pretrained(tmp_path / "full")
     tiny.tiny_tokenizer(bos=True).save_pretrained(tmp_path / "full")
-    moe = load_model(ModelConfig(path=str(tmp_path / "full"), device="cpu", self_check=False))
+    moe = load_model(ModelSource(ModelConfig(path=str(tmp_path / "full"), device="cpu", self_check=False)))
     task = tiny.make_task(tmp_path / "data", ROWS, moe.tokenizer, batch_tokens=128)
     genome = MERGES[name].genome(observer_of(Evaluator(moe, [task], EvaluationConfig())), space_of(moe, 4))
     align_neurons(moe, alignment_of(moe, genome))

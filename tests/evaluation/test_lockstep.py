@@ -24,6 +24,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.source import ModelSource
 from moe_evo.tasks.base import TaskScores
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
@@ -75,8 +76,8 @@ def interview(ranks: Ranks, folder: str, sharding: str) -> Answers:
 
     options = {"device": "cpu", "sharding": sharding}
     models = {
-        "healthy": load_model(ModelConfig(path=f"{folder}/healthy", **options), ranks),
-        "spoiled": load_model(ModelConfig(path=f"{folder}/spoiled", self_check=False, **options), ranks),
+        "healthy": load_model(ModelSource(ModelConfig(path=f"{folder}/healthy", **options)), ranks),
+        "spoiled": load_model(ModelSource(ModelConfig(path=f"{folder}/spoiled", self_check=False, **options)), ranks),
     }
     whole = evaluator("healthy", 64)
     few = {"choice": [3], "texts": [4, 1, 2], "like": [0], "write": [2]}

@@ -28,7 +28,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Outcome
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.models.load import model_hash, read_shape
+from moe_evo.models.source import ModelSource
 from moe_evo.tasks.data import check_tasks
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
@@ -38,7 +38,7 @@ LIMIT_S = 60.0
 
 def genomes(number: int, seed: int = 0) -> list[Genome]:
     """Prunings of the embedded model, which all differ."""
-    space = SearchSpace.build(read_shape(MODEL), num_kept=4)
+    space = SearchSpace.build(ModelSource(MODEL).shape, num_kept=4)
     found = [random_pruning(space, np.random.default_rng([seed, n])) for n in range(number)]
     assert len({one.digest for one in found}) == number
     return found
@@ -52,8 +52,8 @@ def requests(number: int, seed: int = 0, split: str = "search") -> list[Request]
 def gangs(rank: type[Rank] = StandIn, *, model: ModelConfig = MODEL, **cluster: Any) -> Iterator[RayPool]:
     """A pool of gangs of `rank` on the cluster that this process is connected to."""
     config = ScoringConfig(model=model, tasks=[TASK], cluster=ClusterConfig(**{"address": "local", **cluster}))
-    known_as = model_hash(model) if rank is Rank else "no model"
-    with ray_pool(config, check_tasks(config.tasks), read_shape(model), known_as, rank) as pool:
+    known_as = ModelSource(model).hash if rank is Rank else "no model"
+    with ray_pool(config, check_tasks(config.tasks), ModelSource(model).shape, known_as, rank) as pool:
         yield pool
 
 

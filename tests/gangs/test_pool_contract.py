@@ -24,6 +24,7 @@ from moe_evo.config.search import SearchConfig
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.evaluation.pool import Pool
+from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import Journal
 from moe_evo.runs import open_pool
 from moe_evo.tasks.data import SPLITS, check_tasks
@@ -47,7 +48,7 @@ CLUSTERS = {
 
 @pytest.fixture(scope="module")
 def embedded() -> Evaluator:
-    return open_pool.load_evaluator(MODEL, check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(ModelSource(MODEL), check_tasks([TASK]), CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, tiny_model
 
 from moe_evo.config.model import ModelConfig
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 torch.set_num_threads(1)
@@ -37,7 +38,7 @@ def load(checkpoint: Callable[[str], Path]) -> Callable[[str], MoEModel]:
 
     def view(model_type: str) -> MoEModel:
         if model_type not in loaded:
-            loaded[model_type] = load_model(ModelConfig(path=str(checkpoint(model_type)), device="cpu"))
+            loaded[model_type] = load_model(ModelSource(ModelConfig(path=str(checkpoint(model_type)), device="cpu")))
         return loaded[model_type]
 
     return view

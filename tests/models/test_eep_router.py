@@ -17,6 +17,7 @@ from moe_evo.models.experts.eep_coefficients import load_eep_coefficients
 from moe_evo.models.load import load_model
 from moe_evo.models.routing import eep_route
 from moe_evo.models.self_check import self_check
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "eep_coefficients"
@@ -117,14 +118,14 @@ def test_untied_matrices_compute_the_papers_equations(deep_mixtral: MoEModel, to
 
 @pytest.mark.parametrize("model_type", EEP_FAMILIES)
 def test_identity_in_eep_mode_passes_the_self_check(checkpoint, model_type: str) -> None:
-    moe = load_model(ModelConfig(path=str(checkpoint(model_type)), device="cpu", router="eep"))
+    moe = load_model(ModelSource(ModelConfig(path=str(checkpoint(model_type)), device="cpu", router="eep")))
     assert moe.router_mode == "eep"
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
 def test_eep_mode_is_refused_where_it_has_no_meaning(checkpoint, model_type: str) -> None:
     with pytest.raises(ConfigError, match=rf"model.router: got 'eep', but {model_type} .*use 'exported'"):
-        load_model(ModelConfig(path=str(checkpoint(model_type)), device="cpu", router="eep"))
+        load_model(ModelSource(ModelConfig(path=str(checkpoint(model_type)), device="cpu", router="eep")))
 
 
 def test_ungrouped_deepseek_v2_has_an_eep_mode_with_its_scaling() -> None:
@@ -134,7 +135,7 @@ def test_ungrouped_deepseek_v2_has_an_eep_mode_with_its_scaling() -> None:
 
 def test_pruning_without_renormalisation_keeps_the_probabilities_over_all_experts(checkpoint) -> None:
     config = ModelConfig(path=str(checkpoint("olmoe")), device="cpu", router="eep")
-    moe = load_model(config)
+    moe = load_model(ModelSource(config))
     genome = random_pruning(moe.shape, 4)
     router, hidden = moe.layers[0].router, torch.randn(20, 32)
     with torch.inference_mode(), moe.applied(genome):

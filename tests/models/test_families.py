@@ -14,7 +14,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.families import FAMILIES, PRUNED_TYPE, family_of
-from moe_evo.models.load import load_model, read_shape
+from moe_evo.models.source import ModelSource
 
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
@@ -26,7 +26,7 @@ def test_every_family_of_the_table_has_a_tiny_model() -> None:
 def test_shape_from_config_alone_equals_shape_of_the_loaded_model(
     model_type: str, checkpoint: Callable[[str], Path], load: Callable[[str], Any]
 ) -> None:
-    shape = read_shape(ModelConfig(path=str(checkpoint(model_type))))
+    shape = ModelSource(ModelConfig(path=str(checkpoint(model_type)))).shape
     assert shape == load(model_type).shape
     assert shape.num_experts == (8,) * shape.num_layers
     assert shape.top_k == (2,) * shape.num_layers
@@ -71,10 +71,9 @@ def test_other_models_are_refused_in_one_line_before_weights_are_read(
     raw_config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw_config))
-    for refuse in (load_model, read_shape):
-        with pytest.raises(ModelError, match=message) as caught:
-            refuse(ModelConfig(path=str(tmp_path)))
-        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=message) as caught:
+        ModelSource(ModelConfig(path=str(tmp_path)))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_supported_family_without_moe_layers_is_refused() -> None:

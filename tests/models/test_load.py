@@ -18,8 +18,9 @@ import moe_evo
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models import view
-from moe_evo.models.load import load_model, load_tokenizer, model_hash, read_shape, resolve_device
+from moe_evo.models.load import load_model, resolve_device
 from moe_evo.models.placement import GROUPED_MM, suit_device
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 
@@ -41,13 +42,13 @@ def embedded_tokenizer() -> list[Path]:
 
 def refused(model: ModelConfig) -> str:
     with pytest.raises(ModelError) as caught:
-        load_model(model)
+        load_model(ModelSource(model))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_loading_says_nothing(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    moe = load_model(config(copied))
+    moe = load_model(ModelSource(config(copied)))
     with moe.applied(random_merge(moe.shape, 4)):
         logits(moe.language_model, tokens())
     assert capfd.readouterr() == ("", "")
@@ -62,12 +63,12 @@ def test_view_is_ready_for_inference(mixtral: MoEModel) -> None:
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_dtype_is_as_configured(copied: Path, dtype: str, expected: torch.dtype) -> None:
-    assert load_model(config(copied, dtype=dtype)).dtype == expected
+    assert load_model(ModelSource(config(copied, dtype=dtype))).dtype == expected
 
 
 def test_rows_that_grouped_mm_cannot_take_are_computed_eagerly(tmp_path: Path) -> None:
     tiny_model("mixtral", intermediate_size=23).save_pretrained(tmp_path)
-    moe = load_model(config(tmp_path))
+    moe = load_model(ModelSource(config(tmp_path)))
     assert moe.language_model.config._experts_implementation == "eager"
     genome = random_merge(moe.shape, 4)
     eager_everywhere = tiny_model("mixtral", intermediate_size=23)
@@ -82,7 +83,9 @@ def test_rows_that_grouped_mm_cannot_take_are_computed_eagerly(tmp_path: Path) -
     ("dtype", "expected"), [("float32", "grouped_mm"), ("bfloat16", "eager"), ("float16", "eager")]
 )
 def test_experts_in_16_bits_are_computed_one_after_the_other_on_a_cpu(copied: Path, dtype: str, expected: str) -> None:
-    assert load_model(config(copied, dtype=dtype)).language_model.config._experts_implementation == expected
+    assert (
+        load_model(ModelSource(config(copied, dtype=dtype))).language_model.config._experts_implementation == expected
+    )
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "nothing-here", "a/b/c"])
@@ -150,7 +153,7 @@ def test_broken_tokenizer_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
 def test_device_that_is_not_here_is_refused(copied: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=f"model.device: got '{device}'"):
-        load_model(ModelConfig(path=str(copied), device=device))
+        load_model(ModelSource(ModelConfig(path=str(copied), device=device)))
 
 
 @pytest.mark.parametrize("device", ["meta", "meta:0"])
@@ -165,7 +168,7 @@ def test_cache_budget_of_the_config_reaches_the_model(
     copied: Path, monkeypatch: pytest.MonkeyPatch, gib: float | None
 ) -> None:
     monkeypatch.setattr(view, "half_of_free_gib", lambda device: 7.0 if device.type == "cpu" else 0.0)
-    budget = load_model(config(copied, merged_cache_gib=gib)).merged_cache.budget_bytes
+    budget = load_model(ModelSource(config(copied, merged_cache_gib=gib))).merged_cache.budget_bytes
     assert budget == (7.0 if gib is None else gib) * 2**30
 
 
@@ -180,7 +183,7 @@ def test_code_of_a_checkpoint_never_takes_the_place_of_the_familys_own(
     raw = json.loads((copied / "config.json").read_text())
     auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     (copied / "config.json").write_text(json.dumps({**raw, "auto_map": auto_map}))
-    moe = load_model(config(copied, trust_remote_code=trust_remote_code))
+    moe = load_model(ModelSource(config(copied, trust_remote_code=trust_remote_code)))
     assert type(moe.language_model) is MixtralForCausalLM
     assert moe.tokenizer is not None and not marker.exists()
 
@@ -194,23 +197,23 @@ def test_trusted_code_of_a_tokenizer_is_used(copied: Path, embedded_tokenizer: l
     file = copied / "tokenizer_config.json"
     named = {**json.loads(file.read_text()), "tokenizer_class": "Theirs"}
     file.write_text(json.dumps({**named, "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}}))
-    assert type(load_tokenizer(config(copied, trust_remote_code=True))).__name__ == "Theirs"
+    assert type(ModelSource(config(copied, trust_remote_code=True)).tokenizer).__name__ == "Theirs"
 
 
 def test_tokenizer_comes_without_the_weights(
     copied: Path, embedded_tokenizer: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert load_tokenizer(config(copied)) is None
+    assert ModelSource(config(copied)).tokenizer is None
     for file in embedded_tokenizer:
         shutil.copy(file, copied)
     (copied / "model.safetensors").write_bytes(b"not read")
-    alone = load_tokenizer(config(copied))
+    alone = ModelSource(config(copied)).tokenizer
     assert alone is not None and capfd.readouterr() == ("", "")
-    whole = load_model(ModelConfig(device="cpu")).tokenizer
+    whole = load_model(ModelSource(ModelConfig(device="cpu"))).tokenizer
     assert alone("The cat sat").input_ids == whole("The cat sat").input_ids
     (copied / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
-        load_tokenizer(config(copied))
+        _ = ModelSource(config(copied)).tokenizer
 
 
 @pytest.mark.parametrize(
@@ -227,13 +230,13 @@ def test_tokenizer_comes_without_the_weights(
     ],
 )
 def test_hash_covers_the_files_of_the_tokenizer_whole(copied: Path, name: str) -> None:
-    without = model_hash(config(copied))
+    without = ModelSource(config(copied)).hash
     content = bytearray(8 * 2**20 * b"x")
     (copied / name).write_bytes(content)
-    before = model_hash(config(copied))
+    before = ModelSource(config(copied)).hash
     content[4_202_000] ^= 1  # between two blocks of the sample that is read of weights
     (copied / name).write_bytes(content)
-    assert len({without, before, model_hash(config(copied))}) == 3
+    assert len({without, before, ModelSource(config(copied)).hash}) == 3
 
 
 def test_hash_of_a_hugging_face_name_is_readable(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,29 +244,29 @@ def test_hash_of_a_hugging_face_name_is_readable(copied: Path, tmp_path: Path, m
     snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / commit
     shutil.copytree(copied, snapshot)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert model_hash(ModelConfig(path="owner/tiny", revision=commit)) == f"owner/tiny@{commit}"
+    assert ModelSource(ModelConfig(path="owner/tiny", revision=commit)).hash == f"owner/tiny@{commit}"
 
 
 def test_hash_is_that_of_config_and_weights(copied: Path, tmp_path: Path) -> None:
-    first = model_hash(config(copied))
+    first = ModelSource(config(copied)).hash
     twin = Path(shutil.copytree(copied, tmp_path / "twin"))
     (twin / "notes.txt").write_text("not part of the model")
-    assert model_hash(config(twin)) == first and len(first) == 64
+    assert ModelSource(config(twin)).hash == first and len(first) == 64
     weights = bytearray((twin / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (twin / "model.safetensors").write_bytes(weights)
-    assert model_hash(config(twin)) != first
+    assert ModelSource(config(twin)).hash != first
 
 
 def test_embedded_model_loads_with_its_tokenizer() -> None:
     embedded = ModelConfig(device="cpu")
-    moe = load_model(embedded)
-    assert moe.shape == read_shape(embedded)
+    moe = load_model(ModelSource(embedded))
+    assert moe.shape == ModelSource(embedded).shape
     assert moe.shape.num_experts == (8, 8, 8, 8)
     text = "The cat sat"
     ids = moe.tokenizer(text, return_tensors="pt").input_ids
     assert logits(moe.language_model, ids).shape[:2] == ids.shape
-    assert len(model_hash(embedded)) == 64
+    assert len(ModelSource(embedded).hash) == 64
 
 
 def test_off_the_cpu_generate_keeps_the_experts_and_attention_builds_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:

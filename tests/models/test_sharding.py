@@ -26,6 +26,7 @@ from moe_evo.models.families import FAMILIES
 from moe_evo.models.load import load_model
 from moe_evo.models.placement import placement_options
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 from moe_evo.models.weight_shapes import is_whole, local_shape
 
@@ -75,7 +76,7 @@ def load_on(ranks: Ranks, cases: list[Case]) -> dict[Case, Loaded]:
     loaded = {}
     for case in cases:
         path, sharding, offload = case
-        moe = load_model(config(Path(path), sharding=sharding, offload=offload), ranks)
+        moe = load_model(ModelSource(config(Path(path), sharding=sharding, offload=offload)), ranks)
         assert moe.ranks == ranks and moe.splits_examples == (sharding == "zero3")
         assert moe.device == torch.device("cpu") and moe.dtype == torch.float32
         slices = {name: local_shape(tensor) for name, tensor in moe.layers[0].expert_tensors().items()}
@@ -147,7 +148,7 @@ def test_slices_that_grouped_mm_cannot_take_are_computed_eagerly(four_ranks, che
 
 
 def test_one_rank_loads_as_one_process_does(checkpoint, one_process) -> None:
-    moe = load_model(config(checkpoint("mixtral"), sharding="tensor_parallel"), ALONE)
+    moe = load_model(ModelSource(config(checkpoint("mixtral"), sharding="tensor_parallel")), ALONE)
     assert all(torch.equal(found, one_process("mixtral")[step]) for step, found in function_of(moe).items())
 
 
@@ -158,10 +159,10 @@ from tiny_models import logits, tokens
 from moe_evo.config.model import ModelConfig
 from moe_evo.models.load import load_model
 config = ModelConfig(path=sys.argv[2], device="cpu", sharding="zero3", offload="cpu")
-moe = load_model(config)
+moe = load_model(ModelSource(config))
 assert not moe.splits_examples
 torch.save(logits(moe.language_model, tokens()), sys.argv[3])
-again = load_model(ModelConfig(path=sys.argv[2], device="cpu"))  # must not go through ZeRO-3
+again = load_model(ModelSource(ModelConfig(path=sys.argv[2], device="cpu")))  # must not go through ZeRO-3
 assert again.layers[0].expert_tensors()["down_proj"].shape == (8, 32, 24)
 """
 
@@ -174,7 +175,9 @@ def test_one_process_can_offload_with_zero3_in_silence(checkpoint, one_process, 
 
 
 def kept_on_disk(ranks: Ranks, path: str, folder: str) -> Found:
-    return function_of(load_model(config(Path(path), sharding="zero3", offload="nvme", offload_folder=folder), ranks))
+    return function_of(
+        load_model(ModelSource(config(Path(path), sharding="zero3", offload="nvme", offload_folder=folder)), ranks)
+    )
 
 
 def can_read_disks(ranks: Ranks) -> bool:
@@ -196,7 +199,7 @@ def test_weights_on_disk_under_zero3(checkpoint, one_process, tmp_path) -> None:
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_weights_on_disk_under_a_device_map(checkpoint, one_process, tmp_path, model_type: str) -> None:
     options = {"sharding": "device_map", "max_memory": {"cpu": "150KB"}, "offload_folder": str(tmp_path / "off")}
-    moe = load_model(config(checkpoint(model_type), **options))
+    moe = load_model(ModelSource(config(checkpoint(model_type), **options)))
     assert any(weight.is_meta for weight in moe.language_model.parameters())
     assert moe.device == torch.device("cpu") and not moe.splits_examples
     found = function_of(moe)
@@ -206,7 +209,7 @@ def test_weights_on_disk_under_a_device_map(checkpoint, one_process, tmp_path, m
 
 
 def test_a_device_map_without_limits_keeps_all_in_memory(checkpoint, one_process) -> None:
-    moe = load_model(config(checkpoint("mixtral"), sharding="device_map"))
+    moe = load_model(ModelSource(config(checkpoint("mixtral"), sharding="device_map")))
     assert all(is_whole(weight) for weight in moe.language_model.parameters())
     assert torch.equal(function_of(moe)["merged"], one_process("mixtral")["merged"])
 
@@ -223,27 +226,27 @@ def test_experts_that_ranks_cannot_divide_are_refused_before_weights_are_read(tm
     tiny_model("mixtral", intermediate_size=15).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="15 wide, which 2 does not divide") as caught:
-        load_model(config(tmp_path, sharding="tensor_parallel"), Ranks(0, 2))
+        load_model(ModelSource(config(tmp_path, sharding="tensor_parallel")), Ranks(0, 2))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sharding", ["single", "device_map"])
 def test_ranks_need_a_sharding_that_divides_the_model(checkpoint, sharding: str) -> None:
     with pytest.raises(ConfigError, match=f"got '{sharding}', which is for one process, with 2 ranks"):
-        load_model(config(checkpoint("mixtral"), sharding=sharding), Ranks(0, 2))
+        load_model(ModelSource(config(checkpoint("mixtral"), sharding=sharding)), Ranks(0, 2))
 
 
 @pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
 def test_ranks_with_gpus_cannot_be_asked_for_the_cpu(checkpoint, monkeypatch, sharding: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=f"got 'cpu', but {sharding} takes the GPUs"):
-        load_model(config(checkpoint("mixtral"), sharding=sharding), Ranks(0, 2))
+        load_model(ModelSource(config(checkpoint("mixtral"), sharding=sharding)), Ranks(0, 2))
 
 
 def test_zero3_without_deepspeed_says_what_to_install(checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install moe_evo\[deepspeed\]"):
-        load_model(config(checkpoint("mixtral"), sharding="zero3"), Ranks(0, 2))
+        load_model(ModelSource(config(checkpoint("mixtral"), sharding="zero3")), Ranks(0, 2))
 
 
 def test_zero3_needs_to_know_the_dtype(checkpoint, tmp_path) -> None:
@@ -252,7 +255,7 @@ def test_zero3_needs_to_know_the_dtype(checkpoint, tmp_path) -> None:
     raw.pop("dtype")
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=r"config\.json names no dtype"):
-        load_model(config(folder, sharding="zero3"), Ranks(0, 2))
+        load_model(ModelSource(config(folder, sharding="zero3")), Ranks(0, 2))
 
 
 def test_attention_is_whole_on_each_rank_where_heads_cannot_be_divided() -> None:

@@ -29,6 +29,7 @@ from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure, Outcome
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder, resumed_config
 from moe_evo.records.journal import Journal
 from moe_evo.report.terminal import print_run
@@ -52,7 +53,7 @@ UNOBSERVED = replace(CONFIG, selection=replace(CONFIG.selection, baselines=[]))
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
     data = check_tasks(CONFIG.tasks)
-    return open_pool.load_evaluator(CONFIG.model, data, CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(ModelSource(CONFIG.model), data, CONFIG.evaluation, TerminalTracker())
 
 
 @pytest.fixture

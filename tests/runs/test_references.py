@@ -24,6 +24,7 @@ from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.genomes.population import Candidate
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.runs import open_pool
@@ -43,7 +44,9 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return open_pool.load_evaluator(CONFIG.model, check_tasks(CONFIG.tasks), CONFIG.evaluation, TerminalTracker())
+    return open_pool.load_evaluator(
+        ModelSource(CONFIG.model), check_tasks(CONFIG.tasks), CONFIG.evaluation, TerminalTracker()
+    )
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from rich.console import Console
 from tracked_runs import CONFIG, Record, SomeFail, search
 from wandb_stand_in import KEY
 
+from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.runs import open_pool
 from moe_evo.tasks.data import check_tasks
@@ -19,7 +20,7 @@ from moe_evo.tracking.terminal import TerminalTracker
 def evaluator() -> SomeFail:
     data = check_tasks(CONFIG.tasks)
     quiet = TerminalTracker(Console(file=io.StringIO()))
-    return SomeFail(open_pool.load_evaluator(CONFIG.model, data, CONFIG.evaluation, quiet))
+    return SomeFail(open_pool.load_evaluator(ModelSource(CONFIG.model), data, CONFIG.evaluation, quiet))
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.families import Family
-from moe_evo.models.load import checkpoint_source, read_family, read_transformers_config
+from moe_evo.models.source import ModelSource
 from moe_evo.models.transformers_border import (
     LIBRARY_ERRORS,
     attention_implementation,
@@ -128,26 +127,16 @@ class ModelSize:
         return sum(weight.size for weight in self.weights)
 
 
-def read_config(config: ModelConfig) -> tuple[Family, Any]:
-    """Family and transformers config of a model that moe_evo can load; raises ModelError."""
-    source = checkpoint_source(config.path)
-    family = read_family(config, source)
-    transformers_config = read_transformers_config(config, source)
-    family.shape(transformers_config)
-    return family, transformers_config
-
-
-def read_size(config: ModelConfig, ranks: int) -> ModelSize:
+def read_size(source: ModelSource, ranks: int) -> ModelSize:
     """The size of the model that `load_model` would load, from config.json; raises ModelError."""
-    family, transformers_config = read_config(config)
-    if config.dtype == "auto":
-        dtype = transformers_config.dtype or _first_dtype(checkpoint_source(config.path))
+    if source.config.dtype == "auto":
+        dtype = source.transformers_config.dtype or _first_dtype(source.location)
     else:
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, source.config.dtype)
     try:
-        return size_of(family, transformers_config, dtype, ranks)
+        return size_of(source.family, source.transformers_config, dtype, ranks)
     except LIBRARY_ERRORS as error:
-        raise ModelError(f"{config.path}: config.json cannot be used ({one_line(error)})") from error
+        raise ModelError(f"{source.config.path}: config.json cannot be used ({one_line(error)})") from error
 
 
 def size_of(family: Family, transformers_config: Any, dtype: torch.dtype, ranks: int) -> ModelSize:

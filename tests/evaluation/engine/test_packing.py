@@ -25,6 +25,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.models.load import load_model
 from moe_evo.models.ranks import ALONE, Ranks
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.data import read_task
 from moe_evo.tasks.registry import build_task
@@ -185,7 +186,7 @@ def test_on_the_cpu_nothing_is_measured_unless_it_is_asked_for(tmp_path: Path) -
 
 def packed_by_rank(ranks: Ranks, folder: str, sharding: str) -> tuple[list[float], dict[Hashable, int]]:
     """Fitness and choices on a rank whose clock is quick with large packs on rank 0, and with small ones on others."""
-    moe = load_model(ModelConfig(path=f"{folder}/model", device="cpu", sharding=sharding), ranks)
+    moe = load_model(ModelSource(ModelConfig(path=f"{folder}/model", device="cpu", sharding=sharding)), ranks)
     clock = Clock()
     tick(moe, clock, 1000.0 if ranks.rank == 0 else 0.0)
     names = ("texts", "write") if sharding == "tensor_parallel" else ("write",)
@@ -198,7 +199,7 @@ def packed_by_rank(ranks: Ranks, folder: str, sharding: str) -> tuple[list[float
 
 
 def packed_apart(ranks: Ranks, folder: str, pack_tokens: int) -> list[float]:
-    moe = load_model(ModelConfig(path=f"{folder}/model", device="cpu", sharding="zero3"), ranks)
+    moe = load_model(ModelSource(ModelConfig(path=f"{folder}/model", device="cpu", sharding="zero3")), ranks)
     task = build_task(read_task(TaskConfig(data=f"{folder}/write", max_new_tokens=3)), moe.tokenizer, 64)
     evaluator = Evaluator(moe, [task], EvaluationConfig(pack_tokens=pack_tokens))
     return [fitness_of(outcome) for outcome in evaluator.evaluate(population(moe)[:6], "search")]

@@ -22,6 +22,7 @@ from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.population import Evaluation
 from moe_evo.models.forward import key_values, layer_halves
 from moe_evo.models.ranks import Ranks
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.tasks.data import check_tasks
@@ -177,7 +178,9 @@ def messages_of(texts: str, **options: Any) -> Sequence[str]:
     told: list[str] = []
     moe = MoEModel(tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True))
     config = replace(ScoringConfig(tasks=[TaskConfig(data=texts)]), evaluation=EvaluationConfig(**options))
-    with open_pool(config, check_tasks(config.tasks), SimpleNamespace(message=told.append), model=moe):
+    with open_pool(
+        config, ModelSource(config.model), check_tasks(config.tasks), SimpleNamespace(message=told.append), model=moe
+    ):
         return told
 
 

@@ -16,7 +16,8 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.models.experts.alignment import align_neurons, alignment_of
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment, save_alignment
 from moe_evo.models.export.export import export_checkpoint
-from moe_evo.models.load import load_model, model_hash
+from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 
@@ -133,7 +134,7 @@ def test_prunings_align_nothing():
 
 
 def test_an_aligned_merge_is_exported_as_it_was_evaluated(tmp_path):
-    moe = load_model(ModelConfig(path=saved(tmp_path), device="cpu", self_check=False))
+    moe = load_model(ModelSource(ModelConfig(path=saved(tmp_path), device="cpu", self_check=False)))
     genome = halves(moe)
     align_neurons(moe, alignment_of(moe, genome))
     report = export_checkpoint(moe, genome, tmp_path / "small", provenance={})
@@ -149,19 +150,19 @@ def saved(folder, family="mixtral", **changes):
 def aligned(tmp_path):
     """A config, the genome, the model aligned in memory, and the file of its alignment."""
     config = ModelConfig(path=saved(tmp_path), device="cpu")
-    moe = load_model(config)
+    moe = load_model(ModelSource(config))
     genome = halves(moe)
     permutations = alignment_of(moe, genome)
     align_neurons(moe, permutations)
     file = tmp_path / "alignment.safetensors"
-    save_alignment(file, Alignment(model_hash(config), permutations))
+    save_alignment(file, Alignment(ModelSource(config).hash, permutations))
     return config, genome, moe, file
 
 
 def test_a_merge_with_an_alignment_at_load_equals_one_aligned_in_memory_bit_for_bit(aligned):
     config, genome, moe, file = aligned
-    loaded = load_model(ModelConfig(path=config.path, device="cpu", alignment=str(file)))
-    plain = load_model(config)
+    loaded = load_model(ModelSource(ModelConfig(path=config.path, device="cpu", alignment=str(file))))
+    plain = load_model(ModelSource(config))
     found = []
     for one in (moe, loaded, plain):
         with one.applied(genome):
@@ -172,15 +173,17 @@ def test_a_merge_with_an_alignment_at_load_equals_one_aligned_in_memory_bit_for_
 def test_another_alignment_is_another_model(aligned):
     config, _, moe, file = aligned
     other = file.with_name("other.safetensors")
-    save_alignment(other, Alignment(model_hash(config), random_permutations(moe)))
-    hashes = {model_hash(ModelConfig(path=config.path, alignment=one and str(one))) for one in (None, file, other)}
+    save_alignment(other, Alignment(ModelSource(config).hash, random_permutations(moe)))
+    hashes = {
+        ModelSource(ModelConfig(path=config.path, alignment=one and str(one))).hash for one in (None, file, other)
+    }
     assert len(hashes) == 3
 
 
 def test_an_alignment_survives_its_file(aligned):
     config, genome, _, file = aligned
-    known_as = model_hash(config)
-    plain = load_model(config)
+    known_as = ModelSource(config).hash
+    plain = load_model(ModelSource(config))
     expected = alignment_of(plain, genome)
     found = load_alignment(file, known_as)
     assert found.model_hash == known_as and found.digest == Alignment(known_as, expected).digest
@@ -197,7 +200,7 @@ def refusal(function, *arguments):
 
 def test_files_that_are_no_alignment_of_this_model_are_refused_in_one_line(aligned, tmp_path):
     config, _, _, file = aligned
-    known_as = model_hash(config)
+    known_as = ModelSource(config).hash
     assert "cannot be read" in refusal(load_alignment, tmp_path / "none", known_as)
     assert "alignment of the model " in refusal(load_alignment, file, "another")
     (tmp_path / "text").write_text("hello, this is a text that is no file of tensors")
@@ -227,9 +230,9 @@ def test_an_alignment_of_another_shape_is_refused_before_anything_is_changed(ali
     assert "(8, 25), the model has 3 of (8, 24)" in refusal(align_neurons, moe, wider)
     for old, new in zip(before, tensors_of(moe), strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old)
-    save_alignment(tmp_path / "wide.safetensors", Alignment(model_hash(config), wider))
+    save_alignment(tmp_path / "wide.safetensors", Alignment(ModelSource(config).hash, wider))
     wide = ModelConfig(path=config.path, device="cpu", self_check=False, alignment=str(tmp_path / "wide.safetensors"))
-    assert "(8, 25), the model has 3 of (8, 24)" in refusal(load_model, wide)
+    assert "(8, 25), the model has 3 of (8, 24)" in refusal(load_model, ModelSource(wide))
 
 
 def test_experts_that_are_elsewhere_are_refused_in_one_line():

@@ -24,6 +24,7 @@ from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.export.model_card import model_card
 from moe_evo.models.export.pruned import load_pruned
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 PROVENANCE = {"base_model": "tiny/random", "search": {"algorithm": "eep", "seed": 0}, "test accuracy": 0.5}
@@ -69,7 +70,7 @@ def test_lower_top_k_is_exported(moe: MoEModel, tmp_path: Path) -> None:
 
 
 def test_dtype_is_the_one_that_was_evaluated(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    moe = load_model(ModelConfig(path=str(checkpoint("mixtral")), device="cpu", dtype="bfloat16"))
+    moe = load_model(ModelSource(ModelConfig(path=str(checkpoint("mixtral")), device="cpu", dtype="bfloat16")))
     genome = random_merge(moe.shape, 4)
     report = export_checkpoint(moe, genome, tmp_path / "small", provenance={})
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
@@ -83,13 +84,13 @@ def test_dtype_is_the_one_that_was_evaluated(checkpoint: Callable[[str], Path], 
 def test_exported_embedded_model_brings_tokenizer_and_generation_config(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    moe = load_model(ModelConfig(device="cpu"))
+    moe = load_model(ModelSource(ModelConfig(device="cpu")))
     export_checkpoint(moe, random_pruning(moe.shape, 4), tmp_path / "small", provenance=PROVENANCE)
     assert capfd.readouterr() == ("", "")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     assert tokenizer("good film").input_ids == moe.tokenizer("good film").input_ids
     assert (tmp_path / "small" / "generation_config.json").is_file()
-    again = load_model(ModelConfig(path=str(tmp_path / "small"), device="cpu"))
+    again = load_model(ModelSource(ModelConfig(path=str(tmp_path / "small"), device="cpu")))
     assert again.shape.num_experts == (4, 4, 4, 4)
 
 

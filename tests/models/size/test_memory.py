@@ -28,6 +28,7 @@ from moe_evo.models.size.memory import (
     tensor_parallel_bytes,
 )
 from moe_evo.models.size.size import ModelSize, read_size, size_of
+from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
 
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -73,7 +74,7 @@ def test_the_parameters_of_published_models_are_the_published_ones(model_type: s
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_sizes_are_those_of_the_loaded_model(model_type: str, checkpoint: Callable[[str], Path]) -> None:
-    size = read_size(ModelConfig(path=str(checkpoint(model_type))), 1)
+    size = read_size(ModelSource(ModelConfig(path=str(checkpoint(model_type)))), 1)
     state = tiny_model(model_type).state_dict()
     distinct = {tensor.data_ptr(): tensor for tensor in state.values()}.values()
     assert size.parameters == sum(tensor.numel() for tensor in distinct)
@@ -92,7 +93,7 @@ def test_tensors_that_the_library_keeps_in_float32_count_as_such(
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     distinct = {tensor.data_ptr(): tensor for tensor in loaded.state_dict().values()}.values()
     expected = sum(tensor.numel() * tensor.element_size() for tensor in distinct)
-    assert read_size(ModelConfig(path=path, dtype=dtype), 1).size == expected
+    assert read_size(ModelSource(ModelConfig(path=path, dtype=dtype)), 1).size == expected
 
 
 def test_a_config_without_a_dtype_takes_that_of_the_weights(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_config_without_a_dtype_takes_that_of_the_weights(tmp_path: Path) -> N
     file = tmp_path / "config.json"
     lines = [line for line in file.read_text().splitlines() if '"dtype"' not in line]
     file.write_text("\n".join(lines))
-    assert read_size(ModelConfig(path=str(tmp_path)), 1).dtype == "bfloat16"
+    assert read_size(ModelSource(ModelConfig(path=str(tmp_path))), 1).dtype == "bfloat16"
 
 
 def test_a_config_from_which_no_model_can_be_built_is_a_model_error(checkpoint: Callable[[str], Path]) -> None:
@@ -111,7 +112,7 @@ def test_a_config_from_which_no_model_can_be_built_is_a_model_error(checkpoint: 
     text = (path / "config.json").read_text().replace('"hidden_act": "silu"', '"hidden_act": "sliu"')
     (broken / "config.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be used"):
-        read_size(ModelConfig(path=str(broken)), 1)
+        read_size(ModelSource(ModelConfig(path=str(broken))), 1)
 
 
 def _sharded_bytes(rank: int, folder: Path) -> None:

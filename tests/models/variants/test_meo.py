@@ -17,6 +17,7 @@ from moe_evo.errors import ConfigError, ExportError
 from moe_evo.models.experts.outputs import observed_experts
 from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.variants import meo
 from moe_evo.models.view import MoEModel
 
@@ -120,7 +121,7 @@ def gang_logits(ranks, folder, sharding):
     found = []
     for family in ("mixtral", "gpt_oss"):
         config = ModelConfig(path=f"{folder}/{family}", device="cpu", sharding=sharding, experts="meo")
-        moe = load_model(config, ranks)
+        moe = load_model(ModelSource(config), ranks)
         with moe.applied(random_merge(moe.shape, 4)):
             found.append(logits(moe.language_model, tokens()).numpy())
         found.append(logits(moe.language_model, tokens()).numpy())
@@ -132,7 +133,8 @@ def test_ranks_together_compute_what_one_process_computes(tmp_path, sharding):
     for family in ("mixtral", "gpt_oss"):
         tiny_model(family).save_pretrained(tmp_path / family)
     moe = [
-        load_model(ModelConfig(path=str(tmp_path / one), device="cpu", experts="meo")) for one in ("mixtral", "gpt_oss")
+        load_model(ModelSource(ModelConfig(path=str(tmp_path / one), device="cpu", experts="meo")))
+        for one in ("mixtral", "gpt_oss")
     ]
     expected = []
     for one in moe:
@@ -145,7 +147,7 @@ def test_ranks_together_compute_what_one_process_computes(tmp_path, sharding):
 
 
 def test_no_checkpoint_is_made_of_it(tmp_path, capsys):
-    moe = load_model(ModelConfig(device="cpu", self_check=False, experts="meo"))
+    moe = load_model(ModelSource(ModelConfig(device="cpu", self_check=False, experts="meo")))
     with pytest.raises(ExportError, match=r"model\.experts: got 'meo', which merges experts anew for every token"):
         export_checkpoint(moe, moe.shape.identity(), tmp_path / "small", provenance={})
     words = ["prune", "--method", "reap", "--num_kept", "4", "--to", str(tmp_path / "small"), "--model.experts", "meo"]
@@ -157,4 +159,4 @@ def test_no_checkpoint_is_made_of_it(tmp_path, capsys):
 def test_gates_that_are_multiplied_are_refused_in_one_line(tmp_path):
     tiny_model("deepseek_v3").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"but this deepseek_v3 model multiplies its gates by 1\.5"):
-        load_model(ModelConfig(path=str(tmp_path), device="cpu", experts="meo"))
+        load_model(ModelSource(ModelConfig(path=str(tmp_path), device="cpu", experts="meo")))

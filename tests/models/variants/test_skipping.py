@@ -20,6 +20,7 @@ from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.models.experts.outputs import observed_experts
 from moe_evo.models.export.export import check_skips_nothing, export_checkpoint
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 from moe_evo.models.variants.skipping import without_second
 from moe_evo.models.view import MoEModel
 
@@ -93,10 +94,10 @@ def test_layers_may_have_thresholds_of_their_own() -> None:
 
 def test_a_loaded_model_skips_and_passes_its_self_check(checkpoint) -> None:
     config = ModelConfig(path=str(checkpoint("mixtral")), device="cpu", dynamic_skipping=BETA)
-    skipping, plain = load_model(config), load_model(replace(config, dynamic_skipping=None))
+    skipping, plain = load_model(ModelSource(config)), load_model(ModelSource(replace(config, dynamic_skipping=None)))
     assert skipping.skips_dynamically and not plain.skips_dynamically
     assert not torch.equal(logits(skipping.language_model, tokens()), logits(plain.language_model, tokens()))
-    none = load_model(replace(config, dynamic_skipping=0.0))
+    none = load_model(ModelSource(replace(config, dynamic_skipping=0.0)))
     assert torch.equal(logits(none.language_model, tokens()), logits(plain.language_model, tokens()))
 
 
@@ -126,7 +127,7 @@ def test_genomes_that_share_layers_skip_as_each_alone_does(tmp_path: Path) -> No
 def test_what_cannot_skip_is_refused_in_one_line(checkpoint) -> None:
     config = ModelConfig(path=str(checkpoint("mixtral")), device="cpu")
     with pytest.raises(ConfigError, match=r"got 2 thresholds, the model has 3 MoE layers$"):
-        load_model(replace(config, dynamic_skipping=[0.1, 0.2]))
+        load_model(ModelSource(replace(config, dynamic_skipping=[0.1, 0.2])))
     for wrong in (1.5, -0.1, [0.5, 2.0], []):
         with pytest.raises(ConfigError, match=r"^model.dynamic_skipping: got .*, expected 0 to 1$"):
             replace(config, dynamic_skipping=wrong)
@@ -136,7 +137,7 @@ def test_a_model_of_more_experts_a_token_is_refused_before_weights_are_read(tmp_
     tiny_model("mixtral", num_experts_per_tok=3).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"unreadable")
     with pytest.raises(ConfigError, match="this mixtral model uses 3 a token; use a model of two, or none"):
-        load_model(ModelConfig(path=str(tmp_path), device="cpu", dynamic_skipping=0.5))
+        load_model(ModelSource(ModelConfig(path=str(tmp_path), device="cpu", dynamic_skipping=0.5)))
 
 
 @pytest.mark.parametrize("cluster", [[], ["--cluster.address", "local"]])

@@ -1,0 +1,173 @@
+"""A model's files as they are now, described once: where they lie, family, config, tokenizer and hash.
+
+Everything that can be refused is refused from here, before weights are read. What is asked for is read when it
+is first asked for, and once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_evo.config.model import ModelConfig
+from moe_evo.errors import ModelError
+from moe_evo.genomes.space import ModelShape
+from moe_evo.models.experts.alignment_file import Alignment, load_alignment
+from moe_evo.models.families import Family, family_of
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
+
+
+class ModelSource:
+    """What `config.path` points to.
+
+    location: a local folder, or a Hugging Face name. family: as config.json tells. Raises ModelError where there
+    is no checkpoint that moe_evo can load; so do the properties, for files that cannot be used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.location = _location(config.path)
+        self._config_file = _config_file(config, self.location)
+        self.family = _family(self._config_file, self.location)
+
+    @cached_property
+    def transformers_config(self) -> Any:
+        """What transformers makes of config.json."""
+        try:
+            with quiet():
+                # a family's config and model are the library's own, also where the checkpoint brings code
+                return transformers.AutoConfig.from_pretrained(
+                    self.location, revision=self.config.revision, trust_remote_code=False
+                )
+        except LIBRARY_ERRORS as error:
+            raise ModelError(f"{self.location}: config.json cannot be used ({one_line(error)})") from error
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's MoE layers."""
+        return self.family.shape(self.transformers_config)
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the router divides the chosen gate weights by their sum."""
+        return self.family.renormalises(self.transformers_config)
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """None where a folder has none."""
+        if isinstance(self.location, Path) and not any((self.location / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            with quiet():
+                return transformers.AutoTokenizer.from_pretrained(
+                    self.location,
+                    config=self.transformers_config,  # or the library reads config.json again, with the code beside it
+                    revision=self.config.revision,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+        except LIBRARY_ERRORS as error:
+            raise ModelError(f"{self.location}: the tokenizer cannot be loaded ({one_line(error)})") from error
+
+    @cached_property
+    def alignment(self) -> Alignment | None:
+        """The order of neurons that `config.alignment` names; raises ModelError for a file of another model."""
+        return None if self.config.alignment is None else load_alignment(self.config.alignment, self._stored_hash)
+
+    @property
+    def alignment_digest(self) -> str | None:
+        """Tells alignments apart; None for a model that is not aligned."""
+        return None if self.alignment is None else self.alignment.digest
+
+    @property
+    def hash(self) -> str:
+        """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
+
+        That covers config.json and the tokenizer's files whole, and a sample of every safetensors file (see
+        `_sample`): other training changes it, an edit of a few rows of a large file may go unseen. An alignment is
+        part of it, as the same merge means something else under another.
+        """
+        return self._stored_hash if self.alignment is None else f"{self._stored_hash}+aligned:{self.alignment.digest}"
+
+    @cached_property
+    def _stored_hash(self) -> str:
+        """Of the model without any alignment."""
+        if not isinstance(self.location, Path):
+            return f"{self.location}@{self._config_file.parent.name}"
+        content = hashlib.sha256()
+        patterns = (*_TOKENIZER_FILES, *_BESIDE_TOKENIZER)
+        beside = sorted(file for pattern in patterns for file in self.location.glob(pattern) if file.is_file())
+        for file in (self._config_file, *beside):
+            content.update(f"{file.name}:{file.stat().st_size}:".encode())
+            content.update(file.read_bytes())
+        for file in sorted(self.location.glob("*.safetensors")):
+            content.update(f"{file.name}:{file.stat().st_size}:".encode())
+            for block in _sample(file):
+                content.update(block)
+        return content.hexdigest()
+
+
+def _location(path: str) -> Path | str:
+    """Where `model.path` points: a local folder, or else a Hugging Face name; raises ModelError for neither."""
+    if path == "embedded":
+        path = str(importlib.resources.files("moe_evo") / "data" / "model")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    is_local = folder.exists() or folder.is_absolute() or path.startswith((".", "~"))
+    if is_local or folder.parent.is_dir() or path.count("/") != 1:
+        raise ModelError(f"{path}: no such folder; give a checkpoint folder or a Hugging Face name owner/model")
+    return path
+
+
+def _config_file(config: ModelConfig, location: Path | str) -> Path:
+    if isinstance(location, Path):
+        file = location / "config.json"
+        if not file.is_file():
+            raise ModelError(f"{location}: has no config.json; give the folder of a transformers checkpoint")
+        return file
+    try:
+        with quiet():
+            return Path(str(cached_file(location, "config.json", revision=config.revision)))
+    except LIBRARY_ERRORS as error:
+        raise ModelError(
+            f"{location}: no such folder, and not found on Hugging Face either ({one_line(error)})"
+        ) from error
+
+
+def _family(config_file: Path, location: Path | str) -> Family:
+    """The family that config.json tells; raises ModelError where moe_evo cannot load it, or has no weights to."""
+    try:
+        raw_config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config_file}: is not JSON ({one_line(error)})") from error
+    if not isinstance(raw_config, dict):
+        raise ModelError(f"{config_file}: holds {type(raw_config).__name__}, expected an object")
+    family = family_of(raw_config, str(location))
+    if isinstance(location, Path) and not any(location.glob("*.safetensors")):
+        pickled = any(location.glob("pytorch_model*.bin"))
+        found = "holds pickled weights only, which can run code" if pickled else "has no weights"
+        raise ModelError(f"{location}: {found}; moe_evo reads *.safetensors")
+    return family
+
+
+def _sample(file: Path) -> Iterator[bytes]:
+    """The first MiB, where names and shapes stand, and up to 1,024 blocks of 4 KiB spread evenly.
+
+    Other weights differ nearly everywhere, so they differ here; reading all of 90 GB would take minutes.
+    Above 5 MiB there are gaps between the blocks, and what is edited in a gap alone is not seen.
+    """
+    with file.open("rb") as stream:
+        yield stream.read(2**20)
+        for start in np.linspace(0, max(file.stat().st_size - 4096, 0), 1024, dtype=np.int64):
+            stream.seek(int(start))
+            yield stream.read(4096)
