@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "experiments" / "plugin"
-SIZES = "num_search: 8, num_validation: 4, num_test: 4"
-TASK = f"[{{data: nli, kind: generation, metric: starts_with, max_new_tokens: 3, {SIZES}}}]"
+METRICS = {"by_name": "starts_with", "by_path": "moe_evo_example.metric:starts_with"}
+COMMON = "data: nli, kind: generation, max_new_tokens: 3, num_search: 8, num_validation: 4, num_test: 4"
+TASKS = ", ".join(f"{{name: {name}, metric: '{metric}', {COMMON}}}" for name, metric in METRICS.items())
 FEW = ["--search.evaluations", "6", "--selection.finalists", "2", "--evaluation.threads", "1"]
 
 
@@ -39,7 +40,8 @@ def run(words: list[Any], site: Path, *more: Any, code: int = 0) -> subprocess.C
 
 
 def search(site: Path, folder: Path, *words: str) -> dict[str, Any]:
-    run(["-m", "moe_evo", "search", EXAMPLE / "climber.yaml", "--folder", folder, "--tasks", TASK, *FEW, *words], site)
+    own = ["--folder", folder, "--tasks", f"[{TASKS}]", *FEW]
+    run(["-m", "moe_evo", "search", EXAMPLE / "climber.yaml", *own, *words], site)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
@@ -68,16 +70,15 @@ def test_its_search_metric_and_criterion_are_used_by_their_names(alone: dict[str
     titles = ["full model", "frequency pruning", "mean_gate pruning", "climbed"]
     assert [row["title"] for row in alone["rows"]] == titles
     assert alone["search"]["algorithm"] == "climber" and alone["search"]["evaluations"] == 6
-    assert alone["tasks"][0]["metric"] == "starts_with"
-    assert "nli/starts_with" in alone["rows"][-1]["scores"]["test"]["metrics"]
+    assert {task["name"]: task["metric"] for task in alone["tasks"]} == METRICS
+    metrics = alone["rows"][-1]["scores"]["test"]["metrics"]
+    assert metrics["by_name/starts_with"] == metrics["by_path/moe_evo_example.metric:starts_with"]
 
 
-@pytest.mark.parametrize("metric", ["starts_with", "moe_evo_example.metric:starts_with"])
-def test_gangs_load_the_same_plug_ins(metric: str, site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    gang = ["--cluster.address", "local", "--cluster.num_gangs", "1"]
-    result = search(site, tmp_path / "run", "--tasks.metric", metric, *gang)
-    assert result["tasks"][0]["metric"] == metric and result["gangs"] is not None
-    assert rows(result) == rows(alone)
+@pytest.mark.timeout(600)  # starts a Ray of its own
+def test_gangs_load_the_same_plug_ins(site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    result = search(site, tmp_path / "run", "--cluster.address", "local", "--cluster.num_gangs", "1")
+    assert result["gangs"] is not None and rows(result) == rows(alone)
 
 
 def test_a_path_names_the_same_search(site: Path, alone: dict[str, Any], tmp_path: Path) -> None:
