@@ -22,7 +22,9 @@ FILE = FileKind(
     error=ObservationError,
     advice="give a file of observations that moe_evo saved",
     again="observe again",
+    older=(2,),
 )
+_FORMER_KINDS = ("LayerAnswers",)  # of version 2, which had another name for LayerAllOutputs: observed again
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,8 @@ def load_observations(path: str | os.PathLike[str], model_hash: str | None = Non
     try:
         answers = {}
         for number, told in enumerate(json.loads(metadata["answers"])):
+            if told["kind"] in _FORMER_KINDS:
+                continue
             kind = KINDS[told["kind"]]
             layers = [
                 kind(*(tensors[f"{number}.{index}.{name}"] for name in kind.names()))

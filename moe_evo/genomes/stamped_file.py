@@ -25,8 +25,8 @@ Tensors = Mapping[str, np.ndarray[Any, Any]]
 class FileKind:
     """One kind of file.
 
-    format, version: its stamp. holds: what is in it, in words. error: what is raised for another file. advice:
-    what to do then; again: what to do about another version.
+    format, version: its stamp. older: versions that are read as well. holds: what is in it, in words. error: what is
+    raised for another file. advice: what to do then; again: what to do about another version.
     """
 
     format: str
@@ -35,6 +35,7 @@ class FileKind:
     error: type[MoeEvoError]
     advice: str
     again: str
+    older: tuple[int, ...] = ()
 
     def to_bytes(self, tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
         return save_tensors(dict(tensors), {"format": self.format, "version": str(self.version), **metadata})
@@ -51,7 +52,7 @@ class FileKind:
         if metadata.pop("format", None) != self.format:
             raise self.error(f"{where}: safetensors without {self.holds} of moe_evo; {self.advice}")
         found = metadata.pop("version", None)
-        if found != str(self.version):
+        if found not in map(str, (self.version, *self.older)):
             raise self.error(
                 f"{where}: {self.holds} of version {found}, this moe_evo reads {self.version}; {self.again}"
             )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from moe_evo.criteria import observation_file
@@ -70,8 +71,24 @@ def refusal(path, *arguments) -> str:
 
 
 def test_another_version_is_refused(monkeypatch, path):
-    monkeypatch.setattr(observation_file, "FILE", replace(observation_file.FILE, version=4))
+    monkeypatch.setattr(observation_file, "FILE", replace(observation_file.FILE, version=4, older=()))
     assert refusal(path).endswith(": observations of version 3, this moe_evo reads 4; observe again")
+
+
+def test_the_version_before_is_read_but_for_what_had_another_name(path, stored):
+    answers = json.loads(read_metadata(path)["answers"])
+    former = [{**one, "kind": one["kind"].replace("LayerAllOutputs", "LayerAnswers")} for one in answers]
+    metadata = {"format": "moe_evo.observations", "version": "2", "model_hash": "abc", "answers": json.dumps(former)}
+    save_file(load_file(path), path, metadata)
+    renamed = {one["key"] for one in answers if one["kind"] == "LayerAllOutputs"}
+    assert renamed and list(load_observations(path, "abc").answers) == [
+        key for key in stored.answers if key not in renamed
+    ]
+
+
+def read_metadata(path):
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata()
 
 
 def test_another_model_is_refused(path):
