@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_evo.config.run import RunConfig
-from moe_evo.config.search import RANDOM, SearchConfig
+from moe_evo.config.search import SearchConfig
 from moe_evo.report.planned import Estimate
 from moe_evo.searches.registry import planned_phases
 
@@ -13,7 +13,7 @@ from moe_evo.searches.registry import planned_phases
 def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:
     """The most evaluations that a run makes on each split; equal genomes are not evaluated twice."""
     budget, finalists = config.search.evaluations, config.selection.finalists
-    compares_random = config.selection.random_search and config.search.algorithm != RANDOM
+    compares_random = config.selection.random_search and config.search.algorithm != "random"
     baselines = len(config.selection.baselines) if can_prune else 0
     is_merged = merges(config.search, can_prune=can_prune)
     prunes_first = any(phase.only_prunes for phase in planned_phases(config.search, can_prune=can_prune))
