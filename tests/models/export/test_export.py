@@ -170,7 +170,7 @@ def test_layers_of_different_size_go_to_our_own_loader(
     top_k: Any = [1] * last + [2] if differs == "top_k" else 2
     genome = random_merge(moe.shape, num_kept, top_k=top_k)
     report = export_checkpoint(moe, genome, tmp_path / "small", provenance=PROVENANCE)
-    assert report.loader == "moe_evo" and "moe_evo.load_pruned" in report.message
+    assert report.loader == "moe_evo" and "moe_evo.load_pruned" in (tmp_path / "small" / "README.md").read_text()
     assert report.bytes_after < report.bytes_before
     small = moe_evo.load_pruned(tmp_path / "small", device="cpu")
     expected = view_logits(moe, genome)
