@@ -52,7 +52,7 @@ class FileKind:
         if metadata.pop("format", None) != self.format:
             raise self.error(f"{where}: safetensors without {self.holds} of moe_evo; {self.advice}")
         found = metadata.pop("version", None)
-        if found not in map(str, (self.version, *self.older)):
+        if found not in [str(one) for one in (self.version, *self.older)]:
             raise self.error(
                 f"{where}: {self.holds} of version {found}, this moe_evo reads {self.version}; {self.again}"
             )
