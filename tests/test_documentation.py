@@ -50,8 +50,8 @@ def command_lines(text: str) -> Iterator[list[str]]:
 @cache
 def options(command: str) -> set[str]:
     of_tasks = {f"--tasks.{field.name}" for field in fields(TaskConfig)}
-    known = set(PARSERS[command]()._option_string_actions) | OF_EVERY_COMMAND
-    return known | of_tasks if "--tasks" in known else known
+    known = {f"--{name}" for name in PARSERS[command]().options} | OF_EVERY_COMMAND
+    return known | of_tasks | {"--tasks.help"} if "--tasks" in known else known
 
 
 def named_options(words: list[str]) -> set[str]:

@@ -47,6 +47,11 @@ class CommandParser:
         self.print_help = self._parser.print_help
         self.set_defaults = self._parser.set_defaults
 
+    @property
+    def options(self) -> frozenset[str]:
+        """The names of all options, without their dashes."""
+        return frozenset(self._types)
+
     def add_argument(self, name: str, **options: Any) -> None:
         """As `ArgumentParser.add_argument`, with one name."""
         of_choices: Any = Literal

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from moe_evo.config.run import RunConfig
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
-from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.records.result import (
     FailureFacts,
@@ -23,6 +23,9 @@ from moe_evo.records.result import (
 )
 from moe_evo.records.statistics import WinnersCurse
 from moe_evo.tasks.data import SPLITS, TaskData
+
+if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
+    from moe_evo.models.source import ModelSource
 
 
 def software_versions() -> dict[str, str]:

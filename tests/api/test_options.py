@@ -86,7 +86,6 @@ def test_one_thing_where_a_list_is_expected_and_numbers_of_numpy_are_taken() -> 
         ({"tasks": [{"name": "x"}]}, r"tasks \(x\).data: got ''"),
         ({"num_kept": "four"}, "search.num_kept: got 'four', expected a whole number or a list of whole numbers"),
         ({"num_kept": 0}, "search.num_kept: got 0, expected 1 or more"),
-        ({"algorithm": "luck"}, "search.algorithm: got 'luck', expected one of 'eep'"),
         ({"num_kept": 4, "search": {"num_kept": 5}}, "search.num_kept: got it twice"),
         ({"num_kept": 4, "search": SearchConfig()}, "search.num_kept: got it beside a whole search"),
         ({"search": {"eep": EEPConfig()}, "sigma": 0.1}, "search.eep.sigma: got it beside a whole search.eep"),
