@@ -22,7 +22,7 @@ from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
 
-_NUM_TRUNK = 8
+_PREFIX_TOKENS = 8
 
 
 def correctness(bench: Bench, record: Record) -> None:
@@ -44,9 +44,9 @@ def _of_model(bench: Bench, record: Record, label: str, options: dict[str, Any])
     model = bench.models.get(label.split(",")[0], **options)
     record.attempt(f"{label}: self-check", partial(_self_check, model))
     record.attempt(f"{label}: sharing", partial(_sharing, model))
-    for num_trunk in (0, _NUM_TRUNK):
-        what = f"halves, {num_trunk} tokens in a trunk" if num_trunk else "halves"
-        record.attempt(f"{label}: {what}", partial(_halves, model, num_trunk))
+    for prefix_tokens in (0, _PREFIX_TOKENS):
+        what = f"halves, {prefix_tokens} tokens in a shared prefix" if prefix_tokens else "halves"
+        record.attempt(f"{label}: {what}", partial(_halves, model, prefix_tokens))
     batch = batch_of(model, 64 if bench.is_small else 512, row=16 if bench.is_small else 64, num_scored=16)
     for number in (1, 4) if bench.is_small else (1, 4, 16):
         record.attempt(f"{label}: {genomes_in_words(number)}", partial(_engine_against_alone, model, batch, number))
@@ -90,30 +90,30 @@ def _sharing(model: MoEModel) -> dict[str, Any]:
     sharing = sharing_for(model, EvaluationConfig(state_cache_gib=0.0))
     return {
         "shares_layers": sharing.engine is not None,
-        "reads_trunks": sharing.engine is not None and sharing.engine.reads_trunks,
+        "reads_shared_prefixes": sharing.engine is not None and sharing.engine.reads_shared_prefixes,
         "reads_prompts": sharing.engine is not None and sharing.engine.reads_prompts,
         "switched_off": list(map(str, sharing.switched_off)),
     }
 
 
 @torch.inference_mode()
-def _halves(model: MoEModel, num_trunk: int) -> dict[str, Any]:
-    """The steps by which `sharing_for` tries halves and trunks, with the differences that it compares with its bound.
+def _halves(model: MoEModel, prefix_tokens: int) -> dict[str, Any]:
+    """The steps by which `sharing_for` tries halves and shared prefixes, with the differences that it bounds.
 
     relative: halves of layers, masked, against the stock forward without a mask. against_masked: against the stock
     forward with that mask, as the check has it. masked_against_stock: what the mask alone makes of the stock forward.
     """
     tokens = model.random_tokens()
-    tokens[:, :num_trunk] = tokens[:1, :num_trunk].clone()
+    tokens[:, :prefix_tokens] = tokens[:1, :prefix_tokens].clone()
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     ones = torch.ones_like(tokens)
     masks = model.attention_masks(place, ones * tokens.shape[1], ones)
     options: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
-    stock = model.language_model(**options).logits[:, num_trunk:].flatten(0, 1)
-    masked = model.language_model(**options, attention_mask=masks, position_ids=place).logits[:, num_trunk:]
+    stock = model.language_model(**options).logits[:, prefix_tokens:].flatten(0, 1)
+    masked = model.language_model(**options, attention_mask=masks, position_ids=place).logits[:, prefix_tokens:]
     masked = masked.flatten(0, 1)
     found: list[Tensor] = []
-    batch = _behind_trunk(tokens, num_trunk)
+    batch = _behind_shared_prefix(tokens, prefix_tokens)
     engine_run(engine_of(model), batch, [model.shape.identity()], 1, lambda _, logits: found.append(logits))
     return {
         "relative": relative_difference(found[0], stock),
@@ -124,15 +124,15 @@ def _halves(model: MoEModel, num_trunk: int) -> dict[str, Any]:
     }
 
 
-def _behind_trunk(tokens: Tensor, num_trunk: int) -> ForwardBatch:
-    """All tokens (B, T) scored, the first so many of them in a trunk."""
-    own = tokens[:, num_trunk:]
+def _behind_shared_prefix(tokens: Tensor, prefix_tokens: int) -> ForwardBatch:
+    """All tokens (B, T) scored, the first so many of them in a shared prefix."""
+    own = tokens[:, prefix_tokens:]
     node = torch.arange(own.shape[1], device=tokens.device).expand_as(own)
     ones = torch.ones_like(own)
     return ForwardBatch(
-        own, node + num_trunk, ones * own.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
+        own, node + prefix_tokens, ones * own.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
         np.zeros(len(own), dtype=np.int64), np.zeros((len(own), 1), dtype=np.int64),
-        trunk=tuple(tokens[0, :num_trunk].tolist()),
+        shared_prefix=tuple(tokens[0, :prefix_tokens].tolist()),
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _engine_against_alone(model: MoEModel, batch: ForwardBatch, number: int) -> 
 
 def _first_rows(batch: ForwardBatch, number: int) -> ForwardBatch:
     """The first rows of a batch whose rows all score equally many tokens."""
-    first = {name: part[:number] for name, part in vars(batch).items() if name != "trunk"}
+    first = {name: part[:number] for name, part in vars(batch).items() if name != "shared_prefix"}
     return replace(batch, **first)
 
 

@@ -68,7 +68,7 @@ def prompts(model: MoEModel, num_rows: int, length: int, new_tokens: int) -> Gen
     """Random tokens that have nothing in common; every row is generated to its full length."""
     words = np.random.default_rng(8).integers(3, model.language_model.config.vocab_size, (num_rows, length))
     rows = [Row(number, tuple(tokens.tolist()), length - 1) for number, tokens in enumerate(words)]
-    limits = BatchLimits(num_rows * (length + new_tokens), 1, trunk=())
+    limits = BatchLimits(num_rows * (length + new_tokens), 1, shared_prefix=())
     (batch,) = generate_batches(rows, limits, new_tokens, "")
     return batch.to(model.device)
 

@@ -95,7 +95,7 @@ def _mode(
     fits = None if device_bytes is None or refusal else needed <= device_bytes
     limit = config.model.merged_cache_gib
     budget = None if device_bytes is None else (device_bytes - memory.device) // 2  # the cache's own default
-    room = budget if limit is None else int(limit * 2**30)
+    cache_bytes = budget if limit is None else int(limit * 2**30)
     return {
         "sharding": sharding,
         "offload": offload,
@@ -108,7 +108,7 @@ def _mode(
         "merged_bytes": merged,
         "needed_bytes": needed,
         "fits": fits,
-        "merged_fit": None if room is None else merged <= room,
+        "merged_fit": None if cache_bytes is None else merged <= cache_bytes,
         "refusal": refusal,
     }
 

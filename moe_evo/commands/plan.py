@@ -1,6 +1,6 @@
 """What a run would take, told before weights are read: sizes, memory a rank, gangs, time, and all that is wrong.
 
-`plan` answers with plain data. Gangs are counted in a `ClusterRoom` that the caller brings, and the
+`plan` answers with plain data. Gangs are counted in a `ClusterCapacity` that the caller brings, and the
 time of an evaluation is measured by a function of the caller's, so nothing here knows Ray.
 """
 
@@ -20,7 +20,7 @@ from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig
 from moe_evo.config.search import RANDOM, SearchConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
-from moe_evo.gangs.capacity import ClusterRoom, gangs_that_fit
+from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths
@@ -40,13 +40,13 @@ _CALIBRATIONS = 3
 def plan(
     config: RunConfig,
     *,
-    room: ClusterRoom | None = None,
+    capacity: ClusterCapacity | None = None,
     memory_gib: float | None = None,
     calibrate: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
     """Everything that can be known of a run before it starts, as plain data; raises no MoeEvoError.
 
-    room: the cluster's nodes, where there is a cluster. memory_gib: memory of the device of one rank;
+    capacity: the cluster's nodes, where there is a cluster. memory_gib: memory of the device of one rank;
     default: what is free here, for a run in this process. calibrate: measures the seconds that one
     evaluation on the search split takes on one gang; called where nothing is wrong.
 
@@ -66,7 +66,7 @@ def plan(
         "search": None if space is None else _search_facts(config, space),
         "memory": None if size is None else planned_memory(config, data, size, space, device_bytes, problems, notes),
         "checkpoint": None if size is None or space is None else _checkpoint(size, space),
-        "cluster": None if room is None else _cluster(config, room, problems, notes),
+        "cluster": None if capacity is None else _cluster(config, capacity, problems, notes),
         "estimate": None,
         "problems": problems,
         "notes": notes,
@@ -91,13 +91,13 @@ def planned(
         raise ConfigError(f"memory_gib: got {memory_gib:g}, expected more than 0")
     if config.cluster.address is None:
         return plan(config, memory_gib=memory_gib, calibrate=_stopwatch(config, tracker) if calibrate else None)
-    from moe_evo.gangs.connection import cluster_room, connected
+    from moe_evo.gangs.connection import cluster_capacity, connected
 
     try:
         with connected(config.cluster.address):
-            room = cluster_room(config.model, config.cluster)
+            capacity = cluster_capacity(config.model, config.cluster)
             measure = _stopwatch(config, tracker) if calibrate else None
-            return plan(config, room=room, memory_gib=memory_gib, calibrate=measure)
+            return plan(config, capacity=capacity, memory_gib=memory_gib, calibrate=measure)
     except ClusterError as error:
         answer = plan(config, memory_gib=memory_gib)
         return {**answer, "problems": [*answer["problems"], str(error)]}
@@ -302,20 +302,24 @@ def _checkpoint(size: ModelSize, space: SearchSpace) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": total, "loader": "transformers" if is_uniform else "moe_evo"}
 
 
-def _cluster(config: RunConfig, room: ClusterRoom, problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: list[str], notes: list[str]) -> dict[str, Any]:
     """Gangs that fit on the whole cluster, and on what is free of it now; `gangs` is how many would run."""
     cluster, ranks = config.cluster, 1 if config.model.sharding == "device_map" else config.cluster.gang_size
     whole, free = (
-        gangs_that_fit(room.nodes, room.bundle, ranks, cluster.strategy, cluster.labels, of=of)
+        gangs_that_fit(capacity.nodes, capacity.bundle, ranks, cluster.strategy, cluster.labels, of=of)
         for of in ("total", "available")
     )
-    amounts = ", ".join(f"{name} {amount:g}" for name, amount in room.bundle.items())
+    amounts = ", ".join(f"{name} {amount:g}" for name, amount in capacity.bundle.items())
     labels = f" on nodes with {cluster.labels}" if cluster.labels else ""
     needs = f"{ranks} x ({amounts}){labels}, {cluster.strategy}"
     if whole == 0:
-        (notes if room.can_grow else problems).append(
-            f"cluster: no gang of {needs} fits on the {len(room.nodes)} nodes; "
-            + ("the run waits for larger ones" if room.can_grow else "change cluster.gang_size, resources or labels")
+        (notes if capacity.can_grow else problems).append(
+            f"cluster: no gang of {needs} fits on the {len(capacity.nodes)} nodes; "
+            + (
+                "the run waits for larger ones"
+                if capacity.can_grow
+                else "change cluster.gang_size, resources or labels"
+            )
         )
     elif free == 0:
         notes.append(f"cluster: all of it is busy; {whole} gangs of {needs} fit when it is free")
@@ -323,7 +327,7 @@ def _cluster(config: RunConfig, room: ClusterRoom, problems: list[str], notes: l
         notes.append(f"cluster.num_gangs: asks for {cluster.num_gangs}, {free} fit now and {whole} when all is free")
     wanted = whole if cluster.num_gangs == "auto" else min(cluster.num_gangs, whole)
     return {
-        "nodes": len(room.nodes),
+        "nodes": len(capacity.nodes),
         "needs": needs,
         "gangs_free": free,
         "gangs_whole": whole,

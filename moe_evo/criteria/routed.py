@@ -22,7 +22,7 @@ from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, L
 from moe_evo.models.experts.outputs import observed_experts, residual_streams
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch
-from moe_evo.tasks.rank_share import share_of
+from moe_evo.tasks.rank_share import rank_share
 from moe_evo.tasks.task import Task
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def _observed(evaluator: Observed, question: OfPrompts, make: Callable[[MoEModel
         stack.enter_context(collector.watching(moe, question.layer))
         for batch, collector.times in prompts(evaluator, question.task, question.split, question.part):
             evaluator.forward(batch)
-    layers = [reduce(add, of_ranks) for of_ranks in zip(*moe.share.gather(collector.layers()), strict=True)]
+    layers = [reduce(add, of_ranks) for of_ranks in zip(*moe.example_ranks.gather(collector.layers()), strict=True)]
     return Observation(tuple(layers if question.layer is None else [layers[question.layer]]))
 
 
@@ -110,11 +110,11 @@ def prompts(
     The second is (T,) whole numbers, 0 for what does not count: padding, and batches that only keep this
     rank in step with the others. part: (i, n) for the i-th of n parts of the examples.
     """
-    ranks = evaluator.model.share
+    ranks = evaluator.model.example_ranks
     (task,) = (one for one in evaluator.tasks if one.name == task_name)
     make = partial(task.prompt_batches, split, batch_tokens=evaluator.batch_tokens, trees=evaluator.model.reads_trees)
     place, num_parts = part or (0, 1)
-    share = share_of(ranks.rank, ranks.size, task.numbers(split)[place::num_parts], make)
+    share = rank_share(ranks.rank, ranks.size, task.numbers(split)[place::num_parts], make)
     for position, batch in enumerate(share.batches):
         placed = batch.to(evaluator.model.device)
         times = placed.counts if position < share.num_counted else torch.zeros_like(placed.counts)

@@ -33,7 +33,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleSco
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
-from moe_evo.tasks.rank_share import share_of
+from moe_evo.tasks.rank_share import rank_share
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 
@@ -163,7 +163,7 @@ class Evaluator:
                 break
             chosen = [genomes[number] for number in racing]
             own = self.within_memory(partial(self._reports, chosen, split, indices, part))
-            for of_rank in self.model.share.gather(own):
+            for of_rank in self.model.example_ranks.gather(own):
                 for number, found in zip(racing, of_rank, strict=True):
                     reports[number].append(found)
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
@@ -214,7 +214,7 @@ class Evaluator:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits (M, V) of whatever function the model computes at the moment."""
-        assert not batch.trunk, "only an engine reads trunks"
+        assert not batch.shared_prefix, "only an engine reads shared prefixes"
         self._memory.note(batch)
         logits: Tensor = self.model.language_model(
             input_ids=batch.input_ids,
@@ -298,7 +298,7 @@ class Evaluator:
         for number, genome in enumerate(genomes):
             by_top_k.setdefault(genome.top_k, []).append(number)
         # ranks whose examples differ still have to generate equally often
-        num_tokens = max(self.model.share.gather(batch.num_tokens))
+        num_tokens = max(self.model.example_ranks.gather(batch.num_tokens))
         for numbers in by_top_k.values():
             kind = ("generate", size_class(num_tokens), all(genomes[number].is_pruning for number in numbers))
             while numbers:
@@ -324,10 +324,16 @@ class Evaluator:
         return self._whole[split]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
-        ranks = self.model.share
-        trunks = self._engine is not None and self._engine.reads_trunks
-        make = partial(task.batches, split, batch_tokens=self.batch_tokens, trees=self.model.reads_trees, trunks=trunks)
-        share = share_of(ranks.rank, ranks.size, task.numbers(split, indices), make)
+        ranks = self.model.example_ranks
+        shared_prefixes = self._engine is not None and self._engine.reads_shared_prefixes
+        make = partial(
+            task.batches,
+            split,
+            batch_tokens=self.batch_tokens,
+            trees=self.model.reads_trees,
+            shared_prefixes=shared_prefixes,
+        )
+        share = rank_share(ranks.rank, ranks.size, task.numbers(split, indices), make)
         batches = tuple(batch.to(self.model.device) for batch in share.batches)
         references = tuple(
             task.reference(batch, self.forward(batch))

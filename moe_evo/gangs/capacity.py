@@ -10,7 +10,7 @@ from moe_evo.config.cluster import PlacementStrategy
 
 
 @dataclass(frozen=True)
-class NodeRoom:
+class NodeCapacity:
     """A node of a cluster: its resources, whole and free now, and its labels."""
 
     name: str
@@ -20,19 +20,19 @@ class NodeRoom:
 
 
 @dataclass(frozen=True)
-class ClusterRoom:
+class ClusterCapacity:
     """The nodes on which gangs may stand, and the resources of one rank, as `rank_bundle` tells them.
 
     can_grow: whether nodes may be added for what does not fit now.
     """
 
-    nodes: tuple[NodeRoom, ...]
+    nodes: tuple[NodeCapacity, ...]
     bundle: Mapping[str, float]
     can_grow: bool = False
 
 
 def gangs_that_fit(
-    nodes: Sequence[NodeRoom],
+    nodes: Sequence[NodeCapacity],
     bundle: Mapping[str, float],
     gang_size: int,
     strategy: PlacementStrategy,

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_evo.config.cluster import ClusterConfig, num_ranks
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ClusterError
-from moe_evo.gangs.capacity import ClusterRoom, NodeRoom
+from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity
 from moe_evo.gangs.gang import remove_groups
 from moe_evo.gangs.ray_border import ActorHandle, free_by_node, ray
 from moe_evo.gangs.service import GangService, ServiceSpec
@@ -90,11 +90,11 @@ def rank_bundle(model: ModelConfig, cluster: ClusterConfig) -> dict[str, float]:
     return {"GPU": float(gpus), "CPU": 1.0}
 
 
-def cluster_room(model: ModelConfig, cluster: ClusterConfig) -> ClusterRoom:
+def cluster_capacity(model: ModelConfig, cluster: ClusterConfig) -> ClusterCapacity:
     """The nodes of the cluster that this process is connected to, with what is free on each."""
     free = free_by_node()
     nodes = [
-        NodeRoom(
+        NodeCapacity(
             name=str(node["NodeManagerAddress"]),
             total=node["Resources"],
             available=free.get(node["NodeID"], {}),
@@ -103,7 +103,7 @@ def cluster_room(model: ModelConfig, cluster: ClusterConfig) -> ClusterRoom:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return ClusterRoom(tuple(nodes), rank_bundle(model, cluster), can_grow=cluster.address != "local")
+    return ClusterCapacity(tuple(nodes), rank_bundle(model, cluster), can_grow=cluster.address != "local")
 
 
 def start_service(spec: ServiceSpec) -> ActorHandle:

@@ -19,8 +19,8 @@ from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
-from moe_evo.gangs.capacity import ClusterRoom, gangs_that_fit
-from moe_evo.gangs.connection import cluster_room, connected, end_service, rank_bundle, start_service
+from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
+from moe_evo.gangs.connection import cluster_capacity, connected, end_service, rank_bundle, start_service
 from moe_evo.gangs.dispatcher import Answer, Job
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
@@ -48,7 +48,7 @@ def ray_pool(
     with connected(address):
         spec = ServiceSpec(config.model, model_hash, config.cluster, rank_bundle(config.model, config.cluster), rank)
         if address == "local":
-            _check_room(spec, cluster_room(config.model, config.cluster))
+            _check_capacity(spec, cluster_capacity(config.model, config.cluster))
         pool = RayPool(lambda: start_service(spec), work_of(data, config.evaluation), shape)
         try:
             yield pool
@@ -65,11 +65,11 @@ def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
     return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation, registering_modules())
 
 
-def _check_room(spec: ServiceSpec, room: ClusterRoom) -> None:
+def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:
     """On a cluster that cannot grow, a gang that is too large would wait for ever."""
     cluster = spec.cluster
-    if not gangs_that_fit(room.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
-        total = ", ".join(f"{name} {room.nodes[0].total.get(name, 0):g}" for name in spec.bundle)
+    if not gangs_that_fit(capacity.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
+        total = ", ".join(f"{name} {capacity.nodes[0].total.get(name, 0):g}" for name in spec.bundle)
         raise ConfigError(
             f"cluster: a gang needs {spec.needs}, this machine has {total}; lower cluster.gang_size or "
             "cluster.resources, and check cluster.labels"

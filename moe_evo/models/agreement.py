@@ -11,11 +11,11 @@ from torch import Tensor
 # Relative to the largest logit. The forced hooks run the same kernels on the same numbers.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
-Part = Literal["shared layers", "shared beginnings", "shared prompts", "token trees"]
+Part = Literal["shared layers", "shared prefixes", "shared prompts", "token trees"]
 
 _COSTS: dict[Part, str] = {
     "shared layers": "every genome is run from the first layer on",
-    "shared beginnings": "what all rows of a task begin with is read anew in every batch",
+    "shared prefixes": "what all rows of a task begin with is read anew in every batch",
     "shared prompts": "every genome reads the prompts itself before it generates",
     "token trees": "rows that begin alike are read one by one",
 }

@@ -52,7 +52,7 @@ class MergedCache:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        evicted = self._make_room(size_bytes)
+        evicted = self._evict_for(size_bytes)
         if evicted is None:
             return build({})
         into: MergedTensors = next((one for one in evicted if _size_bytes(one) == size_bytes), {})
@@ -72,8 +72,8 @@ class MergedCache:
         self._entries.clear()
         self._rows.clear()
 
-    def _make_room(self, needed_bytes: int) -> list[MergedTensors] | None:
-        """What had to go, or None where there cannot be room."""
+    def _evict_for(self, needed_bytes: int) -> list[MergedTensors] | None:
+        """Evict what is not in use until so many bytes fit; the evicted tensors, or None where they cannot fit."""
         idle = [key for key in self._entries if key not in self._in_use]
         excess = self.size_bytes + needed_bytes - self.budget_bytes
         evictable = sum(_size_bytes(self._entries[key]) for key in idle)

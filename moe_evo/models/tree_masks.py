@@ -22,20 +22,20 @@ def takes_any_mask(config: Any) -> bool:
 
 
 def attention_masks(
-    config: Any, position_ids: Tensor, ends: Tensor, counts: Tensor, dtype: torch.dtype, *, trunk: int = 0
+    config: Any, position_ids: Tensor, ends: Tensor, counts: Tensor, dtype: torch.dtype, *, prefix_tokens: int = 0
 ) -> Any:
     """The model's `attention_mask` argument for P trees of T nodes; position_ids, ends, counts: (P, T).
 
-    Additive (P, 1, T, trunk + T) masks, or a dict of them where the layers of a model differ. trunk: how many
-    tokens stand before every root. A sliding window counts along the path from the root.
+    Additive (P, 1, T, prefix_tokens + T) masks, or a dict of them where the layers of a model differ. prefix_tokens:
+    how many tokens stand before every root. A sliding window counts along the path from the root.
     """
     node = torch.arange(ends.shape[1], device=ends.device)
     seen = (node[None, :] <= node[:, None]) & (node[:, None] < ends[:, None, :])  # (P, observer, observed)
-    seen = torch.nn.functional.pad(seen, (trunk, 0), value=True)
+    seen = torch.nn.functional.pad(seen, (prefix_tokens, 0), value=True)
     window = getattr(config, "sliding_window", None)
     if not window:
         return _additive(seen, dtype)
-    before = torch.arange(trunk, device=ends.device).expand(len(ends), trunk)
+    before = torch.arange(prefix_tokens, device=ends.device).expand(len(ends), prefix_tokens)
     observed = torch.cat([before, position_ids], dim=1)
     near = seen & (position_ids[:, :, None] - observed[:, None, :] < window)
     if getattr(config, "layer_types", None) is None:

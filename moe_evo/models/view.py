@@ -78,7 +78,7 @@ class MoEModel:
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
 
     @property
-    def share(self) -> Ranks:
+    def example_ranks(self) -> Ranks:
         """The ranks that divide examples among them: this one alone where all run the same."""
         return self.ranks if self.splits_examples else ALONE
 
@@ -146,13 +146,15 @@ class MoEModel:
         return len({weight.device for weight in self.language_model.parameters()}) > 1
 
     def attention_masks(
-        self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, trunk: int = 0
+        self, position_ids: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, prefix_tokens: int = 0
     ) -> Any:
         """The language model's `attention_mask` for token trees; each (P, T), see `tree_masks`."""
         if not self.reads_trees:
-            assert not trunk, "a model that knows no trees reads no trunks"
+            assert not prefix_tokens, "a model that knows no trees reads no shared prefixes"
             return (counts > 0).long()
-        return attention_masks(self.language_model.config, position_ids, ends, counts, self.dtype, trunk=trunk)
+        return attention_masks(
+            self.language_model.config, position_ids, ends, counts, self.dtype, prefix_tokens=prefix_tokens
+        )
 
     def merged_fits(self, genome: Genome) -> bool:
         """Whether all layers that `genome` merges fit in the cache; others are merged anew in every forward."""

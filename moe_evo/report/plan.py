@@ -36,8 +36,8 @@ def print_plan(plan: Mapping[str, Any], next_command: str, console: Console | No
 def memory_table(memory: Mapping[str, Any]) -> Table:
     """One line a way of sharding; an arrow marks the config's own."""
     known = memory["device_bytes"]
-    room = f", device memory {size_label(known)}" if known is not None else ""
-    table = plain_table(f"memory of the fullest rank, gangs of {memory['gang_size']}{room}")
+    device_memory = f", device memory {size_label(known)}" if known is not None else ""
+    table = plain_table(f"memory of the fullest rank, gangs of {memory['gang_size']}{device_memory}")
     table.add_column("", no_wrap=True)
     for heading in ("weights", "gathered", "host", "disk", "with a batch", "merged layers"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -87,13 +87,13 @@ def _line(lines: list[Line], key: str) -> Line | None:
 
 
 def _scale(lines: list[Line]) -> tuple[float, float] | None:
-    """The range of all test intervals with a little room, for drawing them one below the other."""
+    """The range of all test intervals with a little margin, for drawing them one below the other."""
     intervals = [interval for line in lines if (interval := line.interval("test")) is not None]
     if not intervals:
         return None
     low, high = min(one[1] for one in intervals), max(one[2] for one in intervals)
-    room = 0.04 * (high - low) or 0.5
-    return (low - room, high + room)
+    margin = 0.04 * (high - low) or 0.5
+    return (low - margin, high + margin)
 
 
 def _facts(record: Record) -> Facts:

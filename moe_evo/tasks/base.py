@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -1  # in `targets` and `answers`: nothing stands here
-TRUNK_TOKENS = 4  # so many of a trunk, of which a tree has keys and values, take as much memory as one of its own
+PREFIX_TOKENS_PER_TOKEN = (
+    4  # so many of a shared prefix, of which a tree has keys and values, take as much memory as one of its own
+)
 
 Scores = npt.NDArray[np.float64]
 
@@ -32,7 +34,7 @@ class ForwardBatch:
     needed. positions: (B, n) int64, where a row is scored, as a number 0..M-1 of those nodes.
     scored: (B, n) bool, where positions mean something. targets: (B, n, A) int64, the token that answer a
     expects after a position, or IGNORED. examples: (B,) the example of each row. answers: (B, A) which of
-    the example's answers each is, or IGNORED. trunk: C tokens that every row begins with and that stand in
+    the example's answers each is, or IGNORED. shared_prefix: C tokens that every row begins with and that stand in
     no tree; positions count them.
     """
 
@@ -46,13 +48,13 @@ class ForwardBatch:
     targets: Tensor
     examples: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
-    trunk: tuple[int, ...] = ()
+    shared_prefix: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model, padding included, and what the trunk adds to each tree."""
+        """Tokens that go through the model, padding included, and what the shared prefix adds to each tree."""
         num_trees, width = self.input_ids.shape
-        return num_trees * (width + len(self.trunk) // TRUNK_TOKENS)
+        return num_trees * (width + len(self.shared_prefix) // PREFIX_TOKENS_PER_TOKEN)
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The batch with its tensors on `device`."""

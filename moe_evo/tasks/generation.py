@@ -39,7 +39,7 @@ class GenerationScorer:
             self._metrics[format.data.metric] = ANSWER_METRICS[format.data.metric]
 
     def rows(self, number: int, example: Example) -> list[Row]:
-        tokens = self._format.prompt_tokens(example, room=self._max_new_tokens)
+        tokens = self._format.prompt_tokens(example, reserved_tokens=self._max_new_tokens)
         return [Row(number, tokens, len(tokens) - 1)]
 
     def batches(self, rows: Sequence[Row], limits: BatchLimits) -> Sequence[GenerateBatch]:

@@ -59,9 +59,9 @@ class PromptFormat:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return str(text)
 
-    def prompt_tokens(self, example: Example, room: int = 0) -> Tokens:
-        """Tokens of the prompt, cut from the left so that `room` more fit into max_length."""
-        return self._shortened(self._encode(self.prompt(example)), room, example)
+    def prompt_tokens(self, example: Example, reserved_tokens: int = 0) -> Tokens:
+        """Tokens of the prompt, cut from the left so that `reserved_tokens` more fit into max_length."""
+        return self._shortened(self._encode(self.prompt(example)), reserved_tokens, example)
 
     def pair_tokens(self, example: Example, answers: tuple[str, ...]) -> tuple[Tokens, list[Tokens]]:
         """Tokens of the prompt, and of each answer after it; the prompt is the same for all."""
@@ -100,15 +100,15 @@ class PromptFormat:
             raise TaskError(f"{example.where}: the answer {answer!r} has no tokens, expected at least one")
         return tokens
 
-    def _shortened(self, context: Tokens, room: int, example: Example) -> Tokens:
+    def _shortened(self, context: Tokens, reserved_tokens: int, example: Example) -> Tokens:
         if not context:
             raise TaskError(f"{example.where}: the prompt has no tokens, expected at least 1")
-        keep = self.max_length - room
+        keep = self.max_length - reserved_tokens
         bos = self._tokenizer.bos_token_id
         begins = context[:1] if bos is not None and context[0] == bos else ()
         if keep < len(begins) + 1:
             raise TaskError(
-                f"{example.where}: an answer of {room} tokens leaves no room for the prompt in max_length "
+                f"{example.where}: an answer of {reserved_tokens} tokens leaves no room for the prompt in max_length "
                 f"{self.max_length}; raise max_length or shorten the answer"
             )
         if len(context) <= keep:

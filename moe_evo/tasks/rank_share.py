@@ -16,17 +16,19 @@ B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
-class Share(Generic[B]):
+class RankShare(Generic[B]):
     """batches: what this rank runs, in order. num_counted: only the first so many are of its share."""
 
     batches: tuple[B, ...]
     num_counted: int
 
 
-def share_of(rank: int, size: int, numbers: Sequence[int], make: Callable[[Sequence[int]], Sequence[B]]) -> Share[B]:
+def rank_share(
+    rank: int, size: int, numbers: Sequence[int], make: Callable[[Sequence[int]], Sequence[B]]
+) -> RankShare[B]:
     """Every size-th of the examples `numbers`, from the rank-th on, in the batches that `make` makes of them."""
     of_ranks = [tuple(make(numbers[first::size])) for first in range(size)]
     own = of_ranks[rank]
     num_missing = max(map(len, of_ranks)) - len(own)
     repeated = (own or tuple(make(numbers[:1])))[:1]
-    return Share(own + repeated * num_missing, len(own))
+    return RankShare(own + repeated * num_missing, len(own))

@@ -1,6 +1,6 @@
 """Token rows: one sequence each for the model, of all examples of a task.
 
-What the rows of a task begin with (few-shot examples, an instruction) is their trunk, which is read once
+What the rows of a task begin with (few-shot examples, an instruction) is their shared prefix, which is read once
 for all batches behind it.
 """
 
@@ -43,19 +43,21 @@ class Row:
 class BatchLimits:
     """How large a batch may be: tokens with padding, and the vocabulary that its logits span.
 
-    trees: rows may share their beginnings; otherwise each row is a tree of its own. trunk: what rows
+    trees: rows may share their beginnings; otherwise each row is a tree of its own. shared_prefix: what rows
     of the task begin with, perhaps nothing; None where keys and values of what was read before cannot be used.
     """
 
     batch_tokens: int
     vocabulary: int
     trees: bool = True
-    trunk: tuple[int, ...] | None = None
+    shared_prefix: tuple[int, ...] | None = None
 
-    def lowered_to(self, batch_tokens: int | None, trees: bool, trunk: tuple[int, ...] | None = None) -> BatchLimits:
+    def lowered_to(
+        self, batch_tokens: int | None, trees: bool, shared_prefix: tuple[int, ...] | None = None
+    ) -> BatchLimits:
         """These limits, with at most `batch_tokens` tokens (None changes nothing)."""
         lowest = self.batch_tokens if batch_tokens is None else min(self.batch_tokens, batch_tokens)
-        return BatchLimits(lowest, self.vocabulary, trees, trunk)
+        return BatchLimits(lowest, self.vocabulary, trees, shared_prefix)
 
 
 class TokenisedSplits:
@@ -72,12 +74,14 @@ class TokenisedSplits:
         return self._made[split]
 
     @cached_property
-    def trunk(self) -> tuple[int, ...]:
+    def shared_prefix(self) -> tuple[int, ...]:
         """What rows of all splits begin with, the longer the better and the more of them the better."""
-        return _trunk([of_example[0] for rows in self._made.values() for of_example in rows])  # trees share the rest
+        return _shared_prefix(
+            [of_example[0] for rows in self._made.values() for of_example in rows]
+        )  # trees share the rest
 
 
-def _trunk(rows: Sequence[Row]) -> tuple[int, ...]:
+def _shared_prefix(rows: Sequence[Row]) -> tuple[int, ...]:
     """The beginning that saves the most tokens if it is read once for all rows that have it and are scored later.
 
     In order, rows that begin alike are neighbours, so it is the largest rectangle below what neighbours share.

@@ -108,17 +108,17 @@ class Task:
         indices: Iterable[int] | None = None,
         batch_tokens: int | None = None,
         trees: bool = True,
-        trunks: bool = False,
+        shared_prefixes: bool = False,
     ) -> Sequence[Batch]:
         """The examples (or those numbered `indices`) as batches; tokens are made once and kept.
 
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
-        that begin alike share those tokens. trunks: what rows of the task begin with may stand apart.
+        that begin alike share those tokens. shared_prefixes: what rows of the task begin with may stand apart.
         """
         rows = self._rows.of(split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
-        trunk = self._rows.trunk if trunks else None
-        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees, trunk))
+        shared_prefix = self._rows.shared_prefix if shared_prefixes else None
+        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees, shared_prefix))
 
     def prompt_batches(
         self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.tasks.base import TRUNK_TOKENS
+from moe_evo.tasks.base import PREFIX_TOKENS_PER_TOKEN
 from moe_evo.tasks.rows import BatchLimits, Row, num_alike
 
-_COMMON_WIDTHS = 4  # without a trunk, a tree is at least so many times as wide as what all rows have in common
+_COMMON_WIDTHS = 4  # without a shared prefix, a tree is at least so many times as wide as what all rows have in common
 TREE_TOKENS = 64  # a wider tree shares more beginnings, but each of its tokens attends to all of it
 
 
@@ -43,16 +43,16 @@ class TokenTree:
         return np.unique(np.concatenate(nodes))
 
 
-def token_trees(rows: Sequence[Row], limits: BatchLimits, trunk: int = 0) -> list[TokenTree]:
+def token_trees(rows: Sequence[Row], limits: BatchLimits, prefix_tokens: int = 0) -> list[TokenTree]:
     """All rows in trees of at most TREE_TOKENS nodes, or as many as the longest row has, within the limits.
 
-    What all rows have in common stands in every tree once, and takes at most about a quarter of it. trunk: how
+    What all rows have in common stands in every tree once, and takes at most about a quarter of it. prefix_tokens: how
     many tokens stand before every root; what they add to a tree is at most as much as the tree itself.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     longest = max((len(row.tokens) for row in rows), default=0)
     common = num_alike(ordered[0].tokens, ordered[-1].tokens) if ordered else 0  # in order, so all in between
-    wide = max(TREE_TOKENS, longest, _COMMON_WIDTHS * common, trunk // TRUNK_TOKENS)
+    wide = max(TREE_TOKENS, longest, _COMMON_WIDTHS * common, prefix_tokens // PREFIX_TOKENS_PER_TOKEN)
     width = min(wide, limits.batch_tokens)
     trees: list[TokenTree] = []
     for row in ordered:

@@ -44,12 +44,14 @@ def test_every_section_of_the_small_form_has_its_figures(small: tuple[dict[str, 
     assert list(points) == [
         "ceilings", "correctness", "scoring", "attention", "decode", "merging", "out_of_memory", "baselines",
     ]  # fmt: skip
-    assert points["correctness"] >= 16  # all points of three models, but those of trunks where attention takes none
+    assert (
+        points["correctness"] >= 16
+    )  # all points of three models, but those of shared prefixes where attention takes none
     assert points["scoring"] == 2 * (2 * 5 + 3)
     assert points["baselines"] == 2 * 5
     assert min(points.values()) >= 1
     failed = {point: error for section in sections.values() for point, error in section.get("failed", {}).items()}
-    assert all("trunk" in point for point in failed), failed
+    assert all("shared prefix" in point for point in failed), failed
 
 
 def test_what_only_a_gpu_has_is_left_out_with_the_reason(small: tuple[dict[str, Any], str]) -> None:

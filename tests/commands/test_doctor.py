@@ -72,8 +72,8 @@ def test_what_the_self_check_switches_off_is_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only(monkeypatch, "_embedded_model")
-    mix = layer_halves.Halves.mix
-    monkeypatch.setattr(layer_halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    mix = layer_halves.LayerHalves.mix
+    monkeypatch.setattr(layer_halves.LayerHalves, "mix", lambda *given: mix(*given) * 1.01)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for name in ("embedded model", "family mixtral"):

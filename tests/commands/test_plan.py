@@ -27,7 +27,7 @@ from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError
-from moe_evo.gangs.capacity import ClusterRoom, NodeRoom, gangs_that_fit
+from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
 from moe_evo.records.folder import RunFolder
 from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
 from moe_evo.runs.workload import estimate
@@ -48,9 +48,9 @@ def small(folder: Path, **search: Any) -> RunConfig:
     )
 
 
-def node(gpus: float, *, free: float | None = None, **labels: str) -> NodeRoom:
+def node(gpus: float, *, free: float | None = None, **labels: str) -> NodeCapacity:
     available = gpus if free is None else free
-    return NodeRoom("n", {"GPU": gpus}, {"GPU": available}, labels)
+    return NodeCapacity("n", {"GPU": gpus}, {"GPU": available}, labels)
 
 
 def most_gangs(slots: Sequence[int], size: int, strategy: PlacementStrategy) -> int:
@@ -78,11 +78,11 @@ def test_as_many_gangs_fit_as_brute_force_places(slots: list[int], size: int, st
 
 
 def test_a_rank_needs_all_of_its_resources_on_one_node() -> None:
-    both = NodeRoom("a", {}, {"GPU": 4, "CPU": 3}, {})
+    both = NodeCapacity("a", {}, {"GPU": 4, "CPU": 3}, {})
     assert gangs_that_fit([both], {"GPU": 1, "CPU": 1}, 1, "PACK", {}) == 3
     assert gangs_that_fit([both], {"GPU": 0.5}, 1, "PACK", {}) == 8
     assert gangs_that_fit([both], {"GPU": 1, "TPU": 1}, 1, "PACK", {}) == 0
-    assert gangs_that_fit([NodeRoom("b", {}, {"GPU": 0.3}, {})], {"GPU": 0.1}, 1, "PACK", {}) == 3
+    assert gangs_that_fit([NodeCapacity("b", {}, {"GPU": 0.3}, {})], {"GPU": 0.1}, 1, "PACK", {}) == 3
 
 
 @pytest.mark.parametrize(
@@ -246,14 +246,14 @@ def test_experts_that_a_gang_cannot_share_are_a_problem(tmp_path: Path) -> None:
     ],
 )
 def test_a_cluster_without_room_is_told(
-    nodes: tuple[NodeRoom, ...], grows: bool, problem: str | None, note: str | None, tmp_path: Path
+    nodes: tuple[NodeCapacity, ...], grows: bool, problem: str | None, note: str | None, tmp_path: Path
 ) -> None:
     config = replace(
         small(tmp_path),
         model=ModelConfig(sharding="tensor_parallel"),
         cluster=ClusterConfig(address="auto", gang_size=2, strategy="STRICT_PACK"),
     )
-    told = plan(config, room=ClusterRoom(nodes, GPU, can_grow=grows))
+    told = plan(config, capacity=ClusterCapacity(nodes, GPU, can_grow=grows))
     for lines, part in ((told["problems"], problem), (told["notes"], note)):
         assert len(lines) == (part is not None)
         assert part is None or part in lines[0]
@@ -265,7 +265,7 @@ def test_a_device_map_is_one_process_on_a_cluster(tmp_path: Path) -> None:
         model=ModelConfig(sharding="device_map"),
         cluster=ClusterConfig(address="auto", gang_size=4, num_gangs=3),
     )
-    told = plan(config, room=ClusterRoom((node(8),), {"GPU": 4.0}))
+    told = plan(config, capacity=ClusterCapacity((node(8),), {"GPU": 4.0}))
     assert told["cluster"]["gangs"] == told["cluster"]["gangs_whole"] == 2
     assert "asks for 3, 2 fit now" in told["notes"][0]
 
@@ -276,17 +276,17 @@ def test_speed_is_measured_only_where_nothing_is_wrong(tmp_path: Path) -> None:
         model=ModelConfig(sharding="tensor_parallel"),
         cluster=ClusterConfig(address="auto", gang_size=2),
     )
-    room = ClusterRoom((node(8),), GPU)
-    told = plan(config, room=room, calibrate=lambda: 2.0)
+    capacity = ClusterCapacity((node(8),), GPU)
+    told = plan(config, capacity=capacity, calibrate=lambda: 2.0)
     assert told["estimate"]["gangs"] == 4
     assert told["estimate"]["evaluations_per_h"] == 7200
 
     def fails() -> float:
         raise ClusterError("gang 0: lost")
 
-    assert plan(config, room=room, calibrate=fails)["problems"] == ["gang 0: lost"]
+    assert plan(config, capacity=capacity, calibrate=fails)["problems"] == ["gang 0: lost"]
     wrong = replace(config, tasks=[TaskConfig(data="nowhere")])
-    assert plan(wrong, room=room, calibrate=pytest.fail)["estimate"] is None
+    assert plan(wrong, capacity=capacity, calibrate=pytest.fail)["estimate"] is None
 
 
 def test_torch_and_ray_are_not_imported_before_a_model_is_looked_at() -> None:

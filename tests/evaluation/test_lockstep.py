@@ -30,12 +30,12 @@ from moe_evo.tasks.registry import build_task
 
 KINDS = ("choice", "texts", "like", "write")
 SHARDINGS = ("tensor_parallel", "zero3")
-TRUNK = "one two three four five six " * 8  # read once for all examples, where ranks share layers
+SHARED_PREFIX = "one two three four five six " * 8  # read once for all examples, where ranks share layers
 ALL_TASKS = {
-    "choice": {"prefix": TRUNK},
+    "choice": {"prefix": SHARED_PREFIX},
     "texts": {},
     "like": {"kind": "distillation"},
-    "write": {"max_new_tokens": 6, "stop": "e", "prefix": TRUNK},
+    "write": {"max_new_tokens": 6, "stop": "e", "prefix": SHARED_PREFIX},
 }
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe"]
 SPOILED = "Q"  # a letter of one example, number 3, of each task

@@ -99,7 +99,7 @@ def test_trees_that_attention_reads_otherwise_are_switched_off_and_scores_stay(
     monkeypatch.setattr(self_check_module, "_why_no_trees", lambda _: "as a test says")
     evaluator, found = score()
     assert found.fitness == pytest.approx(expected.fitness, abs=1e-5)
-    assert [one.part for one in evaluator.switched_off] == ["token trees", "shared beginnings"]
+    assert [one.part for one in evaluator.switched_off] == ["token trees", "shared prefixes"]
 
 
 def test_attention_that_takes_no_masks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.gangs.capacity import ClusterRoom, NodeRoom
+from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity
 from moe_evo.report.plan import count_label, print_plan, size_label, time_label
 
-ROOM = ClusterRoom((NodeRoom("a", {"GPU": 8}, {"GPU": 6}, {}),), {"GPU": 1.0})
+CAPACITY = ClusterCapacity((NodeCapacity("a", {"GPU": 8}, {"GPU": 6}, {}),), {"GPU": 1.0})
 
 
 def printed(told: dict[str, object], *, width: int = 80) -> str:
@@ -31,7 +31,7 @@ def test_a_good_plan_ends_with_the_search_and_cuts_no_number(tmp_path: Path) -> 
         cluster=ClusterConfig(address="auto", gang_size=2),
         folder=str(tmp_path / "run"),
     )
-    told = plan(config, room=ROOM, memory_gib=80, calibrate=lambda: 3.6)
+    told = plan(config, capacity=CAPACITY, memory_gib=80, calibrate=lambda: 3.6)
     text = printed(told)
     assert text == printed(told, width=200)
     assert "parameters  3.02 M: 2.56 M in experts" in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.tasks.rank_share import Share, share_of
+from moe_evo.tasks.rank_share import RankShare, rank_share
 from moe_evo.tasks.task import Task
 
 ROWS = [{"prompt": "one " * (1 + n % 4), "choices": [" yes", " no no"], "label": 0} for n in range(11)]
@@ -17,12 +17,12 @@ def task(tmp_path) -> Task:
     return tiny.make_task(tmp_path / "choice", ROWS, tiny.tiny_tokenizer(), batch_tokens=16)
 
 
-def shares(task: Task, size: int, indices: list[int] | None = None) -> list[Share]:
+def shares(task: Task, size: int, indices: list[int] | None = None) -> list[RankShare]:
     numbers = task.numbers("search", indices)
-    return [share_of(rank, size, numbers, lambda chosen: task.batches("search", chosen)) for rank in range(size)]
+    return [rank_share(rank, size, numbers, lambda chosen: task.batches("search", chosen)) for rank in range(size)]
 
 
-def counted(share: Share) -> list[int]:
+def counted(share: RankShare) -> list[int]:
     return sorted({int(one) for batch in share.batches[: share.num_counted] for one in batch.examples})
 
 

@@ -3,7 +3,7 @@
 Genomes are a tree over the model's MoE blocks: every distinct beginning is computed once, hidden states
 branch where genomes differ, and a child of a recent genome starts where it differs from it. The last
 block and the head see the tokens that are scored, and no others. What all rows of a task begin with, their
-trunk, is read once a beginning: the task's batches are handed its keys and values.
+shared prefix, is read once a beginning: the task's batches are handed its keys and values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_evo.evaluation.engine.packing import ALL, Packing
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import StateCache
-from moe_evo.evaluation.engine.walk import Walk
+from moe_evo.evaluation.engine.traversal import Traversal
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.forward.key_values import CacheNames, KeyValues
 from moe_evo.models.view import MoEModel
@@ -25,22 +25,22 @@ from moe_evo.tasks.base import ForwardBatch
 class Engine:
     """Runs genomes through one model, with the states of recent ones in `states`.
 
-    reads_trunks: whether batches may have trunks, and `read` may be called. reads_prompts: whether the model
-    goes on from what was read.
+    reads_shared_prefixes: whether batches may have shared prefixes, and `read` may be called. reads_prompts: whether
+    the model goes on from what was read.
     """
 
     def __init__(
-        self, model: MoEModel, states: StateCache, *, reads_trunks: bool = True, reads_prompts: bool = True
+        self, model: MoEModel, states: StateCache, *, reads_shared_prefixes: bool = True, reads_prompts: bool = True
     ) -> None:
         self.model = model
         self.states = states
         self._stages = Stages(model, states)
-        self.reads_trunks = reads_trunks and not self.why_no_trunks
-        self.reads_prompts = reads_prompts and self.reads_trunks
+        self.reads_shared_prefixes = reads_shared_prefixes and not self.why_no_shared_prefixes
+        self.reads_prompts = reads_prompts and self.reads_shared_prefixes
 
     @property
-    def why_no_trunks(self) -> str:
-        """What of this model makes trunks impossible, in words; '' where nothing does."""
+    def why_no_shared_prefixes(self) -> str:
+        """What of this model makes shared prefixes impossible, in words; '' where nothing does."""
         if not self.model.reads_trees:
             return "they need token trees"
         if self.model.is_spread:
@@ -50,7 +50,7 @@ class Engine:
     @property
     def cache_names(self) -> CacheNames | None:
         """What the model calls a cache of keys and values; None where it takes none."""
-        return self._stages.halves.cache_names
+        return self._stages.layer_halves.cache_names
 
     def run(
         self,
@@ -68,7 +68,7 @@ class Engine:
         keep: the batch will come again, so its states are worth keeping.
         """
         with self._stages.ready_for(genomes):
-            Walk(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
+            Traversal(self._stages, batch, genomes, emit, copies=copies, packing=packing, keep=keep).run()
 
     def read(
         self,
@@ -82,10 +82,10 @@ class Engine:
         """For each genome what its decoder layers read, (P, heads, C + T, size) each; options as for `run`."""
         found: dict[int, tuple[KeyValues, ...]] = {}
         with self._stages.ready_for(genomes):
-            walk = Walk(
+            traversal = Traversal(
                 self._stages, batch, genomes, found.__setitem__, copies=copies, packing=packing, keep=keep, reads=True
             )
-            walk.run()
+            traversal.run()
         return [found[number] for number in range(len(genomes))]
 
     def forget(self) -> None:

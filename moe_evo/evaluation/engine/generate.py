@@ -56,16 +56,16 @@ def generate_together(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each genome what `generate_greedily` finds; all have the same top_k. keep, packing: see `Engine.run`."""
     copies = len(genomes)
-    past: dict[str, Cache] = {}
+    cache_argument: dict[str, Cache] = {}
     if engine is not None and engine.reads_prompts and engine.cache_names is not None and batch.prompt is not None:
         config = model.language_model.config.get_text_config(decoder=True)
         found = engine.read(batch.prompt, genomes, copies=copies, keep=keep, packing=packing)
         cache = _cache(config, batch.repeated(copies), beside_each_other(found, rows=len(batch.examples)))
-        past = {engine.cache_names.of_model: cache}
+        cache_argument = {engine.cache_names.of_model: cache}
         del found  # the cache holds a copy
     with model.applied_together(genomes) as language_model:
         new, is_finite = generate_greedily(
-            language_model, model.tokenizer, batch.repeated(copies), past, in_lockstep=model.ranks.size > 1
+            language_model, model.tokenizer, batch.repeated(copies), cache_argument, in_lockstep=model.ranks.size > 1
         )
     return list(zip(new.chunk(copies), is_finite.chunk(copies), strict=True))
 
@@ -74,13 +74,14 @@ def generate_greedily(
     language_model: Any,
     tokenizer: Any,
     batch: GenerateBatch,
-    past: Mapping[str, Cache] | None = None,
+    cache_argument: Mapping[str, Cache] | None = None,
     *,
     in_lockstep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """New tokens (B, at most max_new_tokens), each row padded after its end, and which rows' logits were finite (B,).
 
-    past: a cache by the name that the model has for it, which has read all but the last token of the rows and has
+    cache_argument: a cache by the name that the model has for it, which has read all but the last token of the rows
+    and has
     room for the others; without it `generate` reads them. in_lockstep: other ranks of the process group generate
     too, and all run as many forward passes as the one that needs most. That is also why logits that are not finite
     raise nothing.
@@ -101,7 +102,7 @@ def generate_greedily(
         stopping_criteria=[watch],
         logits_processor=[watch.look],
         synced_gpus=in_lockstep,
-        **(past or {}),
+        **(cache_argument or {}),
     )
     return sequences[:, batch.input_ids.shape[1] :], watch.is_finite
 

@@ -54,13 +54,15 @@ def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | 
 
     if not holds("shared layers", lambda: _why_no_stages(trial)):
         return Sharing(None, tuple(switched_off))
-    reads_beginnings = holds("shared beginnings", lambda: trial.why_no_trunks or _why_no_stages(trial, _NUM_TRIED))
-    reads_prompts = reads_beginnings and holds("shared prompts", lambda: _why_no_prompts(trial))
+    reads_shared_prefixes = holds(
+        "shared prefixes", lambda: trial.why_no_shared_prefixes or _why_no_stages(trial, _NUM_TRIED)
+    )
+    reads_prompts = reads_shared_prefixes and holds("shared prompts", lambda: _why_no_prompts(trial))
     if states is None:
         gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
         device = torch.device("cpu") if config.state_device == "cpu" else model.device
         states = StateCache(min(model.ranks.gather(gib)), device)
-    engine = Engine(model, states, reads_trunks=reads_beginnings, reads_prompts=reads_prompts)
+    engine = Engine(model, states, reads_shared_prefixes=reads_shared_prefixes, reads_prompts=reads_prompts)
     return Sharing(engine, tuple(switched_off))
 
 
@@ -75,22 +77,22 @@ def _tried(why_not: Callable[[], str]) -> str:
 
 
 @torch.inference_mode()
-def _why_no_stages(engine: Engine, num_trunk: int = 0) -> str:
-    """'' where the halves of the layers add up to the untouched model; so many tokens stand in a trunk."""
+def _why_no_stages(engine: Engine, prefix_tokens: int = 0) -> str:
+    """'' where the halves of the layers add up to the untouched model; so many tokens stand in a shared prefix."""
     model = engine.model
     tokens = model.random_tokens()
-    tokens[:, :num_trunk] = tokens[:1, :num_trunk].clone()
+    tokens[:, :prefix_tokens] = tokens[:1, :prefix_tokens].clone()
     found: list[Tensor] = []
-    batch = _batch(tokens, num_trunk)
+    batch = _batch(tokens, prefix_tokens)
     engine.run(batch, [model.shape.identity()], lambda _, logits: found.append(logits), keep=False)
-    return disagreement(found[0], _own_logits(model, tokens)[:, num_trunk:].flatten(0, 1), model.dtype)
+    return disagreement(found[0], _own_logits(model, tokens)[:, prefix_tokens:].flatten(0, 1), model.dtype)
 
 
 @torch.inference_mode()
 def _why_no_prompts(engine: Engine) -> str:
     """'' where the model goes on from a cache of keys and values that the engine has read."""
     model, names = engine.model, engine.cache_names
-    assert names is not None, "a model that takes no cache reads no trunks"
+    assert names is not None, "a model that takes no cache reads no shared prefixes"
     tokens = model.random_tokens()
     (read,) = engine.read(_batch(tokens[:, :-1]), [model.shape.identity()], keep=False)
     config = model.language_model.config.get_text_config(decoder=True)
@@ -111,12 +113,12 @@ def _own_logits(model: MoEModel, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _batch(tokens: Tensor, num_trunk: int = 0) -> ForwardBatch:
-    """Rows (B, T) that begin with the same `num_trunk` tokens; every token behind those is scored."""
-    own = tokens[:, num_trunk:]
+def _batch(tokens: Tensor, prefix_tokens: int = 0) -> ForwardBatch:
+    """Rows (B, T) that begin with the same `prefix_tokens` tokens; every token behind those is scored."""
+    own = tokens[:, prefix_tokens:]
     node, ones = torch.arange(own.shape[1], device=tokens.device).expand_as(own), torch.ones_like(own)
     return ForwardBatch(
-        own, node + num_trunk, ones * own.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
+        own, node + prefix_tokens, ones * own.shape[1], ones, ones.bool(), ones, ones.bool(), ones[..., None],
         np.zeros(len(own), dtype=np.int64), np.zeros((len(own), 1), dtype=np.int64),
-        trunk=tuple(tokens[0, :num_trunk].tolist()),
+        shared_prefix=tuple(tokens[0, :prefix_tokens].tolist()),
     )  # fmt: skip

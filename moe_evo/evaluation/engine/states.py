@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_evo.models.forward.key_values import KeyValues
 
-Prefix = tuple[Hashable, ...]
+FirstGenes = tuple[Hashable, ...]
 """The genes of the first MoE blocks."""
 
 
@@ -58,33 +58,33 @@ class StateCache:
         self.budget_bytes = int(budget_gib * 2**30)
         self.size_bytes = 0
         self._device = device
-        self._entries: OrderedDict[tuple[Any, Prefix], State] = OrderedDict()
+        self._entries: OrderedDict[tuple[Any, FirstGenes], State] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, batch: Any, genes: Prefix) -> int:
+    def longest(self, batch: Any, genes: FirstGenes) -> int:
         """Of how many first genes a state is kept, at most; 0 also where there is none at all."""
         lengths = range(len(genes) - 1, 0, -1)  # behind the last block nothing is left to share
         return next((length for length in lengths if (batch, genes[:length]) in self._entries), 0)
 
-    def unbroken(self, batch: Any, genes: Prefix) -> int:
+    def unbroken(self, batch: Any, genes: FirstGenes) -> int:
         """Up to how many first genes all states are kept; 0 also where there is none at all."""
         lengths = range(len(genes))
         missing = next((length for length in lengths if (batch, genes[:length]) not in self._entries), len(genes))
         return max(missing - 1, 0)
 
-    def get(self, batch: Any, prefix: Prefix) -> State | None:
+    def get(self, batch: Any, first_genes: FirstGenes) -> State | None:
         """A kept state, where it is kept."""
-        key = (batch, prefix)
+        key = (batch, first_genes)
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
-    def keep(self, batch: Any, prefix: Prefix, state: State) -> None:
+    def keep(self, batch: Any, first_genes: FirstGenes, state: State) -> None:
         """Keep a state, unless it is larger than the whole budget."""
         size = state.size_bytes
-        key = (batch, prefix)
+        key = (batch, first_genes)
         if size > self.budget_bytes or key in self._entries:
             return
         while self.size_bytes + size > self.budget_bytes:

@@ -29,7 +29,7 @@ class CacheNames:
     of_model: str
 
 
-class Past:
+class PastKeyValues:
     """Stands in for a cache of transformers, for some successive decoder layers.
 
     before: what earlier tokens left in each of them, which is put in front. read: what the new tokens left, as

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from moe_evo.models.forward.key_values import CacheNames, Past
+from moe_evo.models.forward.key_values import CacheNames, PastKeyValues
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.view import MoEModel
 
@@ -34,7 +34,7 @@ class Start:
     calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
-class Halves:
+class LayerHalves:
     """Stages of a model: stage i ends in front of MoE block i; the last one in front of the head.
 
     Hidden states of N copies of a batch are (N * P, T, H), copy by copy; any N will do.
@@ -86,10 +86,10 @@ class Halves:
             self._model.language_model(input_ids=input_ids, **arguments, use_cache=False, logits_to_keep=1)
         return Start(seen[0], calls)
 
-    def attend(self, stage: int, hidden: Tensor, start: Start, past: Past | None = None) -> Tensor:
+    def attend(self, stage: int, hidden: Tensor, start: Start, past_key_values: PastKeyValues | None = None) -> Tensor:
         """From the end of MoE block `stage` - 1 (or the embeddings) to the residual stream before block `stage`.
 
-        Where `stage` is the number of stages: to the end of the last decoder layer. past: of these layers.
+        Where `stage` is the number of stages: to the end of the last decoder layer. past_key_values: of these layers.
         """
         first = self._positions[stage - 1] + 1 if stage else 0
         last = self._positions[stage] if stage < self.num_stages else len(self._decoder_layers)
@@ -97,9 +97,9 @@ class Halves:
         for position in range(first, min(last + 1, len(self._decoder_layers))):
             layer = self._decoder_layers[position]
             args, kwargs = _repeated(start.calls[position], batch, copies)
-            if past is not None:
+            if past_key_values is not None:
                 assert self.cache_names is not None, "keys and values are kept only of layers that take a cache"
-                kwargs = {**kwargs, self.cache_names.of_layers: past}
+                kwargs = {**kwargs, self.cache_names.of_layers: past_key_values}
             half = {layer.get_submodule(self._block): self._zero_block} if position == last else {}
             with _replaced(half):
                 hidden = layer(hidden, *args, **kwargs)

@@ -149,18 +149,18 @@ def test_a_child_starts_where_it_differs_from_its_parent(mixtral: MoEModel, monk
     engine = Engine(mixtral, StateCache(1, CPU))
     passed: list[tuple[int, int]] = []
     attended: list[int] = []
-    mix, attend = layer_halves.Halves.mix, layer_halves.Halves.attend
+    mix, attend = layer_halves.LayerHalves.mix, layer_halves.LayerHalves.attend
 
-    def counted_mix(self: layer_halves.Halves, stage: int, state: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted_mix(self: layer_halves.LayerHalves, stage: int, state: torch.Tensor, *rest: Any) -> torch.Tensor:
         passed.append((stage, state[..., 0].numel()))
         return mix(self, stage, state, *rest)
 
-    def counted_attend(self: layer_halves.Halves, stage: int, *rest: Any) -> torch.Tensor:
+    def counted_attend(self: layer_halves.LayerHalves, stage: int, *rest: Any) -> torch.Tensor:
         attended.append(stage)
         return attend(self, stage, *rest)
 
-    monkeypatch.setattr(layer_halves.Halves, "mix", counted_mix)
-    monkeypatch.setattr(layer_halves.Halves, "attend", counted_attend)
+    monkeypatch.setattr(layer_halves.LayerHalves, "mix", counted_mix)
+    monkeypatch.setattr(layer_halves.LayerHalves, "attend", counted_attend)
     run(engine, batch, [parent])
     whole, scored = batch.input_ids.numel(), int(batch.kept.sum())
     assert passed == [(0, whole), (1, whole), (2, scored)] and attended == [0, 1, 2]

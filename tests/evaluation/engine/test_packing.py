@@ -149,11 +149,11 @@ def test_what_does_not_fit_in_memory_is_not_tried_again(tmp_path: Path, monkeypa
     expected = Evaluator(moe, tasks, EvaluationConfig()).evaluate(population(moe, merges=80), "search")
     sizes = tick(moe, clock, 1000.0)
     layer, (batch,) = moe.language_model.model.layers[1], tasks[0].batches("search")
-    forward, room = layer.forward, 4 * batch.num_tokens
+    forward, most_tokens = layer.forward, 4 * batch.num_tokens
     refused: list[int] = []
 
     def limited(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if hidden[..., 0].numel() > room:
+        if hidden[..., 0].numel() > most_tokens:
             refused.append(hidden[..., 0].numel())
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return forward(hidden, *args, **kwargs)

@@ -54,8 +54,8 @@ Breakage = Callable[[pytest.MonkeyPatch], None]
 
 
 def adding_up_to_something_else(patch: pytest.MonkeyPatch) -> None:
-    mix = layer_halves.Halves.mix
-    patch.setattr(layer_halves.Halves, "mix", lambda *given: mix(*given) * 1.01)
+    mix = layer_halves.LayerHalves.mix
+    patch.setattr(layer_halves.LayerHalves, "mix", lambda *given: mix(*given) * 1.01)
 
 
 def refusing_a_half(patch: pytest.MonkeyPatch) -> None:
@@ -96,17 +96,17 @@ def reading_a_cache_otherwise(patch: pytest.MonkeyPatch) -> None:
         ),
         (
             with_an_unknown_cache_argument,
-            "no shared beginnings: what all rows of a task begin with is read anew in every batch, so time is lost and "
+            "no shared prefixes: what all rows of a task begin with is read anew in every batch, so time is lost and "
             "no score (the model hands its decoder layers no cache by name)",
         ),
         (
             reading_a_beginning_otherwise,
-            "no shared beginnings: what all rows of a task begin with is read anew in every batch, so time is lost and "
+            "no shared prefixes: what all rows of a task begin with is read anew in every batch, so time is lost and "
             "no score (logits differ by ",
         ),
         (
             forgetting_the_beginning,
-            "no shared beginnings: what all rows of a task begin with is read anew in every batch, so time is lost and "
+            "no shared prefixes: what all rows of a task begin with is read anew in every batch, so time is lost and "
             "no score (RuntimeError: ",
         ),
     ],
@@ -140,11 +140,11 @@ def test_generation_reads_its_prompts_where_the_model_goes_on_otherwise(
 def test_every_family_shares_everything(name: str) -> None:
     sharing = sharing_for(MoEModel(variant(name)), EvaluationConfig())
     assert not sharing.switched_off and sharing.engine is not None
-    assert sharing.engine.reads_trunks and sharing.engine.reads_prompts
+    assert sharing.engine.reads_shared_prefixes and sharing.engine.reads_prompts
 
 
 def test_a_slip_of_our_own_is_no_property_of_the_model(mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_evo.evaluation.engine.walk.size_class", None)
+    monkeypatch.setattr("moe_evo.evaluation.engine.traversal.size_class", None)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         sharing_for(mixtral, EvaluationConfig())
 
@@ -163,7 +163,7 @@ def test_weights_on_several_devices_share_no_beginnings_and_it_is_told(
 ) -> None:
     monkeypatch.setattr(MoEModel, "is_spread", True)
     sharing = sharing_for(mixtral, EvaluationConfig())
-    assert sharing.engine is not None and not sharing.engine.reads_trunks
+    assert sharing.engine is not None and not sharing.engine.reads_shared_prefixes
     assert "(the weights lie on several devices)" in str(sharing.switched_off[0])
 
 

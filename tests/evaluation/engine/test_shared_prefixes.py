@@ -31,7 +31,7 @@ from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
-TRUNK = tuple(RNG.integers(3, 96, 30).tolist())
+SHARED_PREFIX = tuple(RNG.integers(3, 96, 30).tolist())
 OWN = [tuple(RNG.integers(3, 96, int(size)).tolist()) for size in RNG.integers(2, 12, 16)]
 SHOTS = "one two three four five six " * 10
 KINDS: dict[str, dict[str, Any]] = {
@@ -58,9 +58,9 @@ def mixtral() -> MoEModel:
 
 
 def scored_rows() -> list[Row]:
-    """Two answers an example behind the trunk, and one row that begins otherwise."""
+    """Two answers an example behind the shared prefix, and one row that begins otherwise."""
     made = [
-        Row(number, TRUNK + own + answer, len(TRUNK + own) - 1, ((0, answer),))
+        Row(number, SHARED_PREFIX + own + answer, len(SHARED_PREFIX + own) - 1, ((0, answer),))
         for number, own in enumerate(OWN)
         for answer in ((11, 12), (15,))
     ]
@@ -68,20 +68,20 @@ def scored_rows() -> list[Row]:
 
 
 def scored_batches() -> Sequence[ForwardBatch]:
-    """Rows that stand alone, so that a trunk saves what is worth a pass."""
-    batches = forward_batches(scored_rows(), BatchLimits(80, 96, trees=False, trunk=TRUNK))
-    assert {batch.trunk for batch in batches} == {TRUNK, ()} and len(batches) > 3
+    """Rows that stand alone, so that a shared prefix saves what is worth a pass."""
+    batches = forward_batches(scored_rows(), BatchLimits(80, 96, trees=False, shared_prefix=SHARED_PREFIX))
+    assert {batch.shared_prefix for batch in batches} == {SHARED_PREFIX, ()} and len(batches) > 3
     return batches
 
 
 def prompts() -> list[Row]:
-    """Of several lengths behind the trunk, and one that begins otherwise."""
-    tokens = [*(TRUNK + own for own in OWN), (7, 8, 9, 10)]
+    """Of several lengths behind the shared prefix, and one that begins otherwise."""
+    tokens = [*(SHARED_PREFIX + own for own in OWN), (7, 8, 9, 10)]
     return [Row(number, some, len(some) - 1) for number, some in enumerate(tokens)]
 
 
-def prompt_batches(trunk: tuple[int, ...] | None = TRUNK) -> Sequence[GenerateBatch]:
-    return generate_batches(prompts(), BatchLimits(4096, 96, trunk=trunk), 6, "")
+def prompt_batches(shared_prefix: tuple[int, ...] | None = SHARED_PREFIX) -> Sequence[GenerateBatch]:
+    return generate_batches(prompts(), BatchLimits(4096, 96, shared_prefix=shared_prefix), 6, "")
 
 
 def population(moe: MoEModel) -> list[Genome]:
@@ -100,7 +100,7 @@ def run(engine: Engine, batch: ForwardBatch, genomes: Sequence[Genome], **option
 
 @pytest.mark.parametrize("gib", [0.0, 1.0])
 @pytest.mark.parametrize("copies", [1, 4])
-def test_logits_behind_a_trunk_are_those_of_whole_rows(moe: MoEModel, copies: int, gib: float) -> None:
+def test_logits_behind_a_shared_prefix_are_those_of_whole_rows(moe: MoEModel, copies: int, gib: float) -> None:
     engine = Engine(moe, StateCache(gib, CPU))
     genomes, made = population(moe), scored_rows()
     whole: dict[tuple[int, int], torch.Tensor] = {}
@@ -122,21 +122,21 @@ def test_logits_behind_a_trunk_are_those_of_whole_rows(moe: MoEModel, copies: in
     assert seen == dict.fromkeys(range(len(made)), 2 * len(genomes))
 
 
-def test_a_trunk_is_read_once_a_beginning_whatever_the_number_of_batches(
+def test_a_shared_prefix_is_read_once_a_beginning_whatever_the_number_of_batches(
     mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    behind = [batch for batch in scored_batches() if batch.trunk]
+    behind = [batch for batch in scored_batches() if batch.shared_prefix]
     engine = Engine(mixtral, StateCache(1, CPU))
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     attended: Counter[int] = Counter()
-    attend = layer_halves.Halves.attend
+    attend = layer_halves.LayerHalves.attend
 
-    def counted(self: layer_halves.Halves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        attended[stage] += hidden.shape[1] == len(TRUNK)
+    def counted(self: layer_halves.LayerHalves, stage: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        attended[stage] += hidden.shape[1] == len(SHARED_PREFIX)
         return attend(self, stage, hidden, *rest)
 
-    monkeypatch.setattr(layer_halves.Halves, "attend", counted)
-    assert all(batch.input_ids.shape[1] < len(TRUNK) for batch in behind) and len(behind) > 2
+    monkeypatch.setattr(layer_halves.LayerHalves, "attend", counted)
+    assert all(batch.input_ids.shape[1] < len(SHARED_PREFIX) for batch in behind) and len(behind) > 2
     for _ in range(2):
         for batch in behind:
             run(engine, batch, [parent])
@@ -170,12 +170,14 @@ def test_what_layers_read_of_prompts_is_what_a_cache_of_transformers_holds(moe: 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("trunk", [TRUNK, ()])
-def test_prompts_that_are_read_before_are_continued_as_stock_generate_does(moe: MoEModel, trunk: tuple[int]) -> None:
+@pytest.mark.parametrize("shared_prefix", [SHARED_PREFIX, ()])
+def test_prompts_that_are_read_before_are_continued_as_stock_generate_does(
+    moe: MoEModel, shared_prefix: tuple[int]
+) -> None:
     engine, genomes = Engine(moe, StateCache(1, CPU)), population(moe)
-    batches = prompt_batches(trunk)
-    firsts = {batch.prompt.trunk for batch in batches if batch.prompt is not None}
-    assert firsts == {trunk, ()}
+    batches = prompt_batches(shared_prefix)
+    firsts = {batch.prompt.shared_prefix for batch in batches if batch.prompt is not None}
+    assert firsts == {shared_prefix, ()}
     answers = set()
     for batch in batches:
         stock = [generate_together(moe, None, batch, [genome], True, ALL)[0] for genome in genomes]
@@ -193,18 +195,18 @@ def test_what_genomes_have_in_common_is_read_once_before_they_generate(
     mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(mixtral, StateCache(1, CPU))
-    (batch,) = generate_batches(prompts()[: len(OWN)], BatchLimits(4096, 96, trunk=TRUNK), 6, "")
+    (batch,) = generate_batches(prompts()[: len(OWN)], BatchLimits(4096, 96, shared_prefix=SHARED_PREFIX), 6, "")
     parent, other = random_pruning(mixtral.shape, 4, seed=1), random_pruning(mixtral.shape, 4, seed=2)
     passed: list[int] = []
-    mix = layer_halves.Halves.mix
+    mix = layer_halves.LayerHalves.mix
 
-    def counted(self: layer_halves.Halves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: layer_halves.LayerHalves, stage: int, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
         passed.append(stage)
         return mix(self, stage, residual, *rest)
 
-    monkeypatch.setattr(layer_halves.Halves, "mix", counted)
+    monkeypatch.setattr(layer_halves.LayerHalves, "mix", counted)
     generate_together(mixtral, engine, batch, [parent], True, ALL)
-    assert sorted(passed) == [0, 0, 1, 1]  # of the trunk and of what follows; nothing asks for the last experts
+    assert sorted(passed) == [0, 0, 1, 1]  # of the shared prefix and of what follows; nothing asks for the last experts
     passed.clear()
     last = Genome((*parent.layers[:2], other.layers[2]))
     generate_together(mixtral, engine, batch, [last], True, ALL)
@@ -213,14 +215,14 @@ def test_what_genomes_have_in_common_is_read_once_before_they_generate(
     assert passed == [1, 1]
     passed.clear()
     generate_together(mixtral, engine, batch, [other], False, ALL)
-    generate_together(mixtral, engine, batch, [other], False, ALL)  # nothing but the trunk was kept
+    generate_together(mixtral, engine, batch, [other], False, ALL)  # nothing but the shared prefix was kept
     assert sorted(passed) == [0, 0, 0, 1, 1, 1]
 
 
 @torch.inference_mode()
 def test_a_prompt_of_one_token_is_left_to_generate(mixtral: MoEModel) -> None:
     engine, genome = Engine(mixtral, StateCache(1, CPU)), random_pruning(mixtral.shape, 4)
-    (batch,) = generate_batches([Row(0, (7,), 0), Row(1, (7, 8), 1)], BatchLimits(64, 96, trunk=()), 6, "")
+    (batch,) = generate_batches([Row(0, (7,), 0), Row(1, (7, 8), 1)], BatchLimits(64, 96, shared_prefix=()), 6, "")
     assert batch.prompt is None
     ((new, _),) = generate_together(mixtral, engine, batch, [genome], True, ALL)
     ((expected, _),) = generate_together(mixtral, None, batch, [genome], True, ALL)
@@ -245,17 +247,23 @@ def test_scores_are_those_of_genomes_that_run_alone(tmp_path: Path, kind: str) -
         assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
         assert one.fitness == pytest.approx(other.fitness, abs=1e-5)
     batches = [batch for part in evaluators[0]._prepared("search", None) for one in part for batch in one.batches]
-    trunks = {(batch if isinstance(batch, ForwardBatch) else batch.prompt).trunk for batch in batches}
-    assert {len(trunk) > 100 for trunk in trunks} == {kind != "like"}, "every token of `like` is scored"
+    shared_prefixes = {(batch if isinstance(batch, ForwardBatch) else batch.prompt).shared_prefix for batch in batches}
+    assert {len(shared_prefix) > 100 for shared_prefix in shared_prefixes} == {kind != "like"}, (
+        "every token of `like` is scored"
+    )
 
 
 def test_a_model_whose_weights_lie_on_several_devices_gets_none() -> None:
     moe = MoEModel(tiny_model("mixtral"))
-    assert not moe.is_spread and Engine(moe, StateCache(1, CPU)).reads_trunks
+    assert not moe.is_spread and Engine(moe, StateCache(1, CPU)).reads_shared_prefixes
     head = moe.language_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.to("meta"), requires_grad=False)  # as an offloaded one
     engine = Engine(moe, StateCache(1, CPU))
-    assert moe.is_spread and not engine.reads_trunks and engine.why_no_trunks == "the weights lie on several devices"
+    assert (
+        moe.is_spread
+        and not engine.reads_shared_prefixes
+        and engine.why_no_shared_prefixes == "the weights lie on several devices"
+    )
 
 
 def splits_of(*tokens: Sequence[int], start: int = -1) -> TokenisedSplits:
@@ -270,40 +278,42 @@ def splits_of(*tokens: Sequence[int], start: int = -1) -> TokenisedSplits:
     return TokenisedSplits({"search": examples[::2], "test": examples[1::2]}, rows)
 
 
-def test_the_trunk_is_the_beginning_that_saves_the_most_tokens() -> None:
+def test_the_shared_prefix_is_the_beginning_that_saves_the_most_tokens() -> None:
     first, second = tuple(range(10, 20)), tuple(range(20, 26))
     some = [(*first, number, 1) for number in range(4)]
-    assert splits_of(*some).trunk == first
-    assert splits_of(*some, (5, 6), (7, 8)).trunk == first  # a few begin otherwise
-    assert splits_of(*some, *((*second, number) for number in range(8))).trunk == second  # 7 * 6 > 3 * 10
-    assert splits_of(*some, *((*first, 3, 3, number) for number in range(2))).trunk == first
-    assert splits_of(*some, start=4).trunk == first[:4]  # what is scored stands behind it
-    assert splits_of((1, 2), (3, 4)).trunk == splits_of((1, 2)).trunk == ()
-    assert splits_of((1, 2, 3), (1, 2, 3), (1, 2, 3)).trunk == (1, 2)
+    assert splits_of(*some).shared_prefix == first
+    assert splits_of(*some, (5, 6), (7, 8)).shared_prefix == first  # a few begin otherwise
+    assert splits_of(*some, *((*second, number) for number in range(8))).shared_prefix == second  # 7 * 6 > 3 * 10
+    assert splits_of(*some, *((*first, 3, 3, number) for number in range(2))).shared_prefix == first
+    assert splits_of(*some, start=4).shared_prefix == first[:4]  # what is scored stands behind it
+    assert splits_of((1, 2), (3, 4)).shared_prefix == splits_of((1, 2)).shared_prefix == ()
+    assert splits_of((1, 2, 3), (1, 2, 3), (1, 2, 3)).shared_prefix == (1, 2)
 
 
-def test_what_the_choices_of_one_example_have_in_common_is_no_trunk(tmp_path: Path) -> None:
+def test_what_the_choices_of_one_example_have_in_common_is_no_shared_prefix(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer(bos=True)
     data = [
         {"prompt": f"{SHOTS}{n} {'no ' * (60 if n == 3 else 2)}", "choices": [" yes", " no no", " dog cat"], "label": 0}
         for n in range(8)
     ]
     task = tiny.make_task(tmp_path / "t", data, tokenizer)
-    assert len(tokenizer(SHOTS)["input_ids"]) - 3 < len(task._rows.trunk) < len(tokenizer(SHOTS)["input_ids"]) + 3
+    assert (
+        len(tokenizer(SHOTS)["input_ids"]) - 3 < len(task._rows.shared_prefix) < len(tokenizer(SHOTS)["input_ids"]) + 3
+    )
 
 
-def test_trees_get_wider_with_the_trunk_so_that_the_keys_and_values_of_a_batch_are_bounded() -> None:
+def test_trees_get_wider_with_the_shared_prefix_so_that_the_keys_and_values_of_a_batch_are_bounded() -> None:
     long = tuple(RNG.integers(3, 96, 2000).tolist())
     made = [Row(number, (*long, *own, number), len(long) + len(own)) for number in range(40) for own in OWN]
-    batches = forward_batches(made, BatchLimits(2048, 96, trunk=long))
-    assert {batch.trunk for batch in batches} == {long}
+    batches = forward_batches(made, BatchLimits(2048, 96, shared_prefix=long))
+    assert {batch.shared_prefix for batch in batches} == {long}
     assert all(len(batch.input_ids) * len(long) <= 4 * 2048 for batch in batches)
     assert all(batch.input_ids.numel() + len(batch.input_ids) * 500 == batch.num_tokens <= 2048 for batch in batches)
 
 
-def test_a_trunk_that_saves_less_than_a_pass_costs_stays_in_the_trees() -> None:
+def test_a_shared_prefix_that_saves_less_than_a_pass_costs_stays_in_the_trees() -> None:
     made = scored_rows()
-    (batch,) = forward_batches(made, BatchLimits(4096, 96, trunk=TRUNK))
-    assert batch.trunk == ()
-    (few,) = generate_batches(prompts()[:3], BatchLimits(4096, 96, trunk=TRUNK), 6, "")
-    assert few.prompt is not None and few.prompt.trunk == ()
+    (batch,) = forward_batches(made, BatchLimits(4096, 96, shared_prefix=SHARED_PREFIX))
+    assert batch.shared_prefix == ()
+    (few,) = generate_batches(prompts()[:3], BatchLimits(4096, 96, shared_prefix=SHARED_PREFIX), 6, "")
+    assert few.prompt is not None and few.prompt.shared_prefix == ()
