@@ -59,7 +59,7 @@ def planned_memory(
     if device_bytes is not None and chosen.merged_fit is False and chosen.fits:
         notes.append(
             "the merged layers of one genome may not fit beside the weights: what does not is merged anew in every "
-            "forward pass; keep fewer experts, or only prune (search.eep.num_pruning)"
+            "forward pass; keep fewer experts, or only prune"
         )
     return MemoryPlan(size.ranks, device_bytes, tuple(modes), **batch)
 

@@ -51,7 +51,7 @@ def open_pool(
         if space is not None and not evaluator.model.merged_fits(_fully_merged(space)):
             tracker.message(
                 "the merged layers of one genome do not fit in memory: what does not is merged anew in every forward "
-                "pass; keep fewer experts, set model.merged_cache_gib, or only prune (search.eep.num_pruning)"
+                "pass; keep fewer experts, set model.merged_cache_gib, or only prune"
             )
         yield LocalPool(evaluator)
     else:
