@@ -28,7 +28,7 @@ from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
 from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
-from moe_evo.searches.registry import begins_from, build_space
+from moe_evo.searches.registry import SEARCHES, begins_from, build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
@@ -44,6 +44,8 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
     Where fewer experts are kept than a token may use, a run lowers top_k to that number.
     """
     swept = config.sweep
+    for name in swept.algorithms:
+        SEARCHES.check(name, "sweep.algorithms")
     num_kept: Sequence[int | list[int]] = swept.num_kept or [config.search.num_kept]
     choices = product(
         [[TaskConfig(data=data)] for data in swept.tasks] or [config.tasks],

@@ -162,7 +162,7 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "element of a list": (
         lambda _: ["sweep", "--sweep.algorithms", "eep,foo"],
-        "sweep.algorithms: got 'foo', expected one of 'eep', 'eep_release', 'random'",
+        "sweep.algorithms: got 'foo', expected one of eep, eep_release, random",
     ),
     "neither number nor word": (
         lambda _: ["search", "--cluster.num_gangs", "many"],

@@ -14,6 +14,7 @@ from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import CRITERIA, check_methods
 from moe_evo.errors import ConfigError, ModelError
 from moe_evo.models.router_rows import check_comparable, router_lengths
+from moe_evo.models.source import ModelSource
 
 
 def saved(folder, family, **options):
@@ -47,7 +48,7 @@ def test_scores_are_the_change_of_length_of_router_rows(tmp_path, family):
         criterion = CRITERIA[name].comparing_with(base, "hash", tuned)
         assert criterion.name == name and not criterion.needs_base_model
         np.testing.assert_allclose(criterion.scores(observer), expected, rtol=1e-6, atol=1e-12)
-    check_comparable(tuned, base)
+    check_comparable(ModelSource(tuned), ModelSource(base))
 
 
 def test_only_router_tensors_are_read(tmp_path, monkeypatch):
@@ -57,17 +58,17 @@ def test_only_router_tensors_are_read(tmp_path, monkeypatch):
     for name, tensor in tensors.items():
         if not name.endswith("mlp.gate.weight"):
             tensors[name] = torch.zeros(1, dtype=tensor.dtype)
-    expected = router_lengths(config)
+    expected = router_lengths(ModelSource(config))
     save_file(tensors, tmp_path / "model.safetensors")
-    assert all(map(np.array_equal, router_lengths(config), expected))
+    assert all(map(np.array_equal, router_lengths(ModelSource(config)), expected))
 
 
 def test_a_checkpoint_in_several_files_is_read(tmp_path):
     one, model = saved(tmp_path / "one", "mixtral")
     model.save_pretrained(tmp_path / "several", max_shard_size="20KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
-    several = router_lengths(ModelConfig(path=str(tmp_path / "several")))
-    assert all(map(np.array_equal, several, router_lengths(one)))
+    several = router_lengths(ModelSource(ModelConfig(path=str(tmp_path / "several"))))
+    assert all(map(np.array_equal, several, router_lengths(ModelSource(one))))
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path):
@@ -75,19 +76,19 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path):
     other, _ = saved(tmp_path / "other", "mixtral", num_local_experts=4)
     fewer, _ = saved(tmp_path / "fewer", "mixtral", num_hidden_layers=2)
     with pytest.raises(ModelError, match="has 3 MoE layers with 4 experts, the model has 3 with 8; give the"):
-        check_comparable(tuned, other)
+        check_comparable(ModelSource(tuned), ModelSource(other))
     with pytest.raises(ModelError, match="has 2 MoE layers with 8 experts, the model has 3 with 8; give the"):
-        check_comparable(tuned, fewer)
+        check_comparable(ModelSource(tuned), ModelSource(fewer))
     with pytest.raises(ModelError, match="no such folder"):
-        check_comparable(tuned, ModelConfig(path=str(tmp_path / "none")))
+        check_comparable(ModelSource(tuned), ModelSource(ModelConfig(path=str(tmp_path / "none"))))
     file = tmp_path / "other" / "model.safetensors"
     tensors = {name: one for name, one in load_file(file).items() if "layers.1." not in name}
     save_file(tensors, file)
     with pytest.raises(ModelError, match=r"has no router of 4 experts in decoder layer 1; give the checkpoint"):
-        router_lengths(other)
+        router_lengths(ModelSource(other))
     file.write_bytes(b"broken")
     with pytest.raises(ModelError, match="its router weights cannot be read"):
-        router_lengths(other)
+        router_lengths(ModelSource(other))
 
 
 def test_methods_that_need_a_base_model_are_refused_where_none_can_be_given():

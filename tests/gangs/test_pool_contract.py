@@ -70,7 +70,8 @@ def pool(request: pytest.FixtureRequest, folders: dict[str, Path], embedded: Eva
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_pool, "load_evaluator", lambda *_: embedded)
         config = replace(CONFIG, cluster=CLUSTERS[request.param])
-        with open_pool.open_pool(config, check_tasks(config.tasks), TerminalTracker()) as pool:
+        source, data = ModelSource(config.model), check_tasks(config.tasks)
+        with open_pool.open_pool(config, source, data, TerminalTracker()) as pool:
             yield pool
 
 

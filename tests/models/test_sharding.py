@@ -158,6 +158,7 @@ sys.path.append(sys.argv[1])
 from tiny_models import logits, tokens
 from moe_evo.config.model import ModelConfig
 from moe_evo.models.load import load_model
+from moe_evo.models.source import ModelSource
 config = ModelConfig(path=sys.argv[2], device="cpu", sharding="zero3", offload="cpu")
 moe = load_model(ModelSource(config))
 assert not moe.splits_examples
