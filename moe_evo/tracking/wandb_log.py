@@ -14,11 +14,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import wandb
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+from wandb.sdk import wandb_setup
 
 from moe_evo.evaluation.pool import PoolStatus
 from moe_evo.genomes.genome import Genome
@@ -27,13 +27,13 @@ from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
 from moe_evo.records.result import RunResult
 from moe_evo.tracking.curves import SearchStatistics
+from moe_evo.versions import ADVICE
 
 if TYPE_CHECKING:
     from moe_evo.tracking.wandb_run import WandbRun
 
 _INIT_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 5.0
-_SERVICE = "wandb-core"  # what the process is called that wandb starts for itself
 _PICTURE_INTERVAL_S = 60.0
 _RATE_WINDOW_S = 30.0
 _MOST_INCREMENTS = 80  # the pages of W&B show the last hundred of a table
@@ -90,19 +90,31 @@ def end(run: wandb.Run, exit_code: int) -> str:
 def teardown(*, kill: bool = False) -> None:
     """End W&B's own process, unless somebody else in this process uses W&B too.
 
-    kill: do not let it finish; when this process exits, wandb would wait for it, however long it hangs.
+    kill: do not let it finish; when this process exits, wandb would wait for it, however long it hangs. Raises
+    LookupError where this wandb keeps its process where we do not find it.
     """
     if wandb.run is not None:
         return
-    services = [child for child in psutil.Process().children() if child.name().startswith(_SERVICE)]
+    process = _service_process()
     try:
-        if kill:
-            for service in services:
-                service.kill()
-        else:
+        if kill and process:
+            process.kill()
+        elif not kill:
             wandb.teardown()
     finally:
-        psutil.wait_procs(services, _EXIT_TIMEOUT_S)
+        if process:
+            process.wait(_EXIT_TIMEOUT_S)
+
+
+def _service_process() -> Any:
+    """The process that wandb has started for itself; None where there is none. No public name leads to it."""
+    try:
+        connection = wandb_setup.singleton()._connection
+        return connection and connection._proc and connection._proc._process
+    except AttributeError as error:
+        raise LookupError(
+            f"wandb {wandb.__version__} has its own process elsewhere than expected ({error}); {ADVICE}"
+        ) from error
 
 
 class SearchLog:

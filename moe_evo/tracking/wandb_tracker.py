@@ -127,11 +127,8 @@ class WandbTracker:
                 limit_s += self._run.finish_timeout_s if self._has_begun else self._run.begin_timeout_s
             self._thread.join(limit_s)
             if self._thread.is_alive():
-                from moe_evo.tracking.wandb_log import teardown
-
                 self._fail(f"no answer for {limit_s:.0f} s")
-                with suppress(Exception):  # it may have ended by itself
-                    teardown(kill=True)
+                self._end_service(kill=True)
                 self._thread.join(_GRACE_S)
         self._say()
 
@@ -159,14 +156,21 @@ class WandbTracker:
             )
 
     def _work(self) -> None:
-        from moe_evo.tracking.wandb_log import teardown
-
         try:
             self._write()
         except Exception as error:  # noqa: BLE001 - the border of the thread: nothing of W&B may end a search
             self._fail(str(error) or type(error).__name__)
-        with suppress(Exception):  # its process may be gone already
-            teardown()
+        self._end_service()
+
+    def _end_service(self, *, kill: bool = False) -> None:
+        """End W&B's own process, which may be gone already."""
+        from moe_evo.tracking.wandb_log import teardown
+
+        with suppress(Exception):
+            try:
+                teardown(kill=kill)
+            except LookupError as error:
+                self._messages.put(f"W&B: {error}")
 
     def _write(self) -> None:
         from moe_evo.tracking.wandb_log import SearchLog, begin, end

@@ -23,7 +23,7 @@ from moe_evo.genomes.population import Outcome
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import Journal
 from moe_evo.runs import open_pool
-from moe_evo.tracking import wandb_run, wandb_tracker
+from moe_evo.tracking import wandb_log, wandb_run, wandb_tracker
 from moe_evo.tracking.wandb_run import wandb_mode
 
 SLOW = """
@@ -235,3 +235,9 @@ def test_a_disabled_search_never_imports_wandb(tmp_path: Path) -> None:
     words += ["--tasks", "[{data: syll, num_search: 4, num_validation: 4, num_test: 4}]"]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False).returncode == 0
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_a_wandb_that_keeps_its_process_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_log.wandb_setup, "singleton", lambda: object())
+    with pytest.raises(LookupError, match=r"wandb \d+\.\d+.* has its own process elsewhere than expected \('object'"):
+        wandb_log.teardown()
