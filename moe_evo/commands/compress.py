@@ -102,6 +102,7 @@ def compress(
     resolve_device(config.model.device)
     _check_fits(options, read_size(source, 1))
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
+    known_as = source.hash  # for which the alignment is read, so that it is refused before a model is loaded
     evaluator = load_evaluator(source, data, config.evaluation, tracker)
     experts = _compressed(evaluator, compression, tracker)
     tracker.message("scoring the model on the test split, as it was and as it is")
@@ -113,7 +114,7 @@ def compress(
         scores |= scored_on_test(evaluator, {"compressed": None}, data)
         _check_references(evaluator, batch_tokens)
         tracker.message(f"writing and checking {target}")
-        told = provenance(config, source.hash, data, _how(options, compression, experts), scores)
+        told = provenance(config, known_as, data, _how(options, compression, experts), scores)
         report = export_checkpoint(
             evaluator.model,
             evaluator.model.shape.identity(),

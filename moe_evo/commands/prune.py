@@ -166,6 +166,7 @@ def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, targ
     from moe_evo.models.source import ModelSource
 
     check_target(target.absolute(), Path(source.config.path), overwrite=overwrite)
+    known_as = source.hash  # for which the alignment is read, so that it is refused before a model is loaded
     method = METHODS[options.method]
     if options.allocation == "global":
         check_global(space)
@@ -176,7 +177,7 @@ def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, targ
         method = method.comparing_with(base.config, base.hash, source.config)
     if options.observations is not None:  # or say what is wrong, before a model is loaded
         if options.observations.exists():
-            load_observations(options.observations, source.hash)
+            load_observations(options.observations, known_as)
         elif not options.observations.absolute().parent.is_dir():
             raise ConfigError(f"--observations: got {options.observations}, expected a file in a folder that exists")
     return method

@@ -13,7 +13,6 @@ from typing import Literal, TypeVar
 import yaml
 
 from moe_evo.config.evaluation import SPEED_ONLY
-from moe_evo.config.file import read_config
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, difference
 from moe_evo.errors import MoeEvoError, RunError
@@ -82,6 +81,8 @@ class RunFolder:
         """
         if journal is None or not journal.has_evaluations:
             return "new"
+        from moe_evo.config.file import read_config  # jsonargparse: not where only numbers are computed
+
         lines = difference(_defining(read_config(self.config)), _defining(config))
         if lines:
             raise RunError(
@@ -251,4 +252,6 @@ def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
 
 def resumed_config(folder: str) -> RunConfig:
     """The config of the run in `folder`, wherever the folder lies now."""
+    from moe_evo.config.file import read_config
+
     return replace(read_config(RunFolder.existing(folder).config), folder=folder)

@@ -33,6 +33,6 @@ def test_it_gets_one_row_under_its_own_name(tmp_path: Path, monkeypatch: pytest.
         folder=str(tmp_path / "run"),
     )
     with TerminalTracker() as tracker:
-        rows = search_command(config, tracker).read_result()["rows"]
-    titles = [row["title"] for row in rows if row["key"] != "soup"]
+        rows = search_command(config, tracker).read_result().rows
+    titles = [row.title for row in rows if row.key != "soup"]
     assert titles == ["full model", "frequency pruning", "reap pruning", "random, best of 8", "silent"]
