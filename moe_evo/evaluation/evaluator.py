@@ -7,7 +7,6 @@ or searches.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,10 @@ from moe_evo.evaluation.engine.generate import generate_together
 from moe_evo.evaluation.engine.packing import Clock, most_tokens, packing_for, size_class
 from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.evaluation.engine.states import StateCache
+from moe_evo.evaluation.fitness import evaluation_of
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
 from moe_evo.genomes.genome import Genome
-from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.genomes.population import EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
@@ -359,27 +359,7 @@ class Evaluator:
             len(examined[task.name].examples) == len(task.numbers(split, (indices or {}).get(task.name)))
             for task in self.tasks
         )
-        scores = list(examined.values())
-        means = [float(one.score.mean()) for one in scores]
-        errors = [_standard_error(one) for one in scores]
-        if self._config.fitness == "worst":
-            worst = int(np.argmin(means))
-            fitness, standard_error = means[worst], errors[worst]
-        else:
-            fitness = sum(means) / len(means)
-            standard_error = math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        likelihoods = [0.0 if one.log_likelihood is None else float(one.log_likelihood.mean()) for one in scores]
-        return Evaluation(
-            fitness=fitness,
-            tie_break=sum(likelihoods) / len(likelihoods),
-            standard_error=standard_error,
-            num_examples=sum(len(one.score) for one in scores),
-            duration_s=duration_s,
-            metrics={
-                f"{name}/{metric}": value for name, one in examined.items() for metric, value in one.metrics.items()
-            },
-            scores={name: one.score for name, one in examined.items()} if is_complete else None,
-        )
+        return evaluation_of(examined, self._config.fitness, is_complete=is_complete, duration_s=duration_s)
 
 
 def _add_scored(
@@ -387,12 +367,6 @@ def _add_scored(
 ) -> None:
     """Add to the report of genome `number` what its logits (M, V) score."""
     reports[number].add(batch, task.score(batch, logits, reference))
-
-
-def _standard_error(scores: TaskScores) -> float:
-    """Of the mean score over examples; 0 where one example tells nothing of the spread."""
-    number = len(scores.score)
-    return float(scores.score.std(ddof=1) / math.sqrt(number)) if number > 1 else 0.0
 
 
 @contextmanager

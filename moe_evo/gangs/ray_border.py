@@ -28,3 +28,9 @@ def free_by_node() -> Mapping[str, Mapping[str, float]]:
             f"expected; {ADVICE}"
         ) from error
     return found
+
+
+def free_in_words() -> str:
+    """GPUs and CPUs that are free on the connected cluster."""
+    free = ray.available_resources()
+    return ", ".join(f"{name} {free[name]:g}" for name in ("GPU", "CPU") if name in free) or "nothing"

@@ -22,7 +22,7 @@ from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
 from moe_evo.gangs.gang import Gang, GangBroken
 from moe_evo.gangs.metrics import PoolMetrics
 from moe_evo.gangs.rank import Rank, Work
-from moe_evo.gangs.ray_border import ActorHandle, ray
+from moe_evo.gangs.ray_border import ActorHandle, free_in_words, ray
 
 _TICK_S = 1.0
 _PATIENCE_S = 10.0  # how long a gang waits for resources before the run is told about it
@@ -237,7 +237,7 @@ class GangService:
         placed = asyncio.ensure_future(gang.placed())
         try:
             if not (await asyncio.wait({placed}, timeout=_PATIENCE_S))[0]:
-                self._tell(number, "waiting", f"needs {self._spec.needs}; the cluster has free: {_free_resources()}")
+                self._tell(number, "waiting", f"needs {self._spec.needs}; the cluster has free: {free_in_words()}")
             limit_s = self._spec.cluster.idle_release_s
             while not (await asyncio.wait({placed}, timeout=limit_s))[0]:
                 if self._spec.cluster.num_gangs == "auto" and not self._dispatcher.waiting:
@@ -384,11 +384,6 @@ class GangService:
         for run, listener in self._listeners.items():
             if listener.events or self._fatal or self._dispatcher.has_answers(run):
                 listener.wake.set()
-
-
-def _free_resources() -> str:
-    free = ray.available_resources()
-    return ", ".join(f"{name} {free[name]:g}" for name in ("GPU", "CPU") if name in free) or "nothing"
 
 
 class _Report:
