@@ -57,6 +57,17 @@ class StandIn(Rank):
         return Observation((LayerObservation(*[np.arange(8.0)] * len(LayerObservation.names())),) * 4)
 
 
+def telling(*notes: str) -> type[Rank]:
+    """Every rank has something to tell when it begins a work."""
+
+    class Telling(StandIn):
+        def begin(self, work: Work, halvings: int) -> Sequence[str]:
+            super().begin(work, halvings)
+            return notes
+
+    return Telling
+
+
 def slow(seconds: float) -> type[Rank]:
     class Slow(StandIn):
         pause_s = seconds

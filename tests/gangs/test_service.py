@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from request_runs import (
     service_pid,
     wait_until,
 )
-from stand_ins import slow, writing_down
+from stand_ins import slow, telling, writing_down
 
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Pool, Request
@@ -59,6 +60,19 @@ class Run(threading.Thread):
 
 def digests(file: Path) -> list[str]:
     return file.read_text().split()
+
+
+def test_every_run_is_told_once_what_ranks_have_switched_off() -> None:
+    notes = ("self-check: no token trees", "newer than tested: ray")
+    shared = {"num_gangs": 2, "service": "telling", "idle_release_s": 1.0}
+    heard: list[list[str]] = []
+    with gangs(telling(*notes), **shared) as first:
+        for pool in (first, None):
+            with contextlib.ExitStack() as stack:
+                pool = stack.enter_context(gangs(telling(*notes), **shared)) if pool is None else pool
+                progress = complete(pool, requests(8, seed=len(heard)))
+                heard.append([one.detail for one in progress.events if one.kind == "note"])
+    assert heard == [list(notes), list(notes)], "the second run begins no work anew, and hears of it all the same"
 
 
 def test_two_runs_share_the_gangs_in_fair_turns(tmp_path: Path) -> None:
