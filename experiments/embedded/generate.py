@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 PROMPTS = (
     "premise: All cats are farmers; All farmers are singers. So All cats are singers?\nvalid:",
@@ -21,6 +22,7 @@ PROMPTS = (
 
 
 def main(folder: str) -> int:
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
