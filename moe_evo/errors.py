@@ -1,7 +1,7 @@
 """Every error that moe_evo raises on purpose: one base class, few leaves, each also a builtin.
 
 A message says where, what was got, what was expected and what to do, in one line; the command line
-prints that line and exits with code 2. What can be wrong before a model is loaded is collected as `Problem`s.
+prints that line and exits with code 2. The errors found before a model is loaded are collected as `Problem`s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 
 class MoeEvoError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that the user can correct."""
 
 
 class ConfigError(MoeEvoError, ValueError):
@@ -61,7 +61,7 @@ class ExportError(MoeEvoError, RuntimeError):
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, as a value: an error that nobody raised yet.
+    """An error as a value, which is not raised yet.
 
     where: the option, file or task; got: what was found there; expected, advice: what was expected and what to do,
     '' where the message says none. error: what to raise.
@@ -75,7 +75,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: MoeEvoError) -> Problem:
-        """An error taken apart as its message says: `WHERE: got GOT, expected EXPECTED; ADVICE`."""
+        """The problem made of an error whose message reads `WHERE: got GOT, expected EXPECTED; ADVICE`."""
         where, _, rest = " ".join(str(error).split()).partition(": ")
         told, _, advice = rest.rpartition("; ") if "; " in rest else (rest, "", "")
         got, _, expected = told.removeprefix("got ").partition(", expected ")
@@ -90,26 +90,26 @@ class Problem:
 
 
 class Problems:
-    """Problems as they are found: `with problems.noted(): ...` writes an error of the block down and goes on after it.
+    """Collects problems: `with problems.noted(): ...` adds an error raised in the block, and continues after it.
 
-    Each is written down once.
+    Equal problems are added once.
     """
 
     def __init__(self) -> None:
         self._found: dict[str, Problem] = {}
 
     def noted(self) -> AbstractContextManager[None, bool]:
-        """Write down what the block raises."""
+        """A context that adds the MoeEvoError that its block raises, and suppresses it."""
         return _Noted(self)
 
     def add(self, error: MoeEvoError) -> None:
-        """Write an error down."""
+        """Add an error."""
         problem = Problem.of(error)
         self._found.setdefault(str(problem), problem)
 
     @property
     def found(self) -> tuple[Problem, ...]:
-        """All of them, in the order in which they were found."""
+        """All problems, in the order in which they were found."""
         return tuple(self._found.values())
 
 
@@ -128,7 +128,7 @@ class _Noted:
 
 
 def raise_first(problems: Sequence[Problem]) -> None:
-    """Raise the first of several problems, if any, and tell how many more there are."""
+    """Raise the first problem, if any; the message says how many more there are."""
     if len(problems) == 1:
         raise problems[0].error
     if problems:

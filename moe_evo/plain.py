@@ -1,7 +1,7 @@
-"""Frozen values as plain data, as JSON and YAML hold it, and back.
+"""Converts frozen dataclasses to plain data, as JSON and YAML hold it, and back.
 
-Reading is tolerant of other versions: a key that the value does not know is left out, and one that is missing takes
-its default. A dataclass that looks different as plain data says so with `to_plain` and `from_plain` of its own.
+Data of other versions can be read: an unknown key is ignored, and a missing one takes its default. A dataclass
+whose plain data should look different has methods `to_plain` and `from_plain`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 
 
 class PlainError(ValueError):
-    """Plain data that are not what a value is made of; the message says where, what was got and expected."""
+    """Plain data do not fit the type to be made of them; the message says where, what was got and expected."""
 
 
 def plain(value: object) -> Any:
-    """Dataclasses as dicts, sequences as lists, paths as text; everything else as it is."""
+    """The value as plain data: dataclasses as dicts, sequences as lists, paths as text, everything else unchanged."""
     own = getattr(value, "to_plain", None)
     if own is not None:
         return own()
@@ -38,14 +38,14 @@ def plain(value: object) -> Any:
 
 
 def plain_fields(value: Any) -> Plain:
-    """A dataclass field by field, whatever it says itself."""
+    """A dataclass as plain data field by field, without use of its own `to_plain`."""
     return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
 
 
 def value_of(kind: type[Value], data: object, where: str = "") -> Value:
-    """The value of a type that `data` describe; raises PlainError, or what the type's own checks raise.
+    """The value of type `kind` that `data` describe; raises PlainError, or what the type's own checks raise.
 
-    where: what the data are, for the message, such as the name of an option.
+    where: name of the data for the error message, such as that of an option.
     """
     made: Value = _made(kind, data, where)
     return made
@@ -89,7 +89,7 @@ def _dataclass(kind: Any, data: Any, where: str) -> Any:
 
 
 def fields_of(kind: type[Value], data: object, where: str = "") -> Value:
-    """The dataclass whose fields `data` holds, whatever it says itself; raises as `value_of`."""
+    """The dataclass whose fields are in `data`, without use of its own `from_plain`; raises as `value_of`."""
     if not isinstance(data, Mapping):
         raise PlainError(f"{where or 'it'}: got {_short(data)}, expected names with values")
     given = {}
@@ -114,7 +114,7 @@ def _sequence(kind: Any, data: Any, where: str) -> Any:
 
 
 def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
-    """The first of several types that fits."""
+    """The value as the first of several types that fits."""
     if data is None and type(None) in kinds:
         return None
     kinds = [one for one in kinds if one is not type(None)]
@@ -136,7 +136,7 @@ def field_types(kind: type) -> dict[str, object]:
 
 @cache
 def _fields(kind: Hashable) -> list[tuple[Field[Any], Any]]:
-    """The fields that a dataclass is made with, each with its type."""
+    """The fields that a dataclass's constructor takes, each with its type."""
     dataclass: Any = kind
     hints = get_type_hints(dataclass)
     return [(one, hints[one.name]) for one in fields(dataclass) if one.init]

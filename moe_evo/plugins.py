@@ -1,7 +1,7 @@
-"""What goes by a name, and how another package adds to it: one `Registry` for each kind of thing.
+"""Registries, by which configs name searches, tasks, metrics and the like, and other packages add their own.
 
-A name is, in this order, one that is built in; one that was registered in this process; `package.module:name`; or an
-entry point of an installed package. Entry points are read late: only where a name is none of the others.
+A name is looked up in this order: built in; registered in this process; `package.module:name`; entry point of an
+installed package. Entry points are read only for a name that is none of the others, as that takes time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _registering_modules: dict[str, None] = {}
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind by name.
+    """Objects of one kind by name, such as all searches.
 
-    noun: what one is, as errors say it. groups: of entry points. builtin: what comes with this package. problem: tells
-    in words what is wrong with a thing of another package, or None. takes_paths: whether a name may be
-    `package.module:name`; not where it comes from a file of somebody else, as that would import what he likes. hint:
-    the end of the complaint about an unknown name.
+    noun: the kind, as error messages call it. groups: names of entry point groups. builtin: the objects of this
+    package. problem: returns in words what is wrong with an object of another package, or None. takes_paths: whether a
+    name may be `package.module:name`; False where names come from files of other people, which could then import
+    any code. hint: end of the error message about an unknown name.
 
-    Iterating gives what is built in or registered, without reading entry points; `names` gives those too.
+    Iteration gives the names that are built in or registered, without reading entry points; `names` has those, too.
 
     >>> from moe_evo.searches.registry import SEARCHES
     >>> @SEARCHES.register("mine")
@@ -41,7 +41,7 @@ class Registry(Generic[Thing]):
     >>> SEARCHES["mine"] is MySearch
     True
 
-    Another package does it in its pyproject.toml:
+    Another package registers an object in its pyproject.toml:
 
         [project.entry-points."moe_evo.searches"]
         mine = "my_package.my_module:MySearch"
@@ -67,10 +67,10 @@ class Registry(Generic[Thing]):
         self._loaded: dict[str, Thing] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
-        """A decorator, or a function of a value, that gives a thing a name in this process.
+        """A decorator (or function to call with an object) that registers the object by a name in this process.
 
-        Gangs import the module that called it, unless that is the program itself. Raises ConfigError for a name that
-        is built in.
+        Processes of a gang import the module that called it, unless that is `__main__`. Raises ConfigError for a name
+        that is built in.
         """
         if name in self._builtin:
             raise ConfigError(f"{self.noun}: got the name {name!r} of one that is built in, expected another one")
@@ -83,9 +83,9 @@ class Registry(Generic[Thing]):
         return remember
 
     def get(self, name: str, option: str = "", also: Sequence[str] = ()) -> Thing:
-        """The thing of this name; raises ConfigError, also where it cannot be imported or is something else.
+        """The object of this name; raises ConfigError where it is unknown, cannot be imported or is of another kind.
 
-        option: the option, or what else names it, for the complaint. also: see `check`.
+        option: where the name was given, such as an option, for the error message. also: see `check`.
         """
         self.check(name, option, also)
         for known in (self._builtin, self._registered, self._loaded):
@@ -95,9 +95,9 @@ class Registry(Generic[Thing]):
         return self._loaded[name]
 
     def check(self, name: str, option: str = "", also: Sequence[str] = ()) -> None:
-        """Raise ConfigError for a name that nothing has; imports nothing.
+        """Raise ConfigError for an unknown name; imports nothing.
 
-        also: what the option takes beside names.
+        also: other values that the option takes, for the error message.
         """
         if name in self:
             return
@@ -108,7 +108,7 @@ class Registry(Generic[Thing]):
         raise ConfigError(f"{option or self.noun}: got {name!r}{meant} one of {', '.join(names)}{path}{self._hint}")
 
     def names(self) -> list[str]:
-        """All names, those of entry points too."""
+        """All names, with those of entry points."""
         return list(dict.fromkeys([*self, *(entry.name for entry in self._entries())]))
 
     def __getitem__(self, name: str) -> Thing:
@@ -143,7 +143,7 @@ class Registry(Generic[Thing]):
         return [entry for group in self.groups for entry in entry_points(group=group)]
 
     def _imported(self, name: str, option: str) -> Any:
-        """What stands behind a path or an entry point."""
+        """The object that a `package.module:name` or an entry point refers to."""
         path = _PATH.fullmatch(name)
         if path is None:
             found = {entry.value: entry for entry in self._entries() if entry.name == name}
@@ -172,19 +172,19 @@ class Registry(Generic[Thing]):
 
 
 def lacking(thing: Any, members: Sequence[str], protocol: str) -> str | None:
-    """What a thing lacks of a protocol, in words."""
+    """The members of a protocol that an object does not have, in words; None where it has all."""
     missing = [name for name in members if not hasattr(thing, name)]
     kind = thing.__name__ if isinstance(thing, type) else type(thing).__name__
     return f"{kind} has no {', no '.join(missing)}, expected a {protocol}" if missing else None
 
 
 def registering_modules() -> tuple[str, ...]:
-    """The modules that registered something, for other processes to import; not the program itself."""
+    """The modules that registered something, for other processes to import; without `__main__`."""
     return tuple(name for name in _registering_modules if name != "__main__")
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules that register something; raises ConfigError where one is not here."""
+    """Import modules that register something; raises ConfigError where one cannot be imported."""
     for name in names:
         try:
             import_module(name)

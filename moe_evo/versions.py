@@ -16,19 +16,19 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ADVICE = "install the tested versions (README, 'Two commands'), or a newer moe_evo"
-"""What to do where another package is not as expected."""
+"""Advice in the error message where another package does not behave as expected."""
 
 
 @cache
 def tested_versions() -> Mapping[Literal["locked", "oldest"], Mapping[str, str]]:
-    """By name of package the version of the lock file, and the oldest that the tests pass with."""
+    """Versions that the tests pass with, by package: those of the lock file, and the oldest ones."""
     text = (files("moe_evo") / "data" / "tested_versions.json").read_text("utf-8")
     found: Mapping[Literal["locked", "oldest"], Mapping[str, str]] = json.loads(text)
     return found
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """The version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def installed_version(package: str) -> str | None:
 
 
 def needed_packages() -> Mapping[str, str | None]:
-    """The packages that moe_evo declares, each with the extra that wants it; None: every installation does."""
+    """The packages that moe_evo depends on, each with the extra that needs it; None: every installation needs it."""
     needed: dict[str, str | None] = {}
     for line in requires("moe_evo") or ():
         requirement = Requirement(line)
@@ -54,7 +54,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def newer_than_tested() -> str:
-    """One line that names what this process has imported in a newer minor version than the tested one, or ''."""
+    """One line with the imported packages whose minor version is newer than the tested one; '' where there are none."""
     found = []
     for package, locked in tested_versions()["locked"].items():
         installed = installed_version(package) if package in sys.modules else None

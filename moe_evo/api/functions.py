@@ -1,8 +1,8 @@
-"""What `moe_evo.search` and its neighbours do: the commands of `moe-evo`, called from Python.
+"""The functions of `import moe_evo`, such as `moe_evo.search`: the commands of `moe-evo`, called from Python.
 
 Every function takes the command's flags as keywords (see `moe_evo.api.options`), prints nothing unless
 `progress=True`, and raises a `MoeEvoError` whose message is the line that the command would print. Calls from several
-threads take turns (see `moe_evo.api.turns`); a running event loop, as in a notebook, is no hindrance.
+threads take turns (see `moe_evo.api.turns`). They also work inside a running event loop, as in a notebook.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def search(
     progress: bool = False,
     **options: object,
 ) -> Run:
-    """Search which experts of a model to keep, or go on where an earlier call with the same config stood.
+    """Search which experts of a model to keep, or continue an unfinished call with the same config.
 
     model: checkpoint folder or Hugging Face name; default: the small model of this package. tasks: JSONL files,
     folders or names of embedded tasks, or dicts with a task's options. config: a YAML file, a run's folder or a
@@ -120,9 +120,9 @@ def prune(
     progress: bool = False,
     **options: object,
 ) -> PrunedModel:
-    """Prune or merge without a search, by a one-shot method, and write the checkpoint into the folder `to`.
+    """Prune or merge experts by a one-shot method, without a search, and write the checkpoint into the folder `to`.
 
-    method: `moe-evo criteria` lists them. See `moe-evo prune --help` for the other arguments.
+    method: one of those that `moe-evo criteria` lists. See `moe-evo prune --help` for the other arguments.
 
     >>> import moe_evo
     >>> task = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
@@ -157,7 +157,7 @@ def export(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExportedRun:
-    """Write the checkpoint of a finished run into the folder `to`, and check that it computes what was evaluated.
+    """Write the checkpoint of a finished run into the folder `to`, and check that it computes the evaluated logits.
 
     >>> import moe_evo
     >>> exported = moe_evo.export("my-run", "exported", which="best_pruning")
@@ -177,9 +177,10 @@ def sweep(
     progress: bool = False,
     **options: object,
 ) -> Sweep:
-    """Search for every combination of numbers of experts, seeds, algorithms and tasks, or make what is missing.
+    """Run a search for every combination of numbers of experts, seeds, algorithms and tasks.
 
-    no_tune: one run after the other in this process, without Ray Tune. Which runs: `sweep`, as in YAML.
+    Called again with the same config, it makes only the runs that are not finished. Which runs there are is told by
+    the keyword `sweep`, as in YAML. no_tune: one run after the other in this process, without Ray Tune.
 
     >>> import moe_evo
     >>> task = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
@@ -197,9 +198,9 @@ def sweep(
 
 
 def compare(*runs: Run | Sweep | str | Path, in_pairs: bool = True) -> Comparison:
-    """The final tables of several runs as one, and each winner against that of the first run on the same examples.
+    """The final tables of several runs as one, with each run's winner tested against that of the first run.
 
-    in_pairs: without, the runs are not paired, which saves the time of the bootstrap.
+    in_pairs: compare winners on the same examples, by bootstrap; False saves its time and gives only the tables.
 
     >>> import moe_evo
     >>> found = moe_evo.compare("my-run", *moe_evo.load_run("my-sweep/runs/keep4-seed0").folder.parent.iterdir())

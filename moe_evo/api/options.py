@@ -1,7 +1,7 @@
 """From keyword arguments to a checked config.
 
-A keyword is the last part of a flag (`num_kept=4` for `--search.num_kept 4`), a section as in YAML
-(`search={"num_kept": 4}`), or the whole name (`**{"search.num_kept": 4}`).
+A keyword is one of three: the last part of a flag (`num_kept=4` for `--search.num_kept 4`), a section as in YAML
+(`search={"num_kept": 4}`), or a flag's whole name (`**{"search.num_kept": 4}`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Kind = TypeVar("Kind", bound=ScoringConfig)
 def config_of(
     kind: type[Kind], config: Config | None, model: Model | None, tasks: Tasks | None, options: Mapping[str, object]
 ) -> Kind:
-    """The config of this kind that a call asks for: `config`, changed by what else was given.
+    """The config that a call asks for: `config`, or else the defaults of `kind`, changed by the other arguments.
 
-    options: keyword arguments. Raises ConfigError, for an unknown keyword with the nearest name.
+    options: keyword arguments. Raises ConfigError; for an unknown keyword its message gives the nearest known one.
     """
     changes: Plain = {}
     if isinstance(config, Mapping):
@@ -73,7 +73,7 @@ def _base(kind: type[Kind], config: str | Path | ScoringConfig | None) -> Kind:
 
 
 def _spelt_out(kind: type[ScoringConfig], options: Mapping[str, object]) -> Plain:
-    """Options by their whole names, as in `search.num_kept`; those of a section given as a dict one by one."""
+    """Options by their whole names, such as `search.num_kept`; a section given as a dict is split into its options."""
     whole = list(_names(kind(), ""))
     ends: dict[str, list[str]] = {}
     for name in whole:
@@ -101,7 +101,7 @@ def _as_section(names: Sequence[str]) -> str:
 
 
 def _names(section: object, path: str) -> Iterator[str]:
-    """All options of a config by their whole names; those of tasks are given with each task."""
+    """The whole names of all options of a config, except those of its tasks, which are given with each task."""
     for one in fields(section):  # type: ignore[arg-type]
         value, name = getattr(section, one.name), f"{path}{one.name}"
         if is_dataclass(value):
@@ -119,7 +119,10 @@ def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _put(changes: Plain, name: str, value: object) -> None:
-    """Put an option into nested changes, where whole sections stand already."""
+    """Put an option, given by its whole name, into the nested dict `changes`.
+
+    Raises ConfigError where a section that contains it was given as one value.
+    """
     *path, end = name.split(".")
     for depth, section in enumerate(path, start=1):
         changes = changes.setdefault(section, {})
@@ -129,7 +132,7 @@ def _put(changes: Plain, name: str, value: object) -> None:
 
 
 def _changed(section: Any, changes: Mapping[str, object], where: str) -> Any:
-    """A section with some options changed; it checks itself."""
+    """A section with some options changed; its constructor checks the new values."""
     types = field_types(type(section))
     _refuse_unknown(changes, list(types), where)
     made = {}
@@ -143,7 +146,7 @@ def _changed(section: Any, changes: Mapping[str, object], where: str) -> Any:
 
 
 def _value(kind: object, value: object, name: str) -> object:
-    """The value of an option; one thing where a list is expected is a list of one, as on the command line."""
+    """The value of an option; where a list is expected, a single value becomes a list of one."""
     option: Any = kind
     try:
         return value_of(option, value, name)
@@ -158,7 +161,7 @@ def _value(kind: object, value: object, name: str) -> object:
 
 
 def _simple(value: object) -> object:
-    """Paths as text, numbers of NumPy as Python's, ranges and arrays as lists."""
+    """The value in the types of YAML: a path as text, a NumPy number as Python's, a range or array as a list."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, np.generic | np.ndarray):

@@ -1,4 +1,4 @@
-"""A run, and a sweep of runs, as values to work with: they know their folders and read what lies there."""
+"""`Run` and `Sweep`: a run or a sweep as a Python object that reads its folder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the run lies."""
+        """The run's folder."""
         return self._folder.path
 
     @property
     def config(self) -> RunConfig:
-        """What the run was asked for, with its folder where it lies now."""
+        """The run's config; its `folder` is where the run lies now, even if it was moved."""
         return resumed_config(str(self.folder))
 
     @property
@@ -62,7 +62,7 @@ class Run:
         return progress(self._folder)
 
     def genome(self, which: Which = "best") -> Genome:
-        """Which experts a winner keeps, and what is merged into them; raises RunError where there is no such one."""
+        """The genome of a winner: kept experts and their merges; raises RunError where the run has no such winner."""
         file = self._folder.winners.get(which)
         if file is None or not file.is_file():
             found = ", ".join(name for name, path in self._folder.winners.items() if path.is_file())
@@ -70,7 +70,7 @@ class Run:
         return load_genome(file)
 
     def resume(self, *, progress: bool = False) -> Run:
-        """Go on where the run stands; a finished one stays as it is."""
+        """Continue an unfinished run; a finished one is not changed."""
         from moe_evo.commands.search import search
 
         with turn(progress=progress) as tracker:
@@ -81,7 +81,7 @@ class Run:
         self, to: str | Path, *, which: Which = "best", device: str = "cpu", overwrite: bool = False,
         progress: bool = False,
     ) -> ExportedRun:  # fmt: skip
-        """Write the checkpoint of a finished run's genome into the folder `to`, and check that it computes the same.
+        """Write the checkpoint of a finished run into the folder `to`, and check that it computes the evaluated logits.
 
         which: the winner, the best that only prunes, or the soup. device: where the model is loaded. overwrite:
         replace an older export.
@@ -95,9 +95,9 @@ class Run:
         self, *, split: Split = "test", genome: GenomeLike | None = None, top_k: int | None = None,
         progress: bool = False, **options: object,
     ) -> ScoredGenome:  # fmt: skip
-        """Score a genome, or else the winner, with the run's model on the run's tasks.
+        """Score a genome, by default the winner, with the run's model on the run's tasks.
 
-        options: what is different this time, as for `moe_evo.evaluate`.
+        options: changes to the run's config for this call, as for `moe_evo.evaluate`.
         """
         from moe_evo.commands.evaluate import evaluate
 
@@ -144,17 +144,17 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where the sweep lies."""
+        """The sweep's folder."""
         return self._folder.path
 
     @property
     def result(self) -> SweepResult:
-        """The final tables of its runs as one."""
+        """The final tables of all finished runs as one."""
         return self._folder.read_result()
 
     @property
     def runs(self) -> Mapping[str, Run]:
-        """Its runs by name."""
+        """The runs by name."""
         found = sorted((self.folder / "runs").glob("*/config.yaml"))
         return {file.parent.name: Run(file.parent) for file in found}
 
@@ -166,11 +166,11 @@ class Sweep:
 
 
 GenomeLike: TypeAlias = str | Path | Run | Genome | Sequence[Sequence[int]]
-"""A genome's file, a run (its winner), 'full', a genome, or the kept experts of each layer."""
+"""A genome, its file, a run (for its winner), 'full' (every expert kept), or the kept experts of each layer."""
 
 
 def genome_named(genome: GenomeLike) -> str | Genome:
-    """A genome as commands take it: by name, or as it is."""
+    """A genome in one of the two forms that commands take: a `Genome`, or a name for `named_genome`."""
     if isinstance(genome, Run):
         return str(genome.folder)
     if isinstance(genome, str | Path):

@@ -1,8 +1,8 @@
-"""One computation at a time in a process: others wait for their turn.
+"""A lock that lets one computation at a time run in a process; calls from other threads wait.
 
-Torch's number of threads, the chatter of transformers, W&B's environment and the connection to Ray belong to the
-whole process, and each computation sets them for itself and puts them back. So calls from several threads are
-correct, but take turns. For searches side by side use a sweep, or a process each.
+Each computation sets state of the whole process, and restores it afterwards: torch's number of threads, the log
+level of transformers, W&B's environment variables and the connection to Ray. To run searches at the same time, use
+a sweep, or one process for each.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _TURN = threading.RLock()
 
 @contextmanager
 def turn(*, progress: bool) -> Iterator[Tracker]:
-    """Wait for this thread's turn, and keep it until the block is left; answers where to tell what happens.
+    """Hold the lock until the block is left; yields the tracker that the computation reports to.
 
-    progress: whether it is shown on the standard error stream; else nothing is printed.
+    progress: show the progress on the standard error stream; False prints nothing.
     """
     with _TURN:
         if progress:

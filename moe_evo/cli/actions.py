@@ -1,6 +1,6 @@
-"""What each command does with its words: parse them, call the command, print what it answers.
+"""One action for each command: parse the command line, call the command's function, print what it returns.
 
-Nothing heavy is imported before it is needed, so each action imports what it calls.
+Each action imports what it calls, so that slow imports are made only for the commands that need them.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _compress(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> N
 
     if any(word.split("=")[0] == "--model.path" for word in argv):
         raise ConfigError("--model.path: got it beside CHECKPOINT, which is the model; expected one of them")
-    # the first bare word is the model and not a config, which may be the second
+    # the first bare word is the model, and the second one may be a config
     words = [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
     arguments, config = parse_config(parser, words, ScoringConfig)
     options = CompressOptions(**{one.name: getattr(arguments, one.name) for one in fields(CompressOptions)})
@@ -291,7 +291,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
-    """Words without these options and their values."""
+    """The words of a command line without these options and their values."""
     kept: list[str] = []
     is_dropped = False
     for word in words:

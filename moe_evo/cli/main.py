@@ -1,7 +1,7 @@
-"""The entry of the command line: which command, --debug and --json, and exit codes. Imports nothing heavy.
+"""The entry point of the command line: finds the command, --debug and --json, and sets the exit code.
 
-Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the cluster failed, the same command again
-goes on; 130 interrupted; 1 a defect of ours.
+Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the cluster failed, and the same command, given
+again, continues; 130 interrupted; 1 a defect of moe_evo. Imports nothing slow.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; answers the exit code."""
-    if argv is None:  # the process is ours: being told to end, as `ray job stop` does, is an interrupt too
+    """Run one command and return its exit code."""
+    if argv is None:  # run as a program: SIGTERM, as sent by `ray job stop`, is handled like Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take(words, "--debug")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _take(words: list[str], flag: str) -> bool:
-    """Whether a flag is given, which as everywhere may be followed by true or false; it is gone from the words then."""
+    """Remove a flag from the words, with the true or false that may follow it, and return whether it is set."""
     given = False
     while flag in words:
         first = words.index(flag)

@@ -1,4 +1,4 @@
-"""The options of every command of `moe-evo`, and what `--help` says of them."""
+"""The options of every command of `moe-evo`, with their help texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moe-evo prune` does about the neurons of experts that it merges, and what it leaves beside the weights."""
+"""Reorders the neurons of experts that `moe-evo prune` merges, and writes genome and order beside the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
 
 
 def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
-    """Whether to reorder neurons; wanted: None is as the method's paper does.
+    """Whether to reorder the neurons of merged experts; wanted: None follows the method's paper.
 
-    Raises ConfigError where there is nothing to align, or where it is done already.
+    Raises ConfigError where the method merges nothing, or where the model's neurons are reordered already.
     """
     from moe_evo.criteria.merges import MERGES, Merge
     from moe_evo.criteria.registry import METHODS
@@ -42,7 +42,7 @@ def aligns(model: ModelConfig, method: str, wanted: bool | None) -> bool:
 
 
 def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracker) -> Alignment:
-    """Reorder the neurons of the loaded model so that what `genome` merges matches.
+    """Reorder the neurons of the loaded model so that those of experts that `genome` merges correspond.
 
     model_hash: of the model as it was loaded.
     """
@@ -57,9 +57,10 @@ def align(evaluator: Evaluator, genome: Genome, model_hash: str, tracker: Tracke
 def aligned_progressively(
     evaluator: Evaluator, merge: Merge, observer: Observer, space: SearchSpace, model_hash: str, tracker: Tracker
 ) -> tuple[Genome, Alignment]:
-    """The `progressive_genome` of a merge whose every layer is looked at behind merges that are aligned.
+    """The `progressive_genome` of a merge, with neurons reordered layer by layer.
 
-    Leaves the loaded model with its neurons reordered, as `align` does.
+    Each layer is observed behind the aligned merges of the layers before it. The loaded model is left with its
+    neurons reordered, as by `align`.
     """
     from moe_evo.models.experts.alignment_file import Alignment
 
@@ -81,16 +82,16 @@ def _align(evaluator: Evaluator, genome: Genome, done: Callable[[int], None] = l
     found = alignment_of(evaluator.model, genome, done)
     align_neurons(evaluator.model, found)
     if evaluator.states is not None:
-        evaluator.states.clear()  # they are of experts that were not aligned
+        evaluator.states.clear()  # these hidden states were computed with neurons in the old order
     return found
 
 
 def save_beside(
     checkpoint: Path, genome: Genome, alignment: Alignment | str | None, provenance: Plain
 ) -> dict[str, str]:
-    """Write what it takes to evaluate the genome again into the folder of a checkpoint; answers the files.
+    """Write into a checkpoint's folder the files with which the genome can be evaluated again; returns their paths.
 
-    alignment: as it was found, or the file of `model.alignment`.
+    alignment: the order of neurons that was found, or the path of `model.alignment`.
     """
     from moe_evo.genomes.file import save_genome
     from moe_evo.models.experts.alignment_file import save_alignment

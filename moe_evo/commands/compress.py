@@ -1,7 +1,7 @@
 """`moe-evo compress`: the experts of a checkpoint made sparse, or of low rank, into another stock checkpoint.
 
-No stock architecture holds what makes such experts small, so they are written densely. The report counts
-what they would take, and says what would have to run them for that.
+The weights are written as dense matrices, because no stock architecture stores sparse or low-rank experts. The
+report gives the size that the compressed experts would have, and the software that would run them at that size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
     from moe_evo.models.size.size import ModelSize
 
 _OPTIONS = {"moe_pruner": ("sparsity", "pattern"), "mc_smoe": ("rank", "columns")}
-"""Methods, and what each of them reads."""
+"""The options that each method takes."""
 
 METHODS = tuple(_OPTIONS)
 
@@ -37,10 +37,10 @@ _SPARSITY, _COLUMNS = 0.5, 0.1
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """What to do to the experts; None is a method's default, and the only value that the other method takes.
+    """How to compress the experts; None is the method's default. An option of the other method must be None.
 
-    sparsity: share of the weights of each row that go. pattern: 'N:M' in place of it. rank: a whole number,
-    or a share of the full rank. columns: share of the residual's columns that stay.
+    sparsity: share of the weights in each row that are set to zero. pattern: 'N:M' in place of sparsity. rank: a
+    whole number, or a share of the full rank. columns: share of the residual's columns that are kept.
     """
 
     method: str
@@ -65,7 +65,7 @@ class CompressOptions:
             require(is_rank, "--rank", rank, "a whole number from 1 on, or a share of the full rank such as 0.25")
 
     def compression(self) -> Compression:
-        """Raises ConfigError for a pattern that is none."""
+        """The method with its options; raises ConfigError for an invalid pattern."""
         from moe_evo.models.compress.low_rank import LowRankPlusColumns
         from moe_evo.models.compress.sparsity import Pattern, RouterWeightedPruning
 
@@ -81,10 +81,10 @@ class CompressOptions:
 def compress(
     config: ScoringConfig, options: CompressOptions, target: Path, *, overwrite: bool, tracker: Tracker
 ) -> CompressedModel:
-    """Write the checkpoint `config.model` with compressed experts, and score it before and after.
+    """Write the checkpoint `config.model` with compressed experts, and score it on the test split before and after.
 
-    moe_pruner looks at the tasks' search split, mc_smoe at weights alone; scores are of the test split.
-    Answers the export's report with scores, errors of reconstruction by layer, and what the experts take.
+    moe_pruner reads the tasks' search split; mc_smoe reads only weights. Returns the export's report with the scores,
+    the reconstruction error of each layer, and the size of the experts.
     """
     require_one_process(config, "compress")
     sharding = config.model.sharding
@@ -102,7 +102,7 @@ def compress(
     resolve_device(config.model.device)
     _check_fits(options, read_size(source, 1))
     check_target(target.absolute(), Path(config.model.path), overwrite=overwrite)
-    known_as = source.hash  # for which the alignment is read, so that it is refused before a model is loaded
+    known_as = source.hash  # reads the alignment's file, so that an invalid one is refused before a model is loaded
     evaluator = load_evaluator(source, data, config.evaluation, tracker)
     experts = _compressed(evaluator, compression, tracker)
     tracker.message("scoring the model on the test split, as it was and as it is")
@@ -110,7 +110,7 @@ def compress(
     batch_tokens = evaluator.batch_tokens
     with experts_replaced(evaluator.model, experts.layers):
         if evaluator.states is not None:
-            evaluator.states.clear()  # they are of the experts as they were
+            evaluator.states.clear()  # these hidden states were computed with the uncompressed experts
         scores |= scored_on_test(evaluator, {"compressed": None}, data)
         _check_references(evaluator, batch_tokens)
         tracker.message(f"writing and checking {target}")
@@ -166,7 +166,7 @@ def _compressed(evaluator: Evaluator, compression: Compression, tracker: Tracker
 
 
 def _check_references(evaluator: Evaluator, batch_tokens: int) -> None:
-    """Raise ConfigError where a task was compared with the compressed model in place of the full one."""
+    """Raise ConfigError where a task's reference outputs of the full model were lost to a smaller batch size."""
     if evaluator.batch_tokens != batch_tokens and any(task.needs_reference for task in evaluator.tasks):
         raise ConfigError(
             f"evaluation.batch_tokens: batches of {batch_tokens} tokens did not fit in memory twice, and what the full "
@@ -175,7 +175,7 @@ def _check_references(evaluator: Evaluator, batch_tokens: int) -> None:
 
 
 def _how(options: CompressOptions, compression: Compression, experts: CompressedExperts) -> Plain:
-    """For the model card, beside scores and base model."""
+    """The method and its options, for the model card."""
     size = experts.size
     given = {name: value for name, value in asdict(options).items() if value is not None}
     return {

@@ -1,6 +1,6 @@
-"""`moe-evo doctor`: what this machine offers, and whether what a run relies on holds here.
+"""`moe-evo doctor`: checks of this machine's software, hardware and numerics that a run depends on.
 
-Every check is one line and stands alone, so that a broken one hides no other.
+Every check is independent and gives one line, so that one that fails does not hide the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line. state: 'note' may surprise, 'absent' is wanted by some runs only, 'broken' is needed by every run."""
+    """A check's result. state: 'note' is a remark, 'absent' matters to some runs only, 'broken' to every run."""
 
     name: str
     state: State
@@ -44,7 +44,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """All checks in turn, each as it is done; a minute in all."""
+    """Run all checks, and yield each result as it is done; takes about a minute."""
     yield _guarded("python", _python)
     for package, extra in needed_packages().items():
         yield _guarded(package, partial(_package, package, extra))
@@ -77,7 +77,7 @@ Finding = tuple[State, str]
 def _guarded(name: str, check: Callable[[], Finding]) -> Check:
     try:
         return Check(name, *check())
-    except Exception as error:  # noqa: BLE001 - whatever is broken here is what was asked for
+    except Exception as error:  # noqa: BLE001 - whatever fails is the check's result
         return Check(name, "broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
@@ -120,7 +120,7 @@ def _gpu() -> Finding:
 
 
 def _nvidia_driver() -> str:
-    """'' where there is none."""
+    """The driver's version; '' where there is none."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -146,7 +146,7 @@ def _disk() -> Finding:
 
 
 def _ray() -> Finding:
-    """A cluster of one actor, as `cluster.address local` starts it."""
+    """Start Ray as `cluster.address local` does, with one actor."""
     from moe_evo.gangs.connection import answers_on, connected
 
     with connected("local"):
@@ -178,7 +178,7 @@ def _chromium() -> Finding:
 
 
 def _embedded_model() -> Finding:
-    """The self-check at load, and what of sharing holds on the device that a run would take."""
+    """Load the embedded model with its self-check, and test the sharing of layers on the device of a run."""
     from moe_evo.models.load import load_model
     from moe_evo.models.source import ModelSource
 
@@ -192,7 +192,7 @@ def _families() -> Sequence[str]:
 
 
 def _family(family: str) -> Finding:
-    """The same of a tiny random model."""
+    """The same checks for a tiny random model of a family."""
     from moe_evo.models.self_check import self_check
     from moe_evo.models.tiny import tiny_model
     from moe_evo.models.transformers_border import quiet

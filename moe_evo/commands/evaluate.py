@@ -38,9 +38,9 @@ def evaluate(
 ) -> ScoredGenome:
     """Score one genome on one split.
 
-    genome: by name, see `named_genome`, or as it is.
-    top_k: experts active a token, in place of the genome's own. run: the folder that config or genome
-    come from, if any.
+    genome: a `Genome`, or a name for `named_genome`.
+    top_k: experts active a token, in place of the genome's own. run: the folder of the run that the config or genome
+    comes from, if any.
     """
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _tell_changes(run: RunFolder, source: ModelSource, data: Sequence[TaskData], tracker: Tracker) -> None:
-    """Scores of another model or on other data are no longer those of the run."""
+    """Say where the model or data differ from the run's, as scores then cannot be compared with the run's."""
     if not run.result.is_file():
         return
     result = run.read_result()

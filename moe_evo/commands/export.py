@@ -1,4 +1,4 @@
-"""`moe-evo export`: the checkpoint of a finished run's genome, checked against what was evaluated."""
+"""`moe-evo export`: writes a run's genome as a checkpoint, and checks its logits against those that were evaluated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_evo.tracking.base import Tracker
 def export(
     folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: Tracker
 ) -> ExportedRun:
-    """Write the checkpoint of a finished run's genome, checked against what was evaluated."""
+    """Write a finished run's genome as a checkpoint, and check its logits against those of the evaluated model."""
     result = folder.read_result()
     genome_file = folder.winners[which]
     if not genome_file.is_file():
@@ -50,7 +50,7 @@ def export(
 
 
 def _provenance(result: RunResult, row: Row) -> Plain:
-    """What a model card tells of a run, in words."""
+    """The facts about a run that the model card states, in words."""
     path, search = result.model.path, result.search
     name = path if "@" in (result.model.hash or "") else Path(path).name  # of a hub: owner/model@commit
     full = result.full.scores

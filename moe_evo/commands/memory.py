@@ -1,4 +1,4 @@
-"""What each mode of sharding would take of the memory of a gang's ranks, and whether it fits."""
+"""The memory that each mode of sharding needs on each rank of a gang, and whether it fits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def planned_memory(
     problems: Problems,
     notes: list[str],
 ) -> MemoryPlan:
-    """Each mode of sharding: what a rank holds, what comes on top, and whether that fits."""
+    """For each mode of sharding, the memory of a rank for weights, caches and a batch, and whether it fits."""
     batch = _batch_bytes(config, data, size)
     modes = [_mode(config, size, space, sharding, offload, batch, device_bytes) for sharding, offload in MODES]
     chosen = next(mode for mode in modes if mode.chosen)
@@ -65,9 +65,9 @@ def planned_memory(
 
 
 def _batch_bytes(config: RunConfig, data: Sequence[TaskData], size: ModelSize) -> dict[str, int]:
-    """Bounds of what a batch takes: its logits in float32, and everything between input and logits.
+    """Upper bounds of a batch's memory: its logits in float32, and its activations.
 
-    A row longer than the batch's limit is a batch of its own.
+    A row longer than the limit on a batch's tokens is a batch of its own.
     """
     from moe_evo.tasks.batches import MAX_LOGITS
 

@@ -1,4 +1,4 @@
-"""The genome that a command line names: a file, the winner of a run, a list of kept experts, or the full model."""
+"""Finds the genome that the command line names: a file, a run's winner, a list of kept experts, or the full model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder
 
 GENOME_IN_CHECKPOINT = Path("moe_evo") / "genome.safetensors"
-"""In the folder of a checkpoint that `moe-evo prune` made: where no loader looks for weights."""
+"""The genome's file in a checkpoint of `moe-evo prune`: in a subfolder, where no loader looks for weights."""
 
 
 def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: str | None) -> Genome:
     """A genome by name: a .safetensors or EEP .pth file, the folder of a run or checkpoint, a kept-list, or 'full'.
 
-    router, alignment: of the model that it is for; the latter by its digest.
+    router: mode of the model's router. alignment: digest of the model's alignment, if it has one.
     """
     if text == "full":
         return shape.identity()
-    if text.lstrip().startswith("["):  # before any path is looked at: a list can be longer than a name
+    if text.lstrip().startswith("["):  # tested before any path: a list can be longer than a file's name may be
         return genome_from_kept_json(text, shape)
     path = Path(text)
     if len(path.name) <= 255 and path.is_dir():
@@ -44,7 +44,7 @@ def named_genome(text: str, shape: ModelShape, router: RouterMode, alignment: st
 
 
 def _genome_in(folder: Path) -> Path:
-    """The genome of a checkpoint's folder, or the best one of a run's; raises GenomeError or RunError."""
+    """The file of the genome in a checkpoint's or a run's folder; raises GenomeError or RunError."""
     if (folder / GENOME_IN_CHECKPOINT).is_file():
         return folder / GENOME_IN_CHECKPOINT
     if not any((folder / name).is_file() for name in ("config.yaml", "sweep.yaml")):
@@ -53,12 +53,15 @@ def _genome_in(folder: Path) -> Path:
             "config.yaml of a run; give the file of a genome"
         )
     run = RunFolder.existing(folder)
-    run.read_result()  # or say that it is not finished
+    run.read_result()  # raises RunError where the run is not finished
     return run.best
 
 
 def _check_provenance(path: Path, genome: Genome, router: RouterMode, alignment: str | None) -> None:
-    """A genome means another function under the other router mode, and a merge of experts ordered otherwise."""
+    """Raise GenomeError where a genome was made for another router mode or order of neurons than the model's.
+
+    It would compute another function there.
+    """
     provenance = load_metadata(path).get("provenance", {})
     made_with = provenance.get("alignment", alignment)
     if made_with != alignment and not genome.is_pruning:

@@ -1,7 +1,7 @@
-"""What a run would take, told before weights are read: sizes, memory a rank, gangs, time, and all that is wrong.
+"""What a run would need, computed before weights are read: sizes, memory a rank, gangs, time, and all problems.
 
-Gangs are counted in a `ClusterCapacity` that the caller brings, and the
-time of an evaluation is measured by a function of the caller's, so nothing here knows Ray.
+`plan` does not use Ray: its caller gives the `ClusterCapacity` in which gangs are counted, and a function
+that measures the time of an evaluation.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def plan(
     memory_gib: float | None = None,
     calibrate: Callable[[], float] | None = None,
 ) -> Plan:
-    """Everything that can be known of a run before it starts, as values; raises no MoeEvoError.
+    """The plan of a run: everything that can be known before it starts; raises no MoeEvoError.
 
     capacity: the cluster's nodes, where there is a cluster. memory_gib: memory of the device of one rank;
     default: what is free here, for a run in this process. calibrate: measures the seconds that one
     evaluation on the search split takes on one gang; called where nothing is wrong.
 
-    `problems` of the answer are what the search would refuse, or fail of; `notes` what may surprise.
+    `problems` of the returned plan would stop the search; `notes` are remarks on what the user may not expect.
     """
     found = inspect(config)
     data, size, space = found.data, found.size, found.space
@@ -78,9 +78,9 @@ def plan(
 
 
 def planned(config: RunConfig, memory_gib: float | None, *, calibrate: bool, tracker: TerminalTracker) -> Plan:
-    """`plan` with the cluster that the config names, and measured on it where `calibrate` says so.
+    """`plan` for the cluster that the config names; calibrate: also measure the time of an evaluation there.
 
-    A cluster that cannot be reached is a problem among the others.
+    A cluster that cannot be reached becomes one of the plan's problems.
     """
     if memory_gib is not None and memory_gib <= 0:
         raise ConfigError(f"memory_gib: got {memory_gib:g}, expected more than 0")
@@ -131,7 +131,7 @@ def require_no_problems(answer: Plan) -> None:
 
 
 def _device_bytes(config: RunConfig, memory_gib: float | None) -> int | None:
-    """Memory of one rank's device: what is given, or, for a run in this process, what is free."""
+    """Memory of one rank's device: `memory_gib`, or else, for a run in this process, the free memory."""
     from moe_evo.models.free_memory import free_bytes
     from moe_evo.models.load import resolve_device
 
@@ -141,12 +141,12 @@ def _device_bytes(config: RunConfig, memory_gib: float | None) -> int | None:
         return None
     try:
         return free_bytes(resolve_device(config.model.device))
-    except ConfigError:  # which is among the problems
+    except ConfigError:  # it is among the plan's problems already
         return None
 
 
 def _notes(config: RunConfig, found: Inspection) -> list[str]:
-    """What the search would do with a folder that holds its run."""
+    """What the search would do if its folder holds the run already."""
     folder = config.folder or default_folder(config)
     notes = {
         "new": [],
@@ -197,7 +197,7 @@ def _checkpoint(size: ModelSize, space: SearchSpace) -> CheckpointPlan:
 
 
 def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: Problems, notes: list[str]) -> ClusterPlan:
-    """Gangs that fit on the whole cluster, and on what is free of it now; `gangs` is how many would run."""
+    """How many gangs fit on the whole cluster, and on its free resources; `gangs` is how many would run."""
     cluster, ranks = config.cluster, 1 if config.model.sharding == "device_map" else config.cluster.gang_size
     whole, free = (
         gangs_that_fit(capacity.nodes, capacity.bundle, ranks, cluster.strategy, cluster.labels, of=of)

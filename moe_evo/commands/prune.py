@@ -1,4 +1,4 @@
-"""Pruning without a search: observe the model once, keep what a criterion finds best, compare, export."""
+"""`moe-evo prune`, without a search: observe the model once, keep the experts that a criterion ranks first, export."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Allocation = Literal["uniform", "global"]
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What to keep, by which one-shot method.
+    """How many experts to keep, by which one-shot method.
 
-    num_kept: experts of each MoE layer. observations: file of what the model does on tasks, from which is read what
-    is there, and to which is added what is not. allocation: 'global' lets layers differ in how many they keep,
-    `num_kept` on average. blend: how many times each task counts. progressive: each layer is scored behind the pruned
-    ones before it. base_model: the checkpoint that this one was tuned from, for methods that compare with it.
-    aligned: whether neurons are reordered so that merged experts match; None is as the method's paper does.
+    num_kept: experts of each MoE layer. observations: file with statistics of the model on tasks; those that it lacks
+    are computed and added. allocation: 'global' lets layers keep different numbers of experts, `num_kept` on average.
+    blend: weight of each task. progressive: observe each layer with the layers before it already pruned. base_model:
+    the checkpoint that this one was tuned from, for methods that compare with it. aligned: whether to reorder neurons
+    so that those of merged experts correspond; None follows the method's paper.
     """
 
     method: str
@@ -53,7 +53,7 @@ class PruneOptions:
     aligned: bool | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for a method that is not known, or that cannot be asked in this way."""
+        """Raise ConfigError for an unknown method, or for an option that the method does not support."""
         from moe_evo.criteria.registry import CRITERIA, METHODS, Criterion, check_methods
 
         check_methods("--method", [self.method], has_base_model=self.base_model is not None)
@@ -76,7 +76,7 @@ class PruneOptions:
 
     @property
     def way(self) -> str:
-        """The function of a method that makes the genome."""
+        """The name of the method's function that makes the genome."""
         if self.progressive:
             return "progressive_genome"
         return "genome" if self.allocation == "uniform" else "global_genome"
@@ -93,9 +93,9 @@ def criteria() -> tuple[MethodFacts, ...]:
 def prune(
     config: ScoringConfig, options: PruneOptions, target: Path, *, overwrite: bool, tracker: Tracker
 ) -> PrunedModel:
-    """Keep or make some experts of each layer by a one-shot method, on the tasks' search split.
+    """Prune or merge the experts of each layer by a one-shot method, which uses the tasks' search split.
 
-    target: folder of the checkpoint. Scores the full and the smaller model on the test split.
+    Scores the full and the smaller model on the test split, and writes the latter's checkpoint into `target`.
     """
     options.check()
     is_aligned = aligns(config.model, options.method, options.aligned)
@@ -131,7 +131,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be done, when everything of it is checked."""
+    """The input of one `prune`, after all checks."""
 
     config: ScoringConfig
     source: ModelSource
@@ -157,7 +157,7 @@ def _space(source: ModelSource, options: PruneOptions) -> SearchSpace:
 
 
 def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, target: Path, *, overwrite: bool) -> Method:
-    """The method, ready to be asked; raises where anything is wrong with the input."""
+    """The method; raises where anything is wrong with the input."""
     from moe_evo.criteria.observation_file import load_observations
     from moe_evo.criteria.pruning import check_global
     from moe_evo.criteria.registry import METHODS, Criterion, check_methods
@@ -166,7 +166,7 @@ def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, targ
     from moe_evo.models.source import ModelSource
 
     check_target(target.absolute(), Path(source.config.path), overwrite=overwrite)
-    known_as = source.hash  # for which the alignment is read, so that it is refused before a model is loaded
+    known_as = source.hash  # reads the alignment's file, so that an invalid one is refused before a model is loaded
     method = METHODS[options.method]
     if options.allocation == "global":
         check_global(space)
@@ -175,7 +175,7 @@ def _method(source: ModelSource, options: PruneOptions, space: SearchSpace, targ
         base = ModelSource(replace(source.config, path=options.base_model, revision=None, alignment=None))
         check_comparable(source, base)
         method = method.comparing_with(base.config, base.hash, source.config)
-    if options.observations is not None:  # or say what is wrong, before a model is loaded
+    if options.observations is not None:  # an invalid file is refused before a model is loaded
         if options.observations.exists():
             load_observations(options.observations, known_as)
         elif not options.observations.absolute().parent.is_dir():
@@ -189,14 +189,14 @@ def _observer(task: _Task, evaluator: Evaluator, tracker: Tracker) -> Observer:
 
     names = observed_names(task.config.model, task.data)
     if task.is_aligned and task.options.progressive:
-        # what lies behind an aligned merge is another answer to the same question
+        # layers behind an aligned merge get other inputs, so their observations have a name of their own
         names = {name: f"{known}+aligned" for name, known in names.items()}
     file, blend = task.options.observations, task.options.blend
     return Observer(LocalPool(evaluator).ask, names, task.source.hash, file, tracker.message, blend or {})
 
 
 def _genome(task: _Task, evaluator: Evaluator, observer: Observer, tracker: Tracker) -> tuple[Genome, Alignment | None]:
-    """What the method makes of the model, and how neurons were reordered for it."""
+    """The method's genome, and the order of neurons that it was made for; None where they were not reordered."""
     from moe_evo.criteria.merges import Merge
 
     if task.is_aligned and task.options.progressive:
@@ -211,7 +211,7 @@ def _write(
     task: _Task, evaluator: Evaluator, genome: Genome, alignment: Alignment | None, scores: Scores, target: Path,
     *, overwrite: bool,
 ) -> tuple[ExportReport, dict[str, str]]:  # fmt: skip
-    """Write the checkpoint, and what evaluates the genome again beside it; answers the files of the latter."""
+    """Write the checkpoint, and beside it the files of `save_beside`; returns the report and those files."""
     from moe_evo.models.export.export import export_checkpoint
 
     model = task.config.model
@@ -228,7 +228,7 @@ def _write(
 
 
 def _skipping_thresholds(task: _Task, observer: Observer) -> tuple[float, ...] | None:
-    """For NAEE the threshold of its dynamic skipping in each layer."""
+    """For NAEE, the threshold of its dynamic skipping in each layer; None for other methods, or if top_k is not 2."""
     from moe_evo.criteria.naee import Naee, median_gate_ratio
     from moe_evo.criteria.questions import GateRatios
 
@@ -238,7 +238,7 @@ def _skipping_thresholds(task: _Task, observer: Observer) -> tuple[float, ...] |
 
 
 def _check_blend(blend: Mapping[str, float], tasks: Sequence[str]) -> None:
-    """Raise ConfigError unless every task counts some of the time."""
+    """Raise ConfigError unless every weight is that of a task and 0 or more, and one task's is positive."""
     for name, times in blend.items():
         if name not in tasks:
             raise ConfigError(f"--blend: got task {name!r}, expected one of {', '.join(tasks)}")

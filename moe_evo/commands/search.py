@@ -1,6 +1,6 @@
-"""`moe-evo search`: a run from its checked config to a folder with result, genomes and pictures.
+"""`moe-evo search`: makes a run from its config, and leaves result, genomes and pictures in its folder.
 
-Everything that can be wrong with the input is found before a model is loaded.
+The whole input is checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
 def search(
     config: RunConfig, tracker: Tracker, model: MoEModel | None = None, cluster: ClusterConfig | None = None
 ) -> RunFolder:
-    """Run a search, or go on with it; afterwards the folder holds result, genomes and pictures.
+    """Run a search, or continue an unfinished one; afterwards the folder holds result, genomes and pictures.
 
-    model: the one that `config.model` describes, where it is loaded already. cluster: where to evaluate
-    this time, in place of `config.cluster`.
+    model: the one that `config.model` describes, where it is loaded already. cluster: where to evaluate,
+    in place of `config.cluster`.
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
@@ -77,7 +77,7 @@ def _rows(
     tracker: Tracker,
     model: MoEModel | None,
 ) -> list[TableRow]:
-    """Evaluate whatever is missing, and answer the final table."""
+    """Make all evaluations that the journal does not have yet, and return the final table."""
     from moe_evo.criteria.observer import Observer
     from moe_evo.runs.selection import run_search
 
@@ -101,7 +101,7 @@ def _save_winners(
     result: RunResult,
     rows: Sequence[TableRow],
 ) -> None:
-    """Write the genomes that may be exported, with where they come from."""
+    """Write the genomes that can be exported, each with its provenance."""
 
     for row in rows:
         if row.key in folder.winners:

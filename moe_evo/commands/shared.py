@@ -1,4 +1,4 @@
-"""What the commands share that turn one checkpoint into another without a search: scores and provenance."""
+"""Functions for the commands that make a checkpoint without a search: checks, scores and provenance."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
     from moe_evo.genomes.genome import Genome
 
 Scores = dict[str, Score]
-"""By what was scored."""
+"""Scores by the name of the model that was scored, such as 'full'."""
 
 
 def require_one_process(config: ScoringConfig, command: str) -> None:
-    """Raise ConfigError for a cluster, and for a router that no stock checkpoint holds."""
+    """Raise ConfigError for a cluster, and for options of the model that no stock checkpoint can express."""
     require(
         config.cluster.address is None, "cluster.address", config.cluster.address, f"none: {command} needs no cluster"
     )
@@ -37,7 +37,7 @@ def require_one_process(config: ScoringConfig, command: str) -> None:
 
 
 def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], data: Sequence[TaskData]) -> Scores:
-    """The scores on the test split by the genomes' names; None is the model as it is. Raises GenomeError."""
+    """The scores of genomes on the test split, by name; the genome None is the loaded model. Raises GenomeError."""
     scores = {}
     for name, outcome in zip(genomes, evaluator.evaluate(list(genomes.values()), "test"), strict=True):
         if isinstance(outcome, EvaluationFailure):
@@ -47,7 +47,7 @@ def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], d
 
 
 def provenance(config: ScoringConfig, model_hash: str, data: Sequence[TaskData], how: Plain, scores: Scores) -> Plain:
-    """For the model card: the base model, the data, `how` it was changed, and the scores."""
+    """Facts for the model card: the base model, the data, `how` the model was changed, and the scores."""
     is_embedded = config.model.path == "embedded"
     told = [f"{name} model {one.fitness:.4f} [{one.low:.4f}, {one.high:.4f}]" for name, one in scores.items()]
     return {

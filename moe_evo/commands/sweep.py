@@ -1,7 +1,7 @@
 """Sweeps: one search for every combination of options, all on the same gangs.
 
-Every run has its own folder and journal, so whatever dies goes on where it stood, and the same command
-does what is missing and nothing twice. Ray Tune starts the runs; `one_by_one` needs no Ray.
+Every run has its own folder and journal. So the same command, given again, continues unfinished runs and repeats
+none that is finished. Ray Tune starts the runs; `_one_by_one` does it without Ray Tune.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
 
 
 def _linked(runs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
-    """The runs, from most experts to fewest, each to begin from the next larger one of its kind."""
+    """The runs, from most kept experts to fewest, each with a warm start from the one before with the same options."""
     linked: dict[str, RunConfig] = {}
     larger: dict[str, str | None] = {}
     for name, run in sorted(runs.items(), key=lambda one: -_num_kept(one[1])):
@@ -97,15 +97,15 @@ def _num_kept(run: RunConfig) -> float:
 
 
 def _like(task: TaskConfig, configured: Sequence[TaskConfig]) -> TaskConfig:
-    """A task with the options of the configured one of the same data, or else of the first."""
+    """A task with the options of the configured task of the same data, or else of the first configured one."""
     same = [one for one in configured if one.data == task.data]
     return same[0] if same else replace(configured[0], data=task.data, name="", kind="auto", metric="default")
 
 
 def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFolder:
-    """Make all runs of a sweep, or those that are missing; afterwards the folder holds table and figure.
+    """Make all runs of a sweep that are not finished; afterwards the folder holds table and figure.
 
-    Everything that can be wrong with any of the runs is found before the first begins.
+    The input of every run is checked before the first one begins.
     """
     from moe_evo.models.source import ModelSource
     from moe_evo.runs.checks import check_model
@@ -154,7 +154,7 @@ def _missing(runs: Mapping[str, RunConfig], source: ModelSource, folder: SweepFo
 
 
 def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
-    """Write table and figure of what is finished; raises RunError where something is not."""
+    """Write table and figure of the finished runs; raises RunError where one is not finished."""
     from moe_evo.report.sweep import sweep_figure, sweep_result
 
     unfinished = [name for name in runs if not folder.run(name).result.is_file()]
@@ -171,7 +171,7 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
 
 
 class _Progress:
-    """Tells in a line where each run stands."""
+    """Prints a line when the state of a run changes."""
 
     def __init__(self, folder: SweepFolder, tracker: Tracker, *, total: int, done: int) -> None:
         self._folder, self._tracker, self._total, self._ended = folder, tracker, total, done
@@ -202,7 +202,7 @@ def _one_by_one(
     tracker: Tracker,
     progress: _Progress,
 ) -> None:
-    """In this process, with the model loaded once where there is no cluster."""
+    """Make the runs one after the other in this process; without a cluster, the model is loaded once for all."""
     from moe_evo.models.load import load_model
 
     with ExitStack() as stack:
@@ -232,7 +232,7 @@ def _with_tune(
     tracker: Tracker,
     progress: _Progress,
 ) -> None:
-    """As trials of Ray Tune that share one service of gangs."""
+    """Make the runs as trials of Ray Tune, which share one service of gangs."""
     with _service(config, source, folder, tracker) as cluster:
         from moe_evo.gangs.tune_runs import run_trials
 
@@ -251,7 +251,7 @@ def _with_tune(
 def _service(
     config: SweepConfig, source: ModelSource, folder: SweepFolder, tracker: Tracker
 ) -> Iterator[ClusterConfig]:
-    """Where the runs evaluate: gangs that are there before the first of them, as what a trial starts dies with it."""
+    """The cluster config of the runs: they share gangs that are started here, as those of a trial would end with it."""
     from moe_evo.gangs.connection import connected, gangs_without_drivers, shared_service
 
     cluster = config.cluster
@@ -260,7 +260,7 @@ def _service(
     tracker.message(f"connecting to Ray ({address})")
     with connected(address, extra_cpus=config.sweep.max_concurrent):
         num_gangs = cluster.num_gangs
-        if address == "local" and num_gangs == "auto":  # not on the CPUs that are counted for the runs' drivers
+        if address == "local" and num_gangs == "auto":  # leaves the CPUs that the runs' drivers need
             num_gangs = gangs_without_drivers(config.model, cluster)
         shared = replace(cluster, address="auto", service=name, num_gangs=num_gangs)
         with shared_service(source.config, source.hash, shared, keep=cluster.service is not None):
@@ -268,7 +268,7 @@ def _service(
 
 
 def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str, RunConfig]]:
-    """Runs that may go on side by side: all, unless those with fewer experts begin from the others."""
+    """Groups of runs that may run at the same time: one group, or with warm starts one for each number of experts."""
     if not config.sweep.warm_start:
         return [dict(runs)]
     sizes = dict.fromkeys(map(_num_kept, runs.values()))
@@ -276,7 +276,7 @@ def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str,
 
 
 def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) -> None:
-    """What a trial does: a whole search on the gangs of `cluster`. report: takes the numbers that Tune shows."""
+    """Make one whole search, as a trial, on the gangs of `cluster`. report: called with the numbers that Tune shows."""
     from rich.console import Console
 
     assert config.folder is not None

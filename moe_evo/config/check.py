@@ -1,4 +1,4 @@
-"""The one way in which sections of the config refuse a value."""
+"""`require`, with which the sections of a config check their values."""
 
 from moe_evo.errors import ConfigError
 

@@ -21,14 +21,14 @@ class EvaluationConfig:
         threads: Threads of torch on the CPU; default: one a core.
         share_layers: Compute layers that genomes have in common once, and start the children of recent
             genomes where they differ; false runs every genome from the first layer on.
-        pack_tokens: Genomes with so many tokens together go through a layer at once; or 'measured': as many as
-            turn out to be fastest, with batch_tokens at most. Default: 'measured' on a GPU; on the CPU one genome
-            at a time, as scores then do not depend, in the last bits, on what is evaluated together.
+        pack_tokens: Most tokens of several genomes that go through a layer together; or 'measured': the number that
+            is measured to be fastest, at most batch_tokens. Default: 'measured' on a GPU; on the CPU one genome
+            at a time, as the last bits of scores then do not depend on which genomes are evaluated together.
         state_cache_gib: Memory for the hidden states of recent genomes. Default: a quarter of what is free
             after loading.
         state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
-        race: Stop an individual early that is worse than the sixth best with this confidence, as 0.95,
-            after a fifth or a half of the examples. Default: all individuals see all examples.
+        race: Stop the evaluation of an individual after a fifth or a half of the examples if it is worse than the
+            sixth best with this confidence, such as 0.95. Default: all individuals are scored on all examples.
     """
 
     fitness: FitnessRule = "mean"

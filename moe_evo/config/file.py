@@ -1,4 +1,4 @@
-"""From YAML files and flags to a checked config; whatever is wrong with them becomes one line."""
+"""Makes a checked config of YAML files and flags; an error in them becomes a ConfigError of one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Config = TypeVar("Config", bound=ScoringConfig)
 _LISTS = (
     "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "selection.baselines",
 )  # fmt: skip
-"""Options for which a single value means a list of one; as flags they take values with commas between them."""
+"""Options whose value is a list: a single value means a list of one, and a flag takes values separated by commas."""
 
 _COMMON = (
     " Of options that take true or false, the name alone means true. With every command: --json prints the result as "
@@ -43,15 +43,15 @@ def config_parser(command: str, description: str, usage: str, config: type[Scori
 
 
 def parse(parser: CommandParser, argv: Sequence[str]) -> Namespace:
-    """Parse and instantiate; raises ConfigError in one line."""
+    """Parse the command line and construct the options' values; raises ConfigError with a message of one line."""
     return parser.parse(parser.words(argv))
 
 
 def parse_config(parser: CommandParser, argv: Sequence[str], config: type[Config]) -> tuple[Namespace, Config]:
-    """All arguments, and the config among them.
+    """All arguments, and the config that they make.
 
-    Files are read and tasks are spelt out here, before the parser sees them; sections that only a
-    whole run has are dropped where `config` does not know them.
+    Before the parser is called, files are read and short forms of tasks are replaced by dicts. Sections of a file
+    that `config` does not have, but a whole run has, are dropped.
     """
     words = parser.words(argv)
     if words and words[0].option is None and not str(words[0]).startswith("-"):
@@ -66,7 +66,7 @@ def parse_config(parser: CommandParser, argv: Sequence[str], config: type[Config
 
 
 def _spelt_out_word(word: Word, config: type[ScoringConfig]) -> Word:
-    """A file as its content, a single value as a list of one, tasks as what they stand for."""
+    """A word in the form that the parser takes: content for a file's name, lists for single values, dicts for tasks."""
     if word.option is None or word.value is None:
         return word
     if word.option == "config":
@@ -85,7 +85,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
-    """What of a YAML file, or of a run's folder, `config` knows."""
+    """The sections of a YAML file, or of the config in a run's folder, that `config` has."""
     file = path / "config.yaml" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise ConfigError(
@@ -113,7 +113,7 @@ def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
 
 
 def _spelt_out(tasks: Any, *, one_is_list: bool = False) -> Any:
-    """A bare string among tasks means its data; a single task means a list of one."""
+    """Tasks as dicts: a bare string is a task's data; with `one_is_list`, a single task becomes a list of one."""
     if isinstance(tasks, list):
         return [_spelt_out(task) for task in tasks]
     task = {"data": tasks} if isinstance(tasks, str) else tasks

@@ -43,11 +43,11 @@ class ModelConfig:
         offload: zero3: where the slices lie between uses: 'none' (the GPU), 'cpu' or 'nvme'.
         offload_folder: Folder for what is offloaded to disk (zero3 with 'nvme', device_map).
         max_memory: device_map: most memory for weights on each device, as in {0: 70GiB, cpu: 200GiB}.
-        alignment: File that reorders the neurons of every expert after loading, as moe-evo prune --aligned true
-            writes it. What the model computes stays, but what merges of its experts compute does not.
-        dynamic_skipping: A token does without its second expert where that has less than so many times the
-            weight of its first (NAEE; moe-evo prune --method naee tells the median): one number, or a list
-            with one a MoE layer. Only emulated, and no checkpoint can hold it.
+        alignment: File with a new order of the neurons of every expert, applied after loading; moe-evo prune
+            --aligned true writes it. It changes what merges of experts compute, but not the unmerged model.
+        dynamic_skipping: Skip a token's second expert where its weight is less than this number times the weight of
+            the first (NAEE; moe-evo prune --method naee prints the median): one number, or a list with one a
+            MoE layer. It is only emulated, and no checkpoint can hold it.
     """
 
     path: str = "embedded"

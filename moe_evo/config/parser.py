@@ -1,6 +1,6 @@
-"""The parser of one command, which knows its options by name and type, and refuses others in our own words.
+"""The parser of one command. It checks names and types of options, so that its error messages are moe_evo's own.
 
-What is refused here is what needs no more than names and types; whether values make sense is up to the sections.
+Whether a value makes sense is checked by the config's sections.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_evo.errors import ConfigError
 _RENAMED = {
     "selection.frequency": "older versions had it; the baselines now stand in selection.baselines, as in [frequency]",
 }
-"""Options that older versions had, and what to do about them."""
+"""Options of older versions, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Word:
 
 
 class CommandParser:
-    """The parser of one command; it also knows how many bare words the command takes."""
+    """The parser of one command: its options, and how many bare words (arguments without an option) it takes."""
 
     def __init__(self, **options: Any) -> None:
         self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
         self._types: dict[str, Any] = {"help": Any}
-        self._bare: dict[str, Any] = {}  # what takes words without an option: how many
+        self._bare: dict[str, Any] = {}  # arguments that take bare words, and how many
         self.print_help = self._parser.print_help
         self.set_defaults = self._parser.set_defaults
 
@@ -63,21 +63,21 @@ class CommandParser:
         self._parser.add_argument(name, **options)
 
     def add_config(self) -> None:
-        """The option --config, whose value is the content of a file, and --print_config, which comes with it."""
+        """Add the option --config, whose value is a file's content, and with it --print_config."""
         self._parser.add_argument(
             "--config", action="config", help="YAML file, or a run's folder; may also be given first, without --config"
         )
         self._types.update({"config": Any, "print_config": Any})
 
     def add_section(self, config: type, name: str | None = None) -> None:
-        """One option for every key of a dataclass; name: of its section."""
+        """Add an option for every field of a dataclass; name: of its section."""
         self._parser.add_class_arguments(config, name, as_group=name is not None)
         if name is not None:
             self._types[name] = config
         self._types.update(_types_of(config, f"{name}." if name else ""))
 
     def parse(self, words: Sequence[Word]) -> Namespace:
-        """Check, parse and instantiate; raises ConfigError in one line."""
+        """Check and parse words, and construct the options' values; raises ConfigError with a message of one line."""
         self.check(words)
         try:
             parsed: Namespace = self._parser.instantiate(self._parser.parse_args(list(map(str, words))))
@@ -86,10 +86,10 @@ class CommandParser:
         return parsed
 
     def words(self, argv: Iterable[str]) -> list[Word]:
-        """The command line, with every option beside its value; of options that take true or false, the name is true.
+        """The command line as options with their values, and bare words.
 
-        A word behind such an option is its value where it can be; where the command takes bare words, it is one
-        of those unless it says true or false.
+        An option that takes true or false may come without a value, and is then true. The word after it is its value
+        if it can be one; where the command takes bare words, only if it is true or false.
         """
         found: list[Word] = []
         rest = list(argv)
@@ -118,7 +118,7 @@ class CommandParser:
             raise ConfigError(f"got {' '.join(unclaimed)!r}, which belongs to no option; --help tells what each takes")
 
     def _check_section(self, name: str, content: Any) -> None:
-        """The same for what a file says; name: of the section, or '' for the whole file."""
+        """The same check for the content of a file; name: of the section, or '' for the whole file."""
         if not isinstance(content, Mapping):
             if content is not None:
                 raise ConfigError(f"{name}: got {str(content)!r}, expected {expected(dict)}")
@@ -147,7 +147,7 @@ class CommandParser:
             raise ConfigError(complaint)
 
     def _types_of(self, option: str) -> list[Any]:
-        """The types that an option's value may have; OPTION+ adds to a list, and OPTION.KEY is of names with values."""
+        """The types that an option's value may have; OPTION+ appends to a list, and OPTION.KEY sets a key of a dict."""
         name = option.removesuffix("+")
         if name == option and name in self._types:
             return [self._types[name]]
@@ -166,14 +166,14 @@ class CommandParser:
         raise self._unknown(option, "--")
 
     def _unclaimed(self, words: Sequence[Word]) -> list[str]:
-        """Bare words that the command does not take: it takes as many as it names, or those that stand together."""
+        """Bare words that the command does not take: those beyond its number, or not next to each other."""
         runs = [list(map(str, run)) for is_bare, run in groupby(words, lambda one: one.option is None) if is_bare]
         odd = [word for run in runs for word in run if _is_option(word)]
         first = len(runs[0]) if runs and "+" in self._bare.values() else len(self._bare)
         return odd or [word for run in runs for word in run][first:]
 
     def _unknown(self, name: str, dashes: str) -> ConfigError:
-        """What to do about an option that does not exist."""
+        """The error for an option that does not exist, with the nearest name."""
         if name in _RENAMED:
             return ConfigError(f"{dashes}{name}: {_RENAMED[name]}")
         near = self._nearest(name, dashes)
@@ -181,7 +181,7 @@ class CommandParser:
         return ConfigError(f"{dashes}{name}: no such option; {advice}")
 
     def _nearest(self, name: str, dashes: str) -> str | None:
-        """The name that is probably meant: one that ends like this, else one that is spelt like it, or whose end is."""
+        """The option that is probably meant: one with the same last part, else one spelt like the name or its end."""
         parent, _, end = name.rpartition(".")
         if not dashes:  # in a file, first one of the same section
             siblings = [one for one in self._types if one.rpartition(".")[0] == parent]
@@ -212,7 +212,7 @@ def _yaml_or_text(text: str) -> Any:
 
 
 def _types_of(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Names and types of all options of a dataclass of dataclasses."""
+    """Names and types of all options of a config, which is a dataclass of dataclasses."""
     hints = get_type_hints(config)
     for one in fields(config):
         name, hint = f"{prefix}{one.name}", hints[one.name]
@@ -222,7 +222,7 @@ def _types_of(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_option(word: str) -> bool:
-    """Whether a word begins as options do; numbers may have a sign."""
+    """Whether a word is an option; a negative number is not."""
     try:
         float(word)
     except ValueError:
@@ -231,7 +231,7 @@ def _is_option(word: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The complaint of a config section where there is one, else the parser's, in one line."""
+    """The message of a config section's error if there is one, else of the parser's, in one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):

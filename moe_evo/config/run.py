@@ -1,6 +1,6 @@
-"""The config of a whole run, made of its sections: frozen dataclasses that hold every default once.
+"""The config of a whole run. Its sections are frozen dataclasses, in which every default stands once.
 
-Each section checks itself, and goes to the part of the program that it is named after. The docstrings
+Each section checks its own values, and is passed to the part of the program that it is named after. The docstrings
 are the help texts of the command line.
 """
 

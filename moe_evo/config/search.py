@@ -1,4 +1,4 @@
-"""The config of a search: the algorithm, what it looks for, its budget and its parameters."""
+"""The config of a search: the algorithm, the search space, the budget and the algorithm's parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from moe_evo.config.check import require
 
 RANDOM = "random"
-"""The origin of initial candidates that no one-shot method made."""
+"""The origin of initial candidates that are drawn at random, not made by a one-shot method."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EEPConfig:
     layer_crossover_rate: float = 0.0
     prefix_rate: float = 0.0
     normalise_rate: float = 0.1
-    mutation_margin: float = 0.25  # genomes share their examples: differences are surer than scores
+    mutation_margin: float = 0.25  # genomes are scored on the same examples, so differences have less noise than scores
     mutation_parents: int = 2
     crossover_margin: float = 0.25
     crossover_parents: int = 6
@@ -148,7 +148,7 @@ class SearchConfig:
 
     @property
     def init_shares(self) -> dict[str, float]:
-        """Shares of the initial candidates by origin; their sum is any positive number."""
+        """Shares of the initial candidates by origin; their sum need not be 1."""
         return dict(self.init) if isinstance(self.init, dict) else dict.fromkeys(self.init, 1.0)
 
     @property

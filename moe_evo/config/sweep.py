@@ -1,4 +1,4 @@
-"""The config of a sweep: that of a run, and the grid of what differs between runs."""
+"""The config of a sweep: that of a run, and the grid of options that differ between runs."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moe_evo.config.check import require
 
 AUTO, DEFAULT = "auto", "default"
-"""The kind of task that the examples' fields tell, and the metric that its kind has first."""
+"""Values of `kind` and `metric`: take the kind that the examples' fields fit, and the first metric of the kind."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether a plain value, as YAML gives it, is of the type of an option; and types in words."""
+"""Checks whether a plain value, as YAML gives it, has the type of an option; and describes types in words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def expected(hint: Any) -> str:
 
 
 def element_types(hint: Any, container: type) -> list[Any]:
-    """The types that the elements of a list (or the values of a dict) may have; none where it is another type."""
+    """The types of a list's elements (or a dict's values); empty where `hint` is not of the type `container`."""
     if is_union(hint):
         return [one for part in get_args(hint) for one in element_types(part, container)]
     return [get_args(hint)[-1]] if get_origin(hint) is container else []
@@ -49,7 +49,7 @@ def is_union(hint: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; numbers may be written as texts."""
+    """Whether a value has a type; a number may be given as text."""
     if is_union(hint):
         return any(fits(value, one) for one in get_args(hint))
     return misfit("", value, hint) is None
@@ -78,7 +78,7 @@ def unknown_key(option: str, key: Any, known: Iterable[str]) -> str:
 
 
 def _parts(value: Any, hint: Any) -> Iterable[tuple[Any, Any]] | None:
-    """What a list or names with values consist of, each with the type that it should have; None for all others."""
+    """The elements of a list or dict, each with the type that it should have; None for other values."""
     origin, of = get_origin(hint), get_args(hint)
     if origin is list and isinstance(value, list):
         return [(one, of[0]) for one in value]

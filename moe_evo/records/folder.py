@@ -1,4 +1,4 @@
-"""The folder of a run: its resolved config, journal, winner, result and pictures, by their names."""
+"""The folder of a run: names of the files in it (config, journal, genomes, result, pictures), and how to open them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _FREE_TO_CHANGE = {
     "model": ("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
     "evaluation": SPEED_ONLY,
 }
-"""What a run may be continued with differently: where and how fast it computes and who looks on, not what."""
+"""Options that may differ when a run is continued: they change where and how fast it computes, but no outcome."""
 
 RunState = Literal["new", "begun", "finished"]
 
 
 class RunFolder:
-    """Paths of a run, and what keeps two different runs out of one folder."""
+    """Paths of a run's files, and the checks that keep two different runs from sharing a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class RunFolder:
         return folder
 
     def check_foreign(self) -> None:
-        """Raise RunError where the folder holds something else than a run."""
+        """Raise RunError where the folder holds other files and no run."""
         if self.path.is_dir() and not self.config.is_file():
             foreign = [one.name for one in self.path.iterdir() if not one.name.startswith((".", self.journal.stem))]
             if foreign:
@@ -75,9 +75,10 @@ class RunFolder:
                 )
 
     def state(self, config: RunConfig, journal: Journal | None) -> RunState:
-        """How far the run of this config has come here; raises RunError where the folder holds another.
+        """How far the run of this config has come here; raises RunError where the folder holds a run of another config.
 
-        journal: of this folder, if there is one. A start that evaluated nothing binds nobody.
+        journal: of this folder, if there is one. Without a successful evaluation in it the state is 'new', whatever
+        the config in the folder says.
         """
         if journal is None or not journal.has_evaluations:
             return "new"
@@ -93,10 +94,10 @@ class RunFolder:
 
     @contextmanager
     def claim(self, config: RunConfig) -> Iterator[Journal]:
-        """Open the journal of this folder for writing, with the lock that keeps others out, until the block is left.
+        """Open the journal of this folder for writing, and lock it against other processes until the block is left.
 
-        A new folder is made for this config; an old one must hold a run of the same config. What is new is gone
-        again where a `MoeEvoError` ends the block before anything has happened.
+        A folder that does not exist is made. One that exists must hold a run of the same config, or nothing. If a
+        `MoeEvoError` ends the block while the journal is still empty, the files made here are removed.
         """
         self.check_foreign()
         is_new, is_new_folder = not self.config.is_file(), not self.path.is_dir()
@@ -114,7 +115,7 @@ class RunFolder:
                 raise
 
     def _leave(self, *, and_folder: bool) -> None:
-        """Remove what `claim` made, unless there is more."""
+        """Remove the files that `claim` made, unless the folder holds others, too."""
         ours = [self.config, *self.path.glob(f"{self.journal.stem}.*")]
         if set(self.path.iterdir()) <= set(ours):
             for one in ours:
@@ -123,10 +124,10 @@ class RunFolder:
                 self.path.rmdir()
 
     def _keep(self, config: RunConfig, journal: Journal) -> None:
-        """Check the config against the one that is kept here, then keep it."""
+        """Compare the config with the one in the folder, then write it there."""
         state = self.state(config, journal)
         if state == "finished":
-            return  # its config stays as it was run
+            return  # the config of a finished run is the one that it was run with
         if state == "new":
             journal.clear()
         try:
@@ -162,7 +163,7 @@ class RunFolder:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: if this fails, an older file of that name is unchanged."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, "utf-8")
@@ -178,21 +179,21 @@ def asdict_plain(config: RunConfig) -> Plain:
 
 
 def _defining(config: RunConfig) -> Plain:
-    """The part of a config on which outcomes depend."""
+    """The options on which outcomes depend; two configs that agree in them are the same run."""
     data = asdict_plain(config)
     for section, keys in _FREE_TO_CHANGE.items():
         part = data[section] if section else data
         for key in keys:
             del part[key]
     for task, told in zip(config.tasks, data["tasks"], strict=True):
-        # the journal knows a task's content by hash, which may lie elsewhere on another machine
+        # the journal has the hash of a task's data, whose path may differ on another machine
         told |= {"name": task_name(task), "data": "", "few_shot": task.few_shot is not None}
-    data["search"]["warm_start"] = config.search.warm_start is not None  # its prunings are known by hash, too
+    data["search"]["warm_start"] = config.search.warm_start is not None  # the journal has the hash of its prunings
     return data
 
 
 def default_folder(config: RunConfig) -> Path:
-    """runs/ and a name that says what differs between runs."""
+    """The folder in runs/ whose name is made of the options in which runs usually differ."""
     tasks = "+".join(map(task_name, config.tasks))
     kept = config.search.num_kept
     label = str(kept) if isinstance(kept, int) else "-".join(map(str, kept))
@@ -222,20 +223,20 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str, names: Sequence[str]) -> str:
-    """Absolute where it exists here; names that are no paths stay."""
+    """The path made absolute if it exists; anything else, such as a Hugging Face name, is returned unchanged."""
     local = Path(path).expanduser()
     return path if path in names or len(local.name) > _NAME_LENGTH or not local.exists() else str(local.absolute())
 
 
 def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:
-    """What `check_inputs` knows of tasks."""
+    """The hash of each task's data, by the name that `check_inputs` compares it under."""
     return {f"task {one.name}": one.hash for one in data}
 
 
 def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
-    """A run goes on only with the very model and data that it began with; answers what is new to its journal.
+    """Compare hashes of the model and data with those in the journal; raises RunError where one has changed.
 
-    Raises RunError where something has changed.
+    Returns the hashes that the journal does not have yet, by their keys in it.
     """
     new = {}
     for name, found in hashes.items():

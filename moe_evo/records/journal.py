@@ -1,8 +1,7 @@
-"""The journal of a run: one SQLite file, the truth on disk.
+"""The journal of a run: one SQLite file with all candidates and outcomes, from which a run can be continued.
 
-Every candidate is written when it is proposed and every outcome, in a transaction of its own, before
-the search hears of it. One process writes (a lock file says so and dies with its process); any number
-may read.
+A candidate is written when it is proposed, and an outcome before the search is told of it; each write is a
+transaction. One process writes, and holds a file lock that is released when it ends. Any number may read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from moe_evo.plain import Plain
 SCHEMA_VERSION = "3"
 
 MAIN, RANDOM, REFERENCE = "search", "random", "reference"
-"""The searches in a journal; REFERENCE is what no search proposed: the full model, the frequency pruning."""
+"""Names of searches in a journal. REFERENCE has the candidates that no search proposed, such as the full model."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -51,10 +50,10 @@ CREATE TABLE pool_status (at REAL NOT NULL, status TEXT NOT NULL);
 
 
 class Journal:
-    """An open journal; use as a context manager.
+    """An open journal; use it as a context manager.
 
-    A run holds several named searches (`search`): the evolution itself and what is compared with it.
-    Within one, candidates are numbered from 0 and a candidate has at most one outcome a split.
+    A journal holds several named searches (`search`): the run's own and those that it is compared with.
+    Within one search, candidates are numbered from 0, and a candidate has at most one outcome a split.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -71,7 +70,7 @@ class Journal:
         if read_only and not existed:
             raise JournalError(f"{self.path}: no such journal; give the folder of a run")
         with _explained(self.path):
-            # A reader too must be able to roll back what a killed writer left half done, hence rw, not ro.
+            # rw, not ro: a reader, too, may have to roll back the unfinished transaction of a killed writer.
             uri = f"{self.path.resolve().as_uri()}?mode={'rw' if read_only else 'rwc'}"
             database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
             database.execute(f"PRAGMA query_only = {'ON' if read_only else 'OFF'}")
@@ -125,16 +124,16 @@ class Journal:
 
     @property
     def has_evaluations(self) -> bool:
-        """Whether anything was evaluated with success."""
+        """Whether any candidate was evaluated successfully."""
         return bool(self._fetch("SELECT 1 FROM outcomes WHERE failure_kind IS NULL LIMIT 1", ()))
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was proposed yet, and nothing heard of gangs."""
+        """Whether the journal has no candidate and no event of a gang."""
         return not self._fetch("SELECT 1 FROM candidates UNION ALL SELECT 1 FROM gang_events LIMIT 1", ())
 
     def clear(self) -> None:
-        """Forget a run in which nothing was evaluated with success."""
+        """Delete everything; only for a run in which no candidate was evaluated successfully."""
         assert not self.has_evaluations, "finished evaluations are never thrown away"
         with self._write() as database:
             database.execute("DELETE FROM outcomes")
@@ -172,18 +171,18 @@ class Journal:
             )
 
     def record_pool(self, events: Sequence[tuple[float, int, str, str]], status: Mapping[str, object]) -> None:
-        """Write what happened to gangs, as (seconds since the epoch, gang, kind, detail), and how they are now."""
+        """Write events of gangs, as (seconds since the epoch, gang, kind, detail), and the gangs' present status."""
         with self._write() as database:
             database.executemany("INSERT INTO gang_events VALUES (?, ?, ?, ?)", events)
             database.execute("DELETE FROM pool_status")
             database.execute("INSERT INTO pool_status VALUES (?, ?)", (time.time(), json.dumps(status)))
 
     def gang_events(self) -> list[tuple[float, int, str, str]]:
-        """What happened to gangs, as `record_pool` takes it, in order."""
+        """All events of gangs in order, in the form that `record_pool` takes."""
         return self._fetch("SELECT at, gang, kind, detail FROM gang_events ORDER BY rowid", ())
 
     def pool_status(self) -> Plain | None:
-        """How the gangs were when it was last written; None for a run without gangs."""
+        """The last status of the gangs that was written; None for a run without gangs."""
         rows = self._fetch("SELECT status FROM pool_status ORDER BY rowid DESC LIMIT 1", ())
         return dict(json.loads(rows[0][0])) if rows else None
 
@@ -246,7 +245,7 @@ _RESTORE = "restore the file from a copy, or start anew in another folder"
 
 
 def _columns(outcome: Outcome) -> tuple[object, ...]:
-    """An outcome's columns from fitness to failure_reason."""
+    """An outcome as values of the table's columns from fitness to failure_reason."""
     if isinstance(outcome, EvaluationFailure):
         return (None,) * 6 + (outcome.kind, outcome.reason)
     metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
@@ -276,7 +275,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite says into what the user can do."""
+    """Turn an error of SQLite into a JournalError that says what the user can do."""
     try:
         yield
     except sqlite3.IntegrityError:
@@ -294,7 +293,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Hold `path`.lock for this process; the system lets go of it however the process ends."""
+    """Lock `path`.lock for this process; the operating system releases it however the process ends."""
     try:
         lock = open(path.with_suffix(".lock"), "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The result of a run, made of what its journal holds and of the final table."""
+"""Makes the result of a run from its journal and its final table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def software_versions() -> dict[str, str]:
 def run_result(
     config: RunConfig, source: ModelSource, journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]
 ) -> RunResult:
-    """What a run found, when everything of it stands in its journal."""
+    """The result of a run whose evaluations are all in its journal; rows: its final table."""
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
 
@@ -60,7 +60,7 @@ def run_result(
 
 
 def task_facts(data: TaskData) -> TaskFacts:
-    """What is told of a task: name, kind, metric, hash, and how many examples each split has."""
+    """A task's name, kind, metric and hash, and the number of examples in each split."""
     examples = {split: len(found) for split, found in data.splits.items()}
     return TaskFacts(data.name, data.kind, data.metric, data.hash, examples)
 
@@ -80,9 +80,9 @@ def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
 
 
 def _winners_curse(journal: Journal, rows: Sequence[TableRow]) -> WinnersCurse | None:
-    """How much of its lead over the full model the winner does not keep from split to split; see `winners_curse`.
+    """How much of the winner's lead over the full model is lost from one split to the next; see `winners_curse`.
 
-    None where one of the two has no scores on some split.
+    None where the winner or the full model has no scores on one of the splits.
     """
     import numpy as np
 
@@ -99,9 +99,9 @@ def _winners_curse(journal: Journal, rows: Sequence[TableRow]) -> WinnersCurse |
 
 
 def gang_facts(events: Sequence[tuple[float, int, str, str]]) -> GangFacts | None:
-    """Counts by kind of what happened to gangs, and why they broke; None where there were none.
+    """The number of gang events of each kind, and the reasons why gangs broke; None where there were no gangs.
 
-    events: as `Journal.gang_events` tells them.
+    events: as `Journal.gang_events` returns them.
     """
     if not events:
         return None
@@ -110,6 +110,6 @@ def gang_facts(events: Sequence[tuple[float, int, str, str]]) -> GangFacts | Non
 
 
 def failure_facts(outcomes: Iterable[Outcome]) -> FailureFacts:
-    """How many of these outcomes failed, and every reason once."""
+    """The number of failures among these outcomes, and each distinct reason once."""
     failed = [one for one in outcomes if isinstance(one, EvaluationFailure)]
     return FailureFacts(len(failed), tuple(sorted({one.reason for one in failed})))

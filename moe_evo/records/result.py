@@ -1,4 +1,4 @@
-"""What a finished run found, as frozen values: the final table, and everything else that result.json tells."""
+"""The content of result.json, the result of a finished run, as frozen values: the final table and facts about it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _Z_95 = 1.959963984540054
 
 
 class VersionError(PlainError):
-    """A result of a version that cannot be read."""
+    """A result was written by a version of moe_evo whose results cannot be read."""
 
 
 @dataclass(frozen=True)
 class Score:
     """Fitness on one split with its 95 % interval over examples.
 
-    The interval of a share is Wilson's, with the number of examples that its standard error speaks of;
-    that of an unbounded metric is normal. metrics: `task/metric` -> value.
+    A share (a fitness between 0 and 1) has a Wilson interval, for the number of examples that gives its standard
+    error. An unbounded metric has a normal interval. metrics: `task/metric` -> value.
     """
 
     fitness: float
@@ -59,9 +59,9 @@ def _normal(evaluation: Evaluation) -> tuple[float, float]:
 
 def _wilson(evaluation: Evaluation) -> tuple[float, float]:
     share, variance = evaluation.fitness, evaluation.standard_error**2
-    # n of a simple share; fewer where several tasks are averaged; all where every answer agrees
+    # the number of examples for a single task; fewer for an average of tasks; all where the variance is 0
     number = share * (1 - share) / variance if variance > 0 else evaluation.num_examples
-    if number <= 0:  # a share of 0 or 1 over tasks that do not all agree cannot be; the examples then count
+    if number <= 0:  # a share of 0 or 1 cannot have a variance above 0; then take all examples
         number = evaluation.num_examples
     squared = _Z_95**2 / number
     centre = (share + squared / 2) / (1 + squared)
@@ -71,13 +71,13 @@ def _wilson(evaluation: Evaluation) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table.
+    """One line of the final table: a genome and its scores.
 
     key: full | random_search | soup | best_pruning | best, or the name of a one-shot method. evaluations: how many
-    were spent to find it. candidate: its number in its search. num_kept, top_k: one number a MoE layer. kept: the
-    experts that each layer keeps; of a merge the one that weighs most in each slot. scores: by split, `search`,
-    `validation` and `test`; a split that failed has none. parameters, bytes: of its checkpoint; None where an older
-    version did not write them down.
+    were spent to find the genome. candidate: its number in its search. num_kept, top_k: one number a MoE layer.
+    kept: the experts that each layer keeps; where experts are merged, the one with the largest weight in each slot.
+    scores: by split, `search`, `validation` and `test`; without the splits on which the evaluation failed.
+    parameters, bytes: of its checkpoint; None in results of older versions, which did not record them.
     """
 
     key: str
@@ -97,17 +97,17 @@ class Row:
 
     @property
     def search(self) -> Score | None:
-        """The score on the examples that were searched with; None where it failed."""
+        """The score on the examples that the search used; None where the evaluation failed."""
         return self.scores.get("search")
 
     @property
     def validation(self) -> Score | None:
-        """The score on the examples by which the winner was chosen; None where it failed."""
+        """The score on the examples by which the winner was chosen; None where the evaluation failed."""
         return self.scores.get("validation")
 
     @property
     def test(self) -> Score | None:
-        """The score on the examples that nothing was chosen by; None where it failed."""
+        """The score on held-out examples, used for no choice; None where the evaluation failed."""
         return self.scores.get("test")
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of the final table while its genome is at hand."""
+    """A line of the final table together with its candidate, which has the genome."""
 
     key: str
     title: str
@@ -126,7 +126,7 @@ class TableRow:
     scores: Mapping[str, Score]
 
     def to_row(self, parameters: int | None = None, size: int | None = None) -> Row:
-        """The line as result.json keeps it; size: bytes of its checkpoint."""
+        """The line in the form of result.json. parameters: of its checkpoint; size: bytes of it."""
         genome = self.candidate.genome
         return Row(
             key=self.key,
@@ -177,7 +177,7 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class FailureFacts:
-    """How many evaluations gave no fitness, and every reason once."""
+    """The number of evaluations that gave no fitness, and each distinct reason once."""
 
     failures: int = 0
     failure_reasons: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ class FailureFacts:
 
 @dataclass(frozen=True)
 class SearchFacts:
-    """What the search did. stopped_early: evaluations that saw some of the examples. evaluation_s: of all together."""
+    """Figures of the search. stopped_early: evaluations that ended before the last example. evaluation_s: in total."""
 
     algorithm: str
     seed: int
@@ -198,7 +198,7 @@ class SearchFacts:
 
 @dataclass(frozen=True)
 class GangFacts:
-    """What became of the gangs of a run on a cluster. counts: by kind of event. reasons: why gangs broke."""
+    """Events of the gangs of a run on a cluster. counts: number of events by kind. reasons: why gangs broke."""
 
     counts: Mapping[str, int] = field(default_factory=dict, hash=False)
     reasons: tuple[str, ...] = ()
@@ -217,12 +217,12 @@ class GangFacts:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RunResult:
-    """Everything that result.json tells of a finished run.
+    """The content of result.json of a finished run.
 
-    software: versions of everything that can change a number. fitness: how tasks make one score. router, experts,
-    dynamic_skipping: as in the model's config. winners_curse: how much of its lead over the full model the winner
-    does not keep from split to split. gangs: None for a run in one process. rows: the final table, the full model
-    first and the winner last.
+    software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
+    router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
+    full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
+    full model first and the winner last.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -243,12 +243,12 @@ class RunResult:
 
     @property
     def best(self) -> Row:
-        """The winner: what was best on the validation split."""
+        """The line of the winner: the genome with the best score on the validation split."""
         return self._known("best")
 
     @property
     def full(self) -> Row:
-        """The whole model, to compare with."""
+        """The line of the unpruned model."""
         return self._known("full")
 
     def _known(self, key: str) -> Row:
@@ -263,12 +263,12 @@ class RunResult:
         return self.experts == "own" and self.dynamic_skipping is None
 
     def to_plain(self) -> Plain:
-        """As result.json holds it."""
+        """The content of result.json."""
         return {"version": RESULT_VERSION, **plain_fields(self)}
 
     @classmethod
     def from_plain(cls, data: object, where: str = "") -> RunResult:
-        """What `to_plain`, of this version or an older one, wrote; raises PlainError for anything else."""
+        """The result that `to_plain` of this version, or an older one, wrote; raises PlainError for anything else."""
         version = data.get("version") if isinstance(data, Mapping) else None
         if version != RESULT_VERSION:
             raise VersionError(f"version {version}, expected {RESULT_VERSION}; use the moe_evo that wrote it")

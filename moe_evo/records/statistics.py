@@ -1,7 +1,7 @@
 """Whether one individual is better than another on the same examples, and how much of a score was luck.
 
-Examples are what is drawn at random here: nothing below speaks of the spread over seeds. Where several
-individuals are compared, each interval and p-value is for its own comparison, not for all together.
+Examples are taken as the random sample: the variation between seeds of a search is not covered. Each interval and
+p-value is for one comparison; there is no correction for several comparisons.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from moe_evo.errors import TaskError
 from moe_evo.genomes.population import ExampleScores
 
 _NUM_RESAMPLES = 9999
-_BATCH_NUMBERS = 2**18  # drawn at once: what fits in a cache is several times faster than all together
+_BATCH_NUMBERS = 2**18  # drawn in one batch: arrays that fit in the CPU's cache make this several times faster
 
 _Sample = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of mean scores with its 95 % interval; num_examples: on which it rests."""
+    """A difference of mean scores with its 95 % interval; num_examples: how many it was computed from."""
 
     value: float
     low: float
@@ -34,7 +34,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Examples that one of two individuals alone got right, and the exact two-sided p-value of these counts."""
+    """The numbers of examples that only one of two individuals got right, and their exact two-sided p-value."""
 
     won: int
     lost: int
@@ -43,10 +43,10 @@ class McNemar:
 
 @dataclass(frozen=True)
 class WinnersCurse:
-    """By how much a chosen individual scores worse where it was not chosen: positive is a loss.
+    """How much lower the chosen individual scores on examples that were not used to choose it; positive is a loss.
 
-    search_validation: what choosing among all candidates flattered. validation_test: what choosing among
-    the finalists did. search_test: both.
+    search_validation: score on search minus score on validation, the bias of choosing among all candidates.
+    validation_test: the same for choosing among the finalists. search_test: both together.
     """
 
     search_validation: Difference
@@ -56,7 +56,7 @@ class WinnersCurse:
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rho with its 95 % interval; num_pairs: on which it rests."""
+    """Spearman's rho with its 95 % interval; num_pairs: how many pairs it was computed from."""
 
     value: float
     low: float
@@ -65,10 +65,10 @@ class RankCorrelation:
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike, rng: np.random.Generator) -> RankCorrelation:
-    """Whether two scores put the same candidates in the same order: 1 alike, 0 as luck would, -1 the other way.
+    """Whether two scores rank the same candidates alike: 1 the same order, 0 unrelated, -1 the reverse order.
 
     first, second: (N,) scores of the same candidates, ties allowed. Percentile bootstrap over candidates;
-    resamples in which one score is constant say nothing and are left out. Raises ValueError for fewer than three
+    resamples in which one score is constant have no rho and are left out. Raises ValueError for fewer than three
     candidates, or where a score is the same for all.
     """
     from scipy.stats import rankdata
@@ -97,15 +97,15 @@ def paired_difference(first: ExampleScores, second: ExampleScores, rng: np.rando
 
     first, second: (N,) scores a task, of the same examples in the same order. Bootstrap (BCa: Efron 1987,
     Better bootstrap confidence intervals) over examples, within each task. Assumes that a task's examples
-    are independent draws. Narrow where few examples tell the two apart: with fewer than about ten, trust
-    `exact_mcnemar`. Raises TaskError where tasks or numbers of examples differ.
+    are independent draws. The interval is too narrow where only few examples have different scores: with fewer than
+    about ten, use `exact_mcnemar`. Raises TaskError where tasks or numbers of examples differ.
     """
     differences = _differences(first, second)
     return _difference([(1 / len(differences), one) for one in differences.values()], rng)
 
 
 def exact_mcnemar(first: ExampleScores, second: ExampleScores) -> McNemar | None:
-    """Tests that an example which only one of the two gets right is as likely to be the one's as the other's.
+    """Test whether, among the examples that only one of two gets right, each of the two has half.
 
     first, second: (N,) scores a task, of the same examples in the same order; those of all tasks are counted
     together, so that large tasks weigh more than in `paired_difference`. Binomial, two-sided, without an
@@ -118,7 +118,7 @@ def exact_mcnemar(first: ExampleScores, second: ExampleScores) -> McNemar | None
         return None
     every = np.concatenate(list(differences.values()))
     won, lost = int((every > 0).sum()), int((every < 0).sum())
-    if won == lost:  # also where there is nothing to test
+    if won == lost:  # both may be 0, for which there is no binomial test
         return McNemar(won, lost, 1.0)
     from scipy.stats import binomtest
 
@@ -130,16 +130,16 @@ def winners_curse(
     rng: np.random.Generator,
     reference: Mapping[str, ExampleScores] | None = None,
 ) -> WinnersCurse:
-    """How much of the score that an individual was chosen for it does not keep.
+    """How much lower an individual scores on later splits than on the one by which it was chosen.
 
     winner, reference: by split, `search`, `validation` and `test`, (N,) scores a task. Splits hold different
-    examples, so that they are resampled independently of each other, and what one split is harder than the
-    next counts as loss. With a `reference` that was not chosen by its scores, such as the full model, each
-    split's score is the winner's minus the reference's, in pairs, and difficulty cancels.
+    examples, so they are resampled independently, and a split that is harder than the one before counts as a loss.
+    With a `reference` that was not chosen by its scores, such as the full model, each split's score is the winner's
+    minus the reference's, in pairs, and the difficulty of a split cancels.
 
-    An interval without 0 says: two splits drawn alike would rarely differ so much by themselves. It is not
-    the interval of a correction, as the choice was made on these very search examples. Raises TaskError where
-    tasks differ, or where winner and reference were scored on different numbers of examples.
+    If an interval does not contain 0, chance alone would rarely make two splits differ so much. The interval cannot
+    be used to correct the score on the search split, as the choice was made on these very examples. Raises TaskError
+    where tasks differ, or where winner and reference were scored on different numbers of examples.
     """
     splits = ("search", "validation", "test")
     scores = {
@@ -162,7 +162,7 @@ def _unpaired(first: ExampleScores, second: ExampleScores, rng: np.random.Genera
 
 
 def _differences(first: ExampleScores, second: ExampleScores) -> dict[str, _Sample]:
-    """(N,) first minus second by task, in the order of names, as that of tasks need not be the same in two runs."""
+    """(N,) first minus second by task, sorted by name, as two runs may have their tasks in different orders."""
     _check_tasks(first, second)
     for name in first:
         sizes = len(first[name]), len(second[name])
@@ -181,7 +181,7 @@ def _check_tasks(first: ExampleScores, second: ExampleScores) -> None:
 
 
 def _difference(samples: Sequence[tuple[float, _Sample]], rng: np.random.Generator) -> Difference:
-    """Sum of weight times mean, with its BCa interval; samples: (weight, (N,)), each resampled by itself."""
+    """Sum of weight times mean, with its BCa interval; samples: (weight, (N,)), each resampled independently."""
     num_examples = sum(len(one) for _, one in samples)
     fixed = sum(weight * float(one[0]) for weight, one in samples if not np.ptp(one))
     varied = [(weight, one) for weight, one in samples if np.ptp(one)]
@@ -203,6 +203,6 @@ def _difference(samples: Sequence[tuple[float, _Sample]], rng: np.random.Generat
         axis=-1,
         n_resamples=_NUM_RESAMPLES,
         batch=max(_BATCH_NUMBERS // num_examples, 1),
-        random_state=rng,  # its name in all versions from 1.12 on
+        random_state=rng,  # SciPy calls it so in all versions from 1.12 on
     ).confidence_interval
     return Difference(value, float(found.low), float(found.high), num_examples)

@@ -1,4 +1,4 @@
-"""The folder of a sweep: one folder a run, the config of the sweep, and what came of all of them."""
+"""The folder of a sweep: a folder for each run, the sweep's config, and one table of all results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moe_evo.records.result import Score
 
 @dataclass(frozen=True)
 class SweepLine:
-    """One contender of one run; see `Row` for most of it.
+    """One row of the final table of one run; see `Row` for most fields.
 
-    test: its fitness on the test split; None where it failed. front: whether no other line of the same tasks has both
-    fewer parameters and a better test score, or one of them as good and the other better.
+    test: fitness on the test split; None where the evaluation failed. front: whether it is on the Pareto front of
+    parameters and test score, among the lines of the same tasks.
     """
 
     run: str
@@ -38,7 +38,7 @@ class SweepLine:
 
 @dataclass(frozen=True, repr=False)
 class SweepResult:
-    """The final tables of a sweep's finished runs as one. unfinished: names of the runs that are not."""
+    """The final tables of a sweep's finished runs as one. unfinished: names of the other runs."""
 
     runs: tuple[str, ...]
     lines: tuple[SweepLine, ...]
@@ -50,7 +50,7 @@ class SweepResult:
 
 
 class SweepFolder:
-    """Paths of a sweep."""
+    """Paths of a sweep's files and of its runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

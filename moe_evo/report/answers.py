@@ -1,4 +1,4 @@
-"""What the commands answer, as frozen values: printed for people, as plain data with --json, as HTML in a notebook."""
+"""The commands' results as frozen values, shown as text, as JSON (--json) or as HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # these import torch, which reading old runs does not need
 class Progress:
     """How far an unfinished run has come.
 
-    evaluations: how many of its budget are done; under_way: proposed and not done. gangs: None for a run in one
-    process. best_fitness, best_kept: of the best so far on the search split, and the experts that each of its layers
-    keeps; None before the first success.
+    evaluations: how many are done. under_way: how many candidates are proposed and not done. gangs: None for a run in
+    one process. best_fitness, best_kept: fitness of the best candidate so far on the search split, and the number of
+    experts that each layer of it keeps; None before the first success.
     """
 
     evaluations: int
@@ -37,7 +37,7 @@ class Progress:
     config: RunConfig
 
     def to_plain(self) -> Plain:
-        """As `moe-evo show --json` prints it."""
+        """The form that `moe-evo show --json` prints."""
         return {
             "unfinished": True,
             "evaluations": self.evaluations,
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class ScoredGenome:
-    """One genome scored on one split. genome: as it was named; num_kept, top_k: one number a MoE layer."""
+    """One genome's score on one split. genome: name by which it was given. num_kept, top_k: one number a MoE layer."""
 
     genome: str
     digest: str
@@ -64,7 +64,7 @@ class ScoredGenome:
     score: Score
 
     def to_plain(self) -> Plain:
-        """The parts of the score beside the rest."""
+        """A flat dict: the fields of the score beside the other fields."""
         told = plain_fields(self)
         return {**{name: value for name, value in told.items() if name != "score"}, **told["score"]}
 
@@ -78,7 +78,7 @@ class ScoredGenome:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """A one-shot method, and where it is from."""
+    """Name, description and source of a one-shot method."""
 
     name: str
     description: str
@@ -87,7 +87,7 @@ class MethodFacts:
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """A checkpoint that was made of a run. which: key of the genome's row in the final table, title: its name."""
+    """A checkpoint that was exported from a run. which, title: key and title of the genome's row in the final table."""
 
     report: ExportReport
     which: str
@@ -99,7 +99,7 @@ class ExportedRun:
         return self.report.folder
 
     def to_plain(self) -> Plain:
-        """The export's report, with what was exported."""
+        """The export's report, with the other fields beside it."""
         return {**plain(self.report), "which": self.which, "title": self.title}
 
     def _repr_html_(self) -> str:
@@ -110,10 +110,10 @@ class ExportedRun:
 class PrunedModel:
     """A checkpoint that a one-shot method made.
 
-    genome, alignment: files that evaluate it again; the latter where neurons were reordered. kept: experts of each
-    layer, of a merge the one that weighs most in each slot; made_of: all experts of each slot. scores: on the test
-    split, of the 'full' and the 'smaller' model. dynamic_skipping_beta: for NAEE the threshold of its dynamic
-    skipping in each layer, which no checkpoint holds.
+    genome, alignment: files with which the genome can be evaluated again; alignment only where neurons were reordered.
+    kept: experts of each layer; where experts are merged, the one with the largest weight in each slot. made_of: all
+    experts of each slot. scores: on the test split, of the 'full' and the 'smaller' model. dynamic_skipping_beta: for
+    NAEE the threshold of its dynamic skipping in each layer, which no checkpoint holds.
     """
 
     report: ExportReport
@@ -132,7 +132,7 @@ class PrunedModel:
         return self.report.folder
 
     def to_plain(self) -> Plain:
-        """The export's report, with what was kept beside it; without what there is not."""
+        """The export's report, with the other fields beside it; fields that are not set are left out."""
         told = plain_fields(self)
         optional = ("alignment", "dynamic_skipping_beta")
         absent = {name for name in optional if told[name] is None} | {"report"}
@@ -150,8 +150,9 @@ class PrunedModel:
 class CompressedModel:
     """A checkpoint with compressed experts.
 
-    description: what was done; needs: what would have to run them to make use of it. scores: on the test split, of
-    the 'original' and the 'compressed' model. layers: how far each moved. experts: what they take.
+    description: how they were compressed. needs: software that runs such experts at their compressed size. scores: on
+    the test split, of the 'original' and the 'compressed' model. layers: reconstruction error of each layer. experts:
+    their size.
     """
 
     report: ExportReport
@@ -163,14 +164,14 @@ class CompressedModel:
     experts: ExpertSize = field(hash=False)
 
     def to_plain(self) -> Plain:
-        """The export's report, with the rest beside it."""
+        """The export's report, with the other fields beside it."""
         told = plain_fields(self)
         return {**told.pop("report"), **told}
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A page that was written over runs. unfinished: folders of those that are not finished."""
+    """An HTML page that was written about runs. unfinished: folders of those that are not finished."""
 
     report: str
     bytes: int

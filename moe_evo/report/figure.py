@@ -1,6 +1,6 @@
 """Pictures of a run as PNG: fitness against evaluations, and the experts that the winner keeps.
 
-Nothing here uses pyplot, whose figures and backend belong to the whole process, such as a notebook's.
+pyplot is not used, because its figures and backend are shared by the whole process, such as a notebook.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str
 
 
 def draw_experts(figure: Figure, axes: Axes, genome: Genome) -> None:
-    """Heat map (layers, experts) of how much of each expert is kept."""
+    """Heat map (layers, experts) of each expert's largest weight in a slot of its layer."""
     weights = expert_weights(genome)
-    # the square root of the weight, so that small parts are seen
+    # coloured by the square root of the weight, so that small weights are visible
     image = axes.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="weight in what is kept", ticks=[0, 0.1, 0.25, 0.5, 1])
     rows, columns = weights.shape
@@ -91,7 +91,7 @@ def _few_ticks(count: int) -> list[int]:
 
 
 def kept_figure(path: Path, genome: Genome) -> None:
-    """The experts of a genome alone."""
+    """Write a picture of only the experts that a genome keeps."""
     layers, experts = expert_weights(genome).shape
     size = (min(3 + experts * 0.25, 16), min(2 + layers * 0.25, 12))
     figure = Figure(figsize=size, layout="constrained")

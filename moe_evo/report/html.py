@@ -19,7 +19,7 @@ _BLUE = (0, 114, 178)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> str:
-    """An HTML table; its cells are text, whatever they hold. bold: numbers of rows."""
+    """An HTML table; the text of cells is escaped. bold: numbers of rows to show in bold."""
     head = "".join(f"<th>{escape(one)}</th>" for one in headings)
     lines = []
     for number, row in enumerate(rows):
@@ -30,7 +30,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bo
 
 
 def scores_table(title: str, scores: Mapping[str, Score]) -> str:
-    """Scores by what was scored, with their 95 % intervals."""
+    """A table of scores with their 95 % intervals; scores: by the name of the model that was scored."""
     rows = [[name, str(score), str(score.num_examples)] for name, score in scores.items()]
     return table(title, ["", "score [95 % interval]", "examples"], rows)
 
@@ -62,7 +62,7 @@ def lines_table(lines: Sequence[Line]) -> str:
 
 
 def pairings_table(paired: Sequence[Pairing]) -> str:
-    """Winners against that of the first run on the same test examples, or why they cannot be paired."""
+    """Each run's winner against that of the first run on the same test examples, or why they cannot be paired."""
     rows = []
     for one in paired:
         told = one.reason or f"{one.difference:+.3f} [{one.difference_low:+.3f}, {one.difference_high:+.3f}]"
@@ -73,7 +73,7 @@ def pairings_table(paired: Sequence[Pairing]) -> str:
 
 
 def sweep_table(result: SweepResult) -> str:
-    """One line for each contender of each run, those that nothing beats in both size and score in bold."""
+    """One line for each contender of each run; those on the Pareto front of size and score are bold."""
     headings = ["run", "", "tasks", "experts", "parameters", "test [95 % interval]", "front"]
     rows = []
     for line in result.lines:
@@ -107,7 +107,7 @@ def kept_map(genome: Genome, *, cell: int = 14) -> str:
 def learning_curve(fitness: Sequence[float | None], full: float | None, *, width: int = 420, height: int = 160) -> str:
     """An SVG with a dot for each evaluation in the order in which they finished, and a line for the best so far.
 
-    fitness: None for an evaluation that gave none. full: of the whole model, drawn as a dashed line.
+    fitness: None for an evaluation that failed. full: fitness of the full model, drawn as a dashed line.
     """
     known = [one for one in [*fitness, full] if one is not None]
     if not known or all(one is None for one in fitness):
@@ -147,6 +147,6 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def _shade(weight: float) -> str:
-    """White to blue by the square root of a weight from 0 to 1, so that small parts are seen."""
+    """A colour from white to blue, by the square root of a weight from 0 to 1, so that small weights are visible."""
     share = weight**0.5
     return "rgb({},{},{})".format(*(round(255 + share * (one - 255)) for one in _BLUE)) if weight > 0 else "#eeeeee"

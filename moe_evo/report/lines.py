@@ -27,8 +27,8 @@ SPLITS = ("search", "validation", "test")
 class Line:
     """One contender of one run.
 
-    state: 'finished', or 'unfinished' with what is known so far: search scores of the full model and of the best.
-    num_kept and num_experts: means over MoE layers. parameters: None where the run did not write them down.
+    state: 'finished' or 'unfinished'; an unfinished run has only search scores, of the full model and of the best.
+    num_kept and num_experts: means over MoE layers. parameters: None where the run did not record them.
     {split}, {split}_low, {split}_high: fitness and its 95 % interval over examples; None where there is none.
     """
 
@@ -64,7 +64,7 @@ class Line:
 
 
 def lines_of(record: Record) -> list[Line]:
-    """The final table of one run, or what there is of it."""
+    """The lines of one run's final table; of an unfinished run, those that are known so far."""
     common: dict[str, Any] = {
         "run": record.label,
         "folder": str(record.folder),
@@ -97,7 +97,7 @@ def lines_of(record: Record) -> list[Line]:
 
 
 def _intervals(row: Row) -> dict[str, Any]:
-    """Fitness, low and high of every split that has them, as `Line` names them."""
+    """Fitness, low and high of every split that has them, by the names of `Line`'s fields."""
     return {
         f"{split}{suffix}": value
         for split, score in row.scores.items()
@@ -140,14 +140,14 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
 
 
 def _tasks(record: Record) -> str:
-    """Names with metrics; of an unfinished run the names alone, as data decide what the default metric is."""
+    """Names of tasks with their metrics; without them for an unfinished run, where a default metric is not known."""
     if record.result is None:
         return ", ".join(record.task_names)
     return ", ".join(f"{task.name} ({task.metric})" for task in record.result.tasks)
 
 
 def lines_of_all(records: Sequence[Record]) -> list[Line]:
-    """The lines of several runs; an unfinished one learns its metrics from a finished one of the same tasks."""
+    """The lines of several runs; the metrics of an unfinished run are taken from a finished one of the same tasks."""
     known = {_tasks_key(record): _tasks(record) for record in records if record.is_finished}
     return [
         line if record.is_finished else replace(line, tasks=known.get(_tasks_key(record), line.tasks))
@@ -161,9 +161,9 @@ def _tasks_key(record: Record) -> tuple[tuple[str, ...], ...]:
 
 
 def sorted_lines(records: Sequence[Record]) -> list[Line]:
-    """Lines that can be compared stand together: by tasks and model, then few experts first, then the best test score.
+    """The lines of several runs, sorted by tasks, model, number of kept experts, and test score with the best first.
 
-    What has no test score yet comes last among those that keep as many.
+    Lines without a test score come last among those that keep as many experts.
     """
     return sorted(lines_of_all(records), key=_order)
 
@@ -174,7 +174,7 @@ def _order(line: Line) -> tuple[str | float, ...]:
 
 
 def as_csv(lines: Sequence[Line]) -> str:
-    """One header and one record a line, RFC 4180; an empty field is a number that does not exist."""
+    """The lines as CSV (RFC 4180) with a header; the field of a missing number is empty."""
     output = io.StringIO()
     writer = csv.DictWriter(output, list(Line.__dataclass_fields__))
     writer.writeheader()
@@ -183,7 +183,7 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
-    """Print for people; winners are bold."""
+    """Print the lines as tables; winners are bold."""
     console = console or Console()
     has_parameters = any(line.parameters for line in lines)
     for tasks in dict.fromkeys(line.tasks for line in lines):
@@ -231,14 +231,14 @@ def _table(tasks: str, lines: Sequence[Line], *, has_parameters: bool) -> Table:
 
 
 def kept_label(line: Line) -> str:
-    """As in '4 of 8'."""
+    """Number of experts kept, such as '4 of 8'."""
     if line.num_kept is None:
         return ""
     return f"{line.num_kept:.4g}" + (f" of {line.num_experts:.4g}" if line.num_experts else "")
 
 
 def parameters_label(line: Line) -> str:
-    """As in '1.74 M (58 %)'."""
+    """Number of parameters, and its share of the full model's, such as '1.74 M (58 %)'."""
     if not line.parameters:
         return ""
     share = f" ({line.parameters_share:.0%})".replace("%", " %") if line.parameters_share and line.key != "full" else ""

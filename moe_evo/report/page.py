@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: template, style, scripts and data in one file.
+"""The report as one self-contained HTML page: template, style, scripts and data in one file.
 
-Its content security policy allows these very scripts by their hashes and no network at all, so that neither a name
-in the data nor a library can run or fetch anything else.
+Its content security policy allows only these scripts, by their hashes, and no network access. So text in the data
+cannot run as a script, and no library can fetch anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_evo.report.record import Record
 from moe_evo.report.sections import section
 
 GENERATOR = "moe_evo report"
-"""Stands in the head of every report, by which an older one is known."""
+"""Text in the head of every report, by which a file is recognised as a report."""
 
 _SCRIPTS = ("tools.js", "tables.js", "plots.js", "maps.js", "compare.js", "page.js")
 _BOKEH = ("bokeh.min.js", "bokeh-api.min.js")
@@ -66,7 +66,7 @@ def _bokeh(name: str) -> str:
 
 
 def _in_script(text: str) -> Markup:
-    """JavaScript as it may stand in a page: nothing in it ends the element early."""
+    """JavaScript escaped for a script element, so that nothing in it ends the element early."""
     return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 
@@ -78,5 +78,5 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def is_report(head: str) -> bool:
-    """Whether a file that begins so is a report."""
+    """Whether a file is a report; head: its beginning."""
     return f'<meta name="generator" content="{GENERATOR}' in head

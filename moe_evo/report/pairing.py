@@ -1,4 +1,4 @@
-"""The winners of several runs against that of the first, in pairs, on the same test examples."""
+"""Compares the winner of each run with that of the first run on the same test examples (paired tests)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from moe_evo.report.table import plain_table, print_whole
 class Pairing:
     """The winner of a run against that of the run `against`, on the same test examples.
 
-    difference: its score minus the other's, mean over tasks, with its 95 % interval. won, lost: examples that one of
-    the two alone got right, and the p-value of the exact McNemar test; None where scores are not 0 or 1.
-    reason: why the two cannot be paired, and then there are no numbers; None where they can.
+    difference: its score minus the other's, mean over tasks, with its 95 % interval. won, lost: numbers of examples
+    that only this winner, or only the other, got right; with them the p-value of the exact McNemar test. They are
+    None where scores are not 0 or 1. reason: why the two cannot be paired, in which case all numbers are None.
     """
 
     run: str
@@ -40,7 +40,7 @@ class Pairing:
 
 
 def pairings(records: Sequence[Record]) -> list[Pairing]:
-    """Every run but the first against the first, in the given order; the same runs give the same numbers."""
+    """Every other run against the first, in the given order; the bootstrap is seeded, so numbers are reproducible."""
     return [_pairing(one, records[0]) for one in records[1:]]
 
 
@@ -67,7 +67,7 @@ def _pairing(record: Record, first: Record) -> Pairing:
 
 
 def _winner_scores(record: Record) -> ExampleScores | str:
-    """Scores of the winner's test examples by task, or why there are none."""
+    """Scores of the winner's test examples by task, or in words why there are none."""
     if record.result is None or record.best is None:
         return "not finished"
     outcome = record.test.get(record.best)
@@ -79,7 +79,7 @@ def _winner_scores(record: Record) -> ExampleScores | str:
 
 
 def _other_examples(record: Record, first: Record) -> str | None:
-    """In what the test examples of two finished runs differ; None where they are the same."""
+    """In words how the test examples of two finished runs differ; None where they are the same."""
     own, others = _tasks_by_name(record), _tasks_by_name(first)
     if set(own) != set(others):
         return f"other tasks: {', '.join(sorted(own))}, not {', '.join(sorted(others))}"
@@ -92,7 +92,7 @@ def _other_examples(record: Record, first: Record) -> str | None:
         sizes = task.examples["test"], other.examples["test"]
         if sizes[0] != sizes[1]:
             return f"other test examples of task {name}: {sizes[0]}, not {sizes[1]}"
-        # of one file that is split by hash, the share says which examples are left for the test
+        # in a file that is split by hash, the test split's share decides which examples it has
         shares = _test_share(record, name), _test_share(first, name)
         if abs(shares[0] - shares[1]) > 1e-9:
             return f"another test share of task {name}: {shares[0]:g}, not {shares[1]:g}"
@@ -111,11 +111,11 @@ def _test_share(record: Record, name: str) -> float:
 
 
 def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> None:
-    """Print for people: a table of the runs that can be paired, and a line for each reason why others cannot."""
+    """Print a table of the runs that can be paired, and a line for each reason why others cannot."""
     console = console or Console()
     paired = [one for one in found if one.reason is None]
     if paired:
-        # not as the table's title, which would be broken to the width of the table
+        # printed by itself, because a table's title is wrapped to the width of the table
         console.print(f"\ntest score of the winner minus that of {paired[0].against}, on the same examples",
                       style="table.title", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
         print_whole(console, _paired_table(paired))

@@ -1,6 +1,6 @@
-"""What the page of a report draws with JavaScript, as plain data: curves, maps of experts, lineage, configs.
+"""The plain data that a report's page draws with JavaScript: curves, maps of experts, lineage, configs.
 
-One run's data are compressed by themselves, so that a browser unpacks those that it shows and no others.
+The data of each run are compressed separately, so that a browser decompresses only those of the run that it shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_evo.report.record import Record
 from moe_evo.searches.base import Phase
 
 MOST_POINTS = 4000
-"""Evaluations of a run that are drawn; improvements and finalists always are."""
+"""About the most evaluations of a run that are drawn; improvements and finalists are always drawn."""
 
 _MOST_FAILURES = 200
 
@@ -46,7 +46,7 @@ def finite(data: Any) -> Any:
 
 
 def run_payload(record: Record) -> dict[str, Any]:
-    """All that is drawn of one run."""
+    """The data for all drawings of one run."""
     return {
         "curve": curve(record),
         "maps": expert_maps(record),
@@ -56,7 +56,7 @@ def run_payload(record: Record) -> dict[str, Any]:
 
 
 def index_payload(records: Sequence[Record], lines: Sequence[Line]) -> dict[str, Any]:
-    """What is drawn over all runs: one entry a line of their tables, with the number of its run."""
+    """The data for drawings over all runs: one entry for each line of their tables, with the number of its run."""
     numbers = {record.label: number for number, record in enumerate(records)}
     return {
         "runs": [{"label": one.label, "finished": one.is_finished} for one in records],
@@ -84,10 +84,10 @@ def _alone(line: Line, split: str) -> list[float] | None:
 
 
 def curve(record: Record) -> dict[str, Any]:
-    """Fitness of each evaluation in the order in which they finished, position 1 first, and what stands beside it.
+    """The learning curve: fitness of each evaluation, in the order in which they finished, from position 1.
 
     best and random_best: (position, fitness) where the best so far rises, and at the end. validation: (position,
-    candidate, fitness). failed: (position, candidate, reason).
+    candidate, fitness) of finalists. failed: (position, candidate, reason).
     """
     positions = {number: place for place, number in enumerate(record.outcomes, start=1)}
     evaluated = {number: one for number, one in record.outcomes.items() if isinstance(one, Evaluation)}
@@ -120,13 +120,13 @@ def curve(record: Record) -> dict[str, Any]:
 
 
 def _tones(phases: Sequence[Phase]) -> list[str]:
-    """The colour of each phase, by its name in report.css: what comes first, what else only prunes, what merges."""
+    """The colour of each phase, by its name in report.css: one for the first, for other pruning, and for merging."""
     only_prune = ["pruning" if place else "initial" for place in range(len(phases))]
     return [tone if phase.only_prunes else "merging" for tone, phase in zip(only_prune, phases, strict=True)]
 
 
 def rises(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
-    """(position, best so far) wherever it rises, and at the end."""
+    """(position, best fitness so far) wherever the latter rises, and at the end."""
     fitness = [one.fitness if isinstance(one, Evaluation) and not one.is_stopped else -math.inf for one in outcomes]
     best = list(accumulate(fitness, max))
     rises = [
@@ -138,7 +138,7 @@ def rises(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
 
 
 def _thinned(numbers: Sequence[int], *, keep: set[int], positions: Mapping[int, int], record: Record) -> list[int]:
-    """At most about MOST_POINTS candidates, evenly, and those that must be seen."""
+    """About MOST_POINTS candidates, evenly spaced, with all finalists and all candidates at positions in `keep`."""
     step = math.ceil(len(numbers) / MOST_POINTS) or 1
     return [
         number
@@ -148,14 +148,15 @@ def _thinned(numbers: Sequence[int], *, keep: set[int], positions: Mapping[int, 
 
 
 def _short(value: float) -> float:
-    """As many digits as a plot shows."""
+    """A number rounded to the digits that a plot shows."""
     return float(f"{value:.5g}")
 
 
 def expert_maps(record: Record) -> list[dict[str, Any]]:
-    """Which experts each contender keeps: by MoE layer the weight of each expert in thousandths, None for no expert.
+    """The experts that each contender keeps: for each MoE layer every expert's weight in thousandths.
 
-    Of what is merged also the slot in which the expert weighs most.
+    A weight is None where the layer has no such expert. Contenders with merges also have, for each expert, the slot
+    in which its weight is largest.
     """
     if record.result is None:
         genome = record.genomes.get("best")
@@ -195,7 +196,7 @@ def _map(key: str, title: str, genome: Genome, decoder_layers: Sequence[int]) ->
 
 
 def lineage(record: Record) -> dict[str, Any]:
-    """The winner's ancestors: number, position, operator, fitness and parents of each, column by column."""
+    """The winner's ancestors as columns: number, position, operator, fitness and parents of each."""
     ancestors = record.ancestors()
     positions = {number: place for place, number in enumerate(record.outcomes, start=1)}
     operators = sorted({record.ancestry[number].operator for number in ancestors})
@@ -212,7 +213,7 @@ def lineage(record: Record) -> dict[str, Any]:
 
 
 def flat(data: Any, path: str = "") -> dict[str, Any]:
-    """Nested data as one level, with keys as the command line spells them."""
+    """Nested dicts as one dict, with keys as on the command line, such as `search.num_kept`."""
     if isinstance(data, Mapping) and data:
         parts = [flat(value, f"{path}.{key}" if path else str(key)) for key, value in data.items()]
     elif isinstance(data, list) and any(isinstance(one, Mapping) for one in data):

@@ -1,4 +1,4 @@
-"""What `moe-evo plan` prints for people: the model, memory a rank, gangs, time, problems, and what to do next."""
+"""Prints the plan of `moe-evo plan`: the model, memory a rank, gangs, time, problems, and the next command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(plan: Plan, next_command: str, console: Console | None = None) -> None:
-    """Print what `moe_evo.commands.plan.plan` answered. next_command: the search that was planned for."""
+    """Print the plan that `moe_evo.commands.plan.plan` returned. next_command: starts the planned search."""
     console = console or Console()
     for line in [*_model(plan.model), *_tasks(plan.tasks), *_search(plan.search)]:
         _line(console, line)
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, next_command: str, console: Console | None = None) ->
 
 
 def memory_table(memory: MemoryPlan) -> Table:
-    """One line a way of sharding; an arrow marks the config's own."""
+    """A table with one line for each mode of sharding; an arrow marks the config's."""
     known = memory.device_bytes
     device_memory = f", device memory {size_label(known)}" if known is not None else ""
     table = plain_table(f"memory of the fullest rank, gangs of {memory.gang_size}{device_memory}")
@@ -66,7 +66,7 @@ def memory_table(memory: MemoryPlan) -> Table:
 
 
 def size_label(number: int) -> str:
-    """Bytes in the largest unit of which there is one; nothing for none."""
+    """A number of bytes in the largest unit of which it has at least one; '' for 0."""
     for unit, name in _UNITS:
         if number >= unit:
             return f"{number / unit:.1f} {name}"
@@ -74,7 +74,7 @@ def size_label(number: int) -> str:
 
 
 def count_label(number: int) -> str:
-    """Parameters as people say them."""
+    """A number of parameters in thousands, millions or billions."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if number >= unit:
             return f"{number / unit:.2f} {name}"
@@ -82,7 +82,7 @@ def count_label(number: int) -> str:
 
 
 def time_label(hours: float) -> str:
-    """A time in days, hours, minutes or seconds, whichever is said first."""
+    """A time in the largest fitting unit: days, hours, minutes or seconds."""
     for unit, name in ((24.0, "d"), (1.0, "h"), (1 / 60, "min")):
         if hours >= unit:
             return f"{hours / unit:.1f} {name}"
@@ -126,7 +126,7 @@ def _search(search: SearchPlan | None) -> list[str]:
 
 
 def _number_label(log10: float) -> str:
-    """A number by its logarithm, which is all that fits on a line for large ones."""
+    """A number given by its logarithm to base 10; a large one as a power of ten."""
     return f"{round(10**log10):,}" if log10 < 12 else f"10^{log10:.0f}"
 
 

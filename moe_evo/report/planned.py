@@ -1,4 +1,4 @@
-"""What `moe-evo plan` answers, as frozen values. Sizes are bytes; what could not be planned is None."""
+"""The result of `moe-evo plan` as frozen values. Sizes are in bytes; a part that could not be planned is None."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_evo.plain import Plain
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The model, from its config and the headers of its weights. num_experts, top_k: one number a MoE layer."""
+    """Sizes of the model, read from its config and weight headers. num_experts, top_k: one number a MoE layer."""
 
     path: str
     family: str
@@ -29,7 +29,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task whose data are good. examples: how many, by split."""
+    """A task whose data are valid. examples: how many, by split."""
 
     name: str
     kind: str
@@ -39,7 +39,7 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What is searched. log10_prunings: of how many there are to choose from. evaluations: at most, by split."""
+    """The search. log10_prunings: logarithm of the number of prunings in the space. evaluations: at most, by split."""
 
     algorithm: str
     num_kept: tuple[int, ...]
@@ -51,11 +51,11 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class ModeMemory:
-    """What one way of sharding takes on the fullest rank.
+    """The memory that one mode of sharding needs on the rank that needs most.
 
-    chosen: whether it is the config's own. device, gathered, host, disk: of weights. merged: the merged layers of one
-    genome. needed: weights and a batch. fits, merged_fit: None where the device's memory is not known. refusal: why
-    this way is not possible.
+    chosen: whether it is the config's mode. device, gathered, host, disk: weights on the device, weights gathered
+    there for a layer, and weights in host memory and on disk. merged: the merged layers of one genome. needed: weights
+    and a batch. fits, merged_fit: None where the device's memory is not known. refusal: why the mode is not possible.
     """
 
     sharding: Sharding
@@ -75,7 +75,7 @@ class ModeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory by way of sharding; device_bytes: of one rank. logits, activations: bounds of what a batch takes."""
+    """Memory for each mode of sharding. device_bytes: of one rank. logits, activations: upper bounds for a batch."""
 
     gang_size: int
     device_bytes: int | None
@@ -85,7 +85,7 @@ class MemoryPlan:
 
     @property
     def chosen(self) -> ModeMemory:
-        """The config's own way of sharding."""
+        """The config's mode of sharding."""
         return next(mode for mode in self.modes if mode.chosen)
 
 
@@ -100,7 +100,7 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """Gangs that fit on what is free, and on the whole cluster; gangs: how many would run."""
+    """How many gangs fit on the free resources and on the whole cluster; gangs: how many would run."""
 
     nodes: int
     needs: str
@@ -111,7 +111,7 @@ class ClusterPlan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The time of a run whose evaluations take `evaluation_s` on one gang; hours: by split."""
+    """The time of a run whose evaluations take `evaluation_s` seconds on one gang; hours: by split."""
 
     evaluation_s: float
     gangs: int
@@ -120,7 +120,7 @@ class Estimate:
     total_h: float
 
     def to_plain(self) -> Plain:
-        """The hours of each split beside the rest, as `search_h`."""
+        """A flat dict, with the hours of a split under a key such as `search_h`."""
         hours = {f"{split}_h": hours for split, hours in self.hours.items()}
         head = {name: getattr(self, name) for name in ("evaluation_s", "gangs", "evaluations_per_h")}
         return {**head, **hours, "total_h": self.total_h}
@@ -130,8 +130,8 @@ class Estimate:
 class Plan:
     """Everything that can be known of a run before it starts.
 
-    problems: what the search would refuse, or fail of. notes: what may surprise. cluster: None for a run in one
-    process. estimate: where it was measured.
+    problems: why the search would not start, or would fail. notes: remarks on what the user may not expect. cluster:
+    None for a run in one process. estimate: None where no evaluation was measured.
     """
 
     model: ModelPlan | None

@@ -1,6 +1,6 @@
-"""A run as reports tell of it: read once from its folder, finished or not, without model, torch or genomes.
+"""The data of a run that reports show, read once from its folder, finished or not, without model or torch.
 
-Only the genomes that are shown are decoded; a journal may hold thousands of large ones.
+Only the genomes that are shown are decoded, as a journal may have thousands of large ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moe_evo.tasks.data import task_name
 
 @dataclass(frozen=True)
 class Ancestry:
-    """What made a candidate, and of which others."""
+    """The operator and the parents that a candidate was made by."""
 
     operator: str
     parents: tuple[int, ...]
@@ -38,7 +38,7 @@ class Ancestry:
 
 @dataclass(frozen=True)
 class GangNow:
-    """How a gang was when its run last wrote it down."""
+    """The last status of a gang that its run recorded."""
 
     number: int
     node: str = ""
@@ -54,12 +54,11 @@ class _Status:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is told of one run.
+    """The data of one run.
 
-    label: its name in a report, different from those of the runs beside it. result: None while the run is not
-    finished. outcomes, random, validation, test: by candidate number, in the order in which they finished; of the
-    search, of the random search beside it, of the search's finalists, and of those of them that are in the final
-    table.
+    label: its name in a report, different from those of other runs in it. result: None while the run is not
+    finished. outcomes, random, validation, test: outcomes by candidate number, in the order in which they finished,
+    of the search, of the random search, of the search's finalists, and of its candidates in the final table.
     full: the full model on the search split. gang_events: as `Journal.gang_events`; gangs: their last status.
     genomes: by key of the final table, those that are more than a list of kept experts; of an unfinished run the
     best so far, as 'best'.
@@ -93,7 +92,7 @@ class Record:
 
     @property
     def best(self) -> int | None:
-        """The candidate of the winner; of an unfinished run the best so far by search fitness, if any."""
+        """The winner's candidate number; for an unfinished run, that of the best search fitness so far, if any."""
         if self.result is not None:
             row = self.result.row("best")
             return None if row is None else row.candidate
@@ -105,14 +104,14 @@ class Record:
         return {number: one for number, one in self.outcomes.items() if isinstance(one, EvaluationFailure)}
 
     def phases(self) -> list[tuple[Phase, int]]:
-        """The phases of the search that have candidates, each with the first of them."""
-        phases = planned_phases(self.search, can_prune=True)  # without pruning, the operators tell
+        """The phases of the search that have candidates, each with the number of its first candidate."""
+        phases = planned_phases(self.search, can_prune=True)  # operators show if it did not prune
         starts = phase_starts(phases, {number: one.operator for number, one in self.ancestry.items()})
         ends = [*starts[1:], self.search.evaluations]
         return [(phase, start) for phase, start, end in zip(phases, starts, ends, strict=True) if start < end]
 
     def ancestors(self) -> list[int]:
-        """The winner and all that it descends from, in the order of their numbers."""
+        """The numbers of the winner and all its ancestors, in order."""
         found: set[int] = set()
         waiting = [] if self.best is None else [self.best]
         while waiting:
@@ -123,13 +122,13 @@ class Record:
         return sorted(found)
 
     def gang_summary(self) -> GangFacts | None:
-        """Counts by kind of event and why gangs broke; None for a run without gangs."""
+        """The number of gang events of each kind, and why gangs broke; None for a run without gangs."""
         known = None if self.result is None else self.result.gangs
         return known or gang_facts(self.gang_events)
 
 
 def read_records(folders: Sequence[str | Path]) -> list[Record]:
-    """The runs in `folders`, each once, in the given order; raises RunError for what is no run."""
+    """The runs in `folders`, each once, in the given order; raises RunError for a folder that holds no run."""
     runs = [RunFolder.existing(one) for one in folders]
     different = list({run.path.resolve(): run for run in runs}.values())
     labels = _labels([run.path for run in different])
@@ -137,7 +136,7 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """As few last parts of each path as tell all of them apart."""
+    """The last parts of each path, as many as are needed for all labels to differ."""
     parts = [path.resolve().parts for path in paths]
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
@@ -176,7 +175,7 @@ def _read(run: RunFolder, label: str) -> Record:
 
 
 def _config(path: Path) -> RunConfig:
-    # not through the command line's parser, which takes a tenth of a second a run
+    # read without the command line's parser, which would take a tenth of a second a run
     try:
         content = yaml.load(path.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""What the page of a report says of one run in words and tables: values for the template, all of them plain."""
+"""The texts and tables of one run on a report's page, as plain values for the template."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Cell = tuple[float, float | None, float | None]
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of one task on one split, a cell for each contender. counted: whether it is what is searched for."""
+    """One metric of one task on one split, a cell for each contender. counted: whether fitness is made of it."""
 
     task: str
     metric: str
@@ -42,7 +42,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """All metrics; titles, keys: of the contenders, which are the columns."""
+    """A table of all metrics; titles, keys: of the contenders, which are its columns."""
 
     titles: Sequence[str]
     keys: Sequence[str]
@@ -61,7 +61,7 @@ class FailureGroup:
 
 @dataclass(frozen=True)
 class GangTable:
-    """What happened to gangs. events: (after, at, gang, kind, detail); left_out: how many earlier ones there are."""
+    """Events of gangs. events: the latest, as (after, at, gang, kind, detail). left_out: number of earlier ones."""
 
     counts: Sequence[tuple[str, int]]
     reasons: Sequence[str]
@@ -112,7 +112,7 @@ def section(record: Record, number: int) -> Section:
 
 
 def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
-    """Figures that are seen first, as (name, value, remark)."""
+    """The main figures, at the top of the page, as (name, value, remark)."""
     best, full = _line(lines, "best"), _line(lines, "full")
     if record.result is None:
         done = f"{len(record.outcomes)} of {record.search.evaluations}"
@@ -163,7 +163,7 @@ def _scale(lines: list[Line]) -> tuple[float, float] | None:
 
 
 def _facts(record: Record) -> Facts:
-    """What was searched, on what, how."""
+    """Model, tasks and options of the search."""
     search, model = record.search, record.config.model
     facts = [("model", model.path + (f" ({model.revision})" if model.revision else ""))]
     if record.result is not None:
@@ -197,7 +197,7 @@ def _facts(record: Record) -> Facts:
 
 
 def _versions(record: Record) -> Facts:
-    """Software, and hashes of what was read."""
+    """Versions of the software, and hashes of the model and data."""
     if record.result is None:
         return []
     hashes = [("model hash", str(record.result.model.hash))]
@@ -211,7 +211,7 @@ def _versions(record: Record) -> Facts:
 def task_table(record: Record) -> TaskTable | None:
     """Every metric of every task on every split, with 95 % intervals where the metric is a share.
 
-    Of a metric that is no share, the interval is known of the fitness alone; so it is shown for a single task.
+    For other metrics an interval is known only for the fitness, so it is shown only where there is a single task.
     """
     if record.result is None:
         return None
@@ -232,7 +232,7 @@ def task_table(record: Record) -> TaskTable | None:
 
 
 def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alone: bool) -> Cell | None:
-    """Value, low and high; alone: whether the row's fitness is this very metric."""
+    """Value, low and high of a metric; alone: whether the row's fitness is this metric of this one task."""
     score = row.scores.get(split)
     value = None if score is None else score.metrics.get(name)
     if score is None or value is None or not math.isfinite(value):
@@ -265,7 +265,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _gangs(record: Record) -> GangTable | None:
-    """Counts of what happened to gangs, why they broke, how they were last, and the latest events."""
+    """The number of gang events of each kind, why gangs broke, their last status, and the latest events."""
     summary = record.gang_summary()
     if summary is None:
         return None
@@ -284,7 +284,7 @@ def _gangs(record: Record) -> GangTable | None:
 
 
 def commands(record: Record) -> list[tuple[str, str]]:
-    """What to type to go on, to look again, to export, and to run the same again, each with what it does."""
+    """Commands to continue the run, to show it, to export it and to repeat it, each with what it does."""
     folder = shlex.quote(str(record.folder))
     if record.result is None:
         return [("go on with this run", f"moe-evo search --resume {folder}")]
@@ -300,7 +300,7 @@ def commands(record: Record) -> list[tuple[str, str]]:
         shown.append((what, f"moe-evo export {folder} --which best_pruning --to {pruned}"))
     again = shlex.quote(f"{record.folder}-again")
     software = record.result.software
-    releases = {name: version.split("+")[0] for name, version in software.items()}  # an index knows no '+cpu'
+    releases = {name: version.split("+")[0] for name, version in software.items()}  # package indexes have no '+cpu'
     pinned = " ".join(f"{name}=={version}" for name, version in releases.items() if name not in ("python", "moe_evo"))
     shown.append(("score the winner anew", f"moe-evo evaluate {folder} --split test"))
     if pinned:

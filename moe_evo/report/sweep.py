@@ -1,4 +1,4 @@
-"""What came of a sweep: one line a run and contender, the Pareto front over quality and size, a figure."""
+"""The result of a sweep: a line for each contender of each run, the Pareto front of score and size, a figure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _COLOURS = {"best": "#1f6f8b", "best_pruning": "#58a4b0", "random_search": "#d98
 
 
 _Groups = dict[tuple[tuple[str, ...], str, str, tuple[int, ...]], list[SweepLine]]
-"""Lines that differ in their seed alone, by tasks, key, algorithm and experts kept."""
+"""Lines that differ only in their seed, by tasks, key, algorithm and experts kept."""
 
 
 def sweep_result(results: Mapping[str, RunResult], unfinished: Sequence[str] = ()) -> SweepResult:
-    """Results of finished runs by name as one table. unfinished: names of the other runs."""
+    """The results of finished runs, given by name, as one table. unfinished: names of the other runs."""
     lines = [_line(name, result, row) for name, result in results.items() for row in result.rows]
     on_front = {
         id(line)
@@ -54,7 +54,7 @@ def _line(run: str, result: RunResult, row: Row) -> SweepLine:
 
 
 def _front(lines: Sequence[SweepLine]) -> list[SweepLine]:
-    """The lines that no other one beats in both size and test score; all of them have one."""
+    """The lines on the Pareto front of size and test score; every given line must have a test score."""
     if not lines:
         return []
     points = np.array([[-_test(line).fitness, line.parameters] for line in lines], dtype=np.float64)
@@ -78,7 +78,7 @@ def _groups(result: SweepResult) -> _Groups:
 
 
 def print_sweep(result: SweepResult, console: Console | None = None) -> None:
-    """One line for each contender and number of experts: mean over seeds with its spread, and the interval."""
+    """Print a line for each contender and number of experts: mean over seeds with its spread, and the interval."""
     console = console or Console()
     table = plain_table()
     table.add_column("", no_wrap=True)

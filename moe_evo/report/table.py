@@ -18,14 +18,14 @@ _SHADES = " ░▒▓█"
 
 
 def plain_table(title: str | None = None) -> Table:
-    """A table without a frame, as all of ours are."""
+    """An empty table without a frame, the style of all tables here."""
     return Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """A table at its full width: a terminal that is narrower wraps lines, but no number is cut."""
+    """Print a table at its full width, so that a narrower terminal wraps lines and does not cut numbers."""
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     width, console.width = console.width, max(console.width, needed)
     console.print(table)
@@ -52,14 +52,14 @@ def final_table(result: RunResult) -> Table:
 
 
 def experts_label(num_kept: Sequence[int]) -> str:
-    """`4` where all layers keep as many, else the mean and the range."""
+    """Number of experts kept: `4` where all layers keep as many, else the mean and the range."""
     if len(set(num_kept)) == 1:
         return str(num_kept[0])
     return f"{np.mean(num_kept):.1f} ({min(num_kept)}-{max(num_kept)})"
 
 
 def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """(layers, E) share of each expert in what its layer keeps: max over slots of |W_EM|, at most 1.
+    """(layers, E) weight of each expert in its layer: maximum over slots of |W_EM|, at most 1.
 
     Layers with fewer experts than the largest end in NaN.
     """
@@ -70,7 +70,7 @@ def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.fl
 
 
 def kept_picture(genome: Genome, decoder_layers: Sequence[int]) -> RenderableType:
-    """One line a MoE layer, one cell an expert: full block = whole, lighter = in part, - = no such expert."""
+    """One line a MoE layer, one cell an expert: full block = weight 1, lighter = less, - = no such expert."""
     picture = Text()
     weights = expert_weights(genome)
     picture.append("layer   experts 0 to " + f"{weights.shape[1] - 1}\n", style="dim")
@@ -83,7 +83,7 @@ def kept_picture(genome: Genome, decoder_layers: Sequence[int]) -> RenderableTyp
 
 
 def _shade(weight: float) -> str:
-    """A quarter of weight a shade; whatever takes part at all is seen."""
+    """One of four block characters, one for each quarter of weight; a small weight above 0 is visible, too."""
     if not np.isfinite(weight):
         return "-"
     return _SHADES[max(round(weight * 4), int(weight > 0))]

@@ -1,4 +1,4 @@
-"""What the commands print for people: tables, the picture of kept experts, and what to do next."""
+"""Prints the commands' results on a terminal: tables, the picture of kept experts, and next commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moe_evo.tasks.data import SPLITS
 
 
 def print_run(folder: RunFolder, told: RunResult | Progress) -> None:
-    """Of a finished run table, kept experts, files and next commands; of an unfinished one how far it has come."""
+    """Print a finished run's table, kept experts, files and next commands, or an unfinished run's progress."""
     if isinstance(told, Progress):
         _print_progress(folder, told)
     else:
@@ -66,7 +66,7 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
 
 
 def print_check(name: str, state: str, detail: str) -> None:
-    """One line of `moe-evo doctor`."""
+    """Print one line of `moe-evo doctor`."""
     color = {"ok": "green", "note": "yellow", "absent": "dim", "broken": "red"}[state]
     line = Text.assemble((f"{state:<8}", color), f"{name:<20}{detail}")
     Console().print(line, highlight=False, soft_wrap=True)
@@ -77,7 +77,7 @@ def _reasons(reasons: Sequence[str]) -> str:
 
 
 def _examples(result: RunResult) -> str:
-    """On how many examples the scores of the table rest, of all tasks together."""
+    """The number of examples behind the table's scores, for all tasks together."""
     counts = {split: sum(task.examples[split] for task in result.tasks) for split in SPLITS}
     return f"examples {', '.join(f'{count} {split}' for split, count in counts.items())}\n"
 
@@ -99,7 +99,7 @@ def _gangs(gangs: GangFacts | None) -> str:
 
 
 def _luck(result: RunResult) -> str:
-    """How much of what the winner was chosen for it does not keep."""
+    """How much of the winner's lead on the search split is lost on the other splits (the winner's curse)."""
     if result.winners_curse is None:
         return ""
     lost = result.winners_curse.search_test
@@ -109,7 +109,7 @@ def _luck(result: RunResult) -> str:
 
 def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str:
     target = folder.path / "checkpoint"
-    exportable = is_pruning or result.router == "exported"  # what is merged in mode 'eep' has no stock router
+    exportable = is_pruning or result.router == "exported"  # no stock router can express merges in router mode 'eep'
     if target.exists() or not result.runs_stock_experts or not (exportable or folder.best_pruning.is_file()):
         return f"moe-evo evaluate {folder.path} --split test"
     which = "" if exportable else " --which best_pruning"
@@ -117,7 +117,7 @@ def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str
 
 
 def print_scores(scored: ScoredGenome) -> None:
-    """One genome's scores on one split."""
+    """Print one genome's scores on one split."""
     console, score = Console(), scored.score
     console.print(
         f"{scored.genome}: {score.fitness:.4f} ({score.low:.4f} to {score.high:.4f}) on "
@@ -130,7 +130,7 @@ def print_scores(scored: ScoredGenome) -> None:
 
 
 def print_export(exported: ExportedRun | PrunedModel | CompressedModel) -> None:
-    """Where the checkpoint is, how much smaller, how well it agrees."""
+    """Print where the checkpoint is, its size, and how well its logits agree with the evaluated ones."""
     report, mib = exported.report, 2**20
     which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
     Console().print(
@@ -145,7 +145,7 @@ def print_export(exported: ExportedRun | PrunedModel | CompressedModel) -> None:
 
 
 def print_one_shot(pruned: PrunedModel) -> None:
-    """What a one-shot method kept or merged, and how good it is."""
+    """Print which experts a one-shot method kept or merged, and the scores."""
     console = Console()
     for layer, slots in enumerate(pruned.made_of):
         verb = "keeps" if all(len(members) == 1 for members in slots) else "merges"
@@ -170,7 +170,7 @@ def _print_scores_of_models(console: Console, scores: Mapping[str, Score]) -> No
 
 
 def print_compression(compressed: CompressedModel) -> None:
-    """What became of the experts, how far they moved, how good the model is, and what they would take packed."""
+    """Print how the experts were compressed, their reconstruction errors, the scores, and the compressed size."""
     console = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("MoE layer", "relative error", "weighted by inputs", "experts that saw no token"):
@@ -197,7 +197,7 @@ def print_compression(compressed: CompressedModel) -> None:
 
 
 def print_criteria(methods: Sequence[MethodFacts]) -> None:
-    """What each method does and under it where it is from, in the width of the terminal."""
+    """Print each method's description and under it its source, wrapped to the width of the terminal."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
     table.add_column("keeps the experts with the highest, or what else it does")
@@ -208,7 +208,7 @@ def print_criteria(methods: Sequence[MethodFacts]) -> None:
 
 
 def print_report(written: WrittenReport) -> None:
-    """Where the page is, and what to do next."""
+    """Print where the page is, and what to do next."""
     console = Console()
     path = Path(written.report).resolve()
     runs = f"{written.runs} run{'s' * (written.runs != 1)}"

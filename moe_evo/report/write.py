@@ -1,4 +1,4 @@
-"""Reports over runs, for people without an account anywhere: one HTML page, or lines for terminals and scripts."""
+"""Reports about one or several runs: an HTML page, or a comparison as a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_evo.report.record import read_records
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """The final tables of several runs as one sorted list, and each winner against that of the first run."""
+    """The final tables of several runs as one sorted list, and each run's winner against that of the first run."""
 
     lines: tuple[Line, ...]
     paired: tuple[Pairing, ...] = ()
@@ -32,23 +32,25 @@ class Comparison:
 
 
 def compare(folders: Sequence[str], *, in_pairs: bool = True) -> Comparison:
-    """The final tables of runs, and their winners in pairs.
+    """The final tables of runs, and each run's winner against that of the first run.
 
-    in_pairs: without, there are no pairs, which saves its time. Raises RunError for what is no run.
+    in_pairs: False leaves out the latter, which saves the time of the bootstrap. Raises RunError for a folder that
+    holds no run.
     """
     records = read_records(folders)
     return Comparison(tuple(sorted_lines(records)), tuple(pairings(records)) if in_pairs else ())
 
 
 def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> WrittenReport:
-    """Write one HTML page over runs, whole or not at all, and tell where it is.
+    """Write one HTML page about runs, atomically, and return where it is.
 
-    to: the file; None means report.html in the folder of the only run. overwrite: replace a file that is no report.
+    to: the file; None means report.html in the folder of the only run. overwrite: replace a file even if it is not a
+    report.
     """
     target = _target(folders, to)
     _check_target(target, overwrite=overwrite)
     records = read_records(folders)
-    # names of folders need not be text; what is not becomes a question mark
+    # names of folders may have bytes that are not text, which become question marks
     text = render_page(records).encode("utf-8", "replace").decode("utf-8")
     _write(target, text)
     return WrittenReport(
@@ -68,7 +70,7 @@ def _target(folders: Sequence[str], to: str | None) -> Path:
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise RunError where something would be lost or nothing can be written; before any run is read."""
+    """Raise RunError where another file would be overwritten, or the file cannot be written; reads no run."""
     if target.is_dir():
         raise RunError(f"{target}: is a folder, expected a file such as {target / 'report.html'}")
     if overwrite or not target.exists():

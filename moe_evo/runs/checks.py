@@ -37,11 +37,12 @@ _NUM_WIDER = 10
 
 @dataclass(frozen=True)
 class Inspection:
-    """What looking at a run tells, without loading weights.
+    """What is known of a run before weights are loaded.
 
-    data: the tasks whose data are good; tasks: what they make, tokenised. source, size, space, model_hash: None where
-    the model, or what is searched in it, is wrong. wider: the prunings that a warm start begins from. state: how far
-    the run has come in its folder. problems: what the search refuses.
+    data: the tasks whose data are valid. tasks: those of them whose examples could be tokenised. source, size, space,
+    model_hash: None where the model, or the search space asked for, is invalid. wider: the prunings that a warm start
+    begins from; they keep more experts. state: how far the run has come in its folder. problems: why the search would
+    not start.
     """
 
     data: tuple[TaskData, ...]
@@ -56,7 +57,7 @@ class Inspection:
 
 
 def inspect(config: RunConfig) -> Inspection:
-    """Check everything that can be checked of a run before a model is loaded; writes nothing, raises no MoeEvoError."""
+    """Check everything that can be checked before a model is loaded; writes nothing, raises no MoeEvoError."""
     problems = Problems()
     data = _data(config, problems)
     source = _source(config, problems)
@@ -80,7 +81,7 @@ def _add(problems: Problems, found: Sequence[Problem]) -> None:
 
 
 def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
-    """The tasks whose data are good."""
+    """The tasks whose data are valid; those of the others become problems."""
     data = []
     for task in config.tasks:
         with problems.noted():
@@ -91,7 +92,7 @@ def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
 
 
 def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
-    """The model's files, where there is a model that moe_evo can load."""
+    """The model's files, or None where there is no model that moe_evo can load."""
     from moe_evo.models.source import ModelSource
 
     source = None
@@ -101,7 +102,7 @@ def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
 
 
 def _tasks(config: RunConfig, source: ModelSource | None, data: Sequence[TaskData], problems: Problems) -> list[Task]:
-    """The tasks whose examples are good, tokenised, where the model has a tokenizer."""
+    """The tasks whose examples are valid, tokenised; none where the model has no tokenizer."""
     if source is None:
         return []
     from moe_evo.tasks.registry import build_task
@@ -116,7 +117,7 @@ def _tasks(config: RunConfig, source: ModelSource | None, data: Sequence[TaskDat
 
 
 def _size(config: RunConfig, source: ModelSource, problems: Problems) -> ModelSize | None:
-    """The model's size, where it is one that can be searched."""
+    """The model's size, or None where the model cannot be searched."""
     from moe_evo.models.size.size import read_size
 
     size = None
@@ -128,7 +129,7 @@ def _size(config: RunConfig, source: ModelSource, problems: Problems) -> ModelSi
 
 
 def _hash(source: ModelSource, problems: Problems) -> str | None:
-    """The model's hash, for which its alignment is read."""
+    """The model's hash, which includes that of its alignment; None where it cannot be computed."""
 
     found = None
     with problems.noted():
@@ -137,7 +138,7 @@ def _hash(source: ModelSource, problems: Problems) -> str | None:
 
 
 def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem, ...]:
-    """Why the model cannot compute, or be shared among ranks, as is asked: from config.json alone."""
+    """Why the model cannot compute, or be split among ranks, as the config asks; reads only config.json."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
     from moe_evo.models.variants.meo import check_experts
@@ -158,7 +159,7 @@ def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem,
 
 
 def method_problems(config: RunConfig, space: SearchSpace | None) -> tuple[Problem, ...]:
-    """Why the search or the one-shot methods that a run asks for cannot serve it; space: where it is known."""
+    """Why the run cannot use the search or the one-shot methods that it names; space: None where it is not known."""
     from moe_evo.criteria.merges import Merge
     from moe_evo.criteria.registry import METHODS, check_methods
 
@@ -185,7 +186,7 @@ def _space(shape: ModelShape, config: SearchConfig, problems: Problems) -> Searc
     space = None
     with problems.noted():
         space = build_space(shape, config)
-    if space is None:  # that was the first complaint; layer groups have their own
+    if space is None:  # its problem is noted already; layer groups can have another one
         with problems.noted():
             build_space(shape, replace(config, num_kept=list(shape.num_experts), top_k=None, multiple_of=1))
         with problems.noted():
@@ -196,9 +197,9 @@ def _space(shape: ModelShape, config: SearchConfig, problems: Problems) -> Searc
 def _folder(
     config: RunConfig, data: Sequence[TaskData], model_hash: str | None, space: SearchSpace | None, problems: Problems
 ) -> tuple[RunState, tuple[Genome, ...]]:
-    """How far the run has come in its folder, and what a warm start begins from; what `RunFolder.claim` would refuse.
+    """How far the run has come in its folder, and the prunings that a warm start begins from.
 
-    A finished run begins from nothing any more.
+    A finished run has no such prunings. Notes as problems whatever `RunFolder.claim` would refuse.
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
@@ -239,7 +240,7 @@ def _check_writable(folder: RunFolder) -> None:
 
 
 def warm_start_hash(wider: Sequence[Genome]) -> dict[str, str]:
-    """What `check_inputs` knows of the prunings that a search begins from."""
+    """The hash of the prunings that a search begins from, by the name that `check_inputs` compares it under."""
     return {"warm_start": " ".join(one.digest for one in wider)} if wider else {}
 
 
@@ -248,7 +249,7 @@ def _wider_prunings(warm_start: str | None, space: SearchSpace) -> tuple[Genome,
     if warm_start is None:
         return ()
     folder = RunFolder.existing(warm_start)
-    folder.read_result()  # or say that it is not finished
+    folder.read_result()  # raises RunError where the run is not finished
     with folder.open_journal() as journal:
         prunings = Population().with_outcomes(journal.individuals(MAIN)).prunings
     genomes = tuple(one.genome for one in prunings.ranked[:_NUM_WIDER])

@@ -1,7 +1,7 @@
-"""The evaluations of a run: ask, write down, submit, collect, write down, tell.
+"""The loop of a run: ask the search, journal the candidates, submit, collect, journal the outcomes, tell the search.
 
-The journal is written before anybody hears of an outcome, so whenever this process dies the next one
-goes on from where the journal stands.
+An outcome is in the journal before the search gets it. So if this process dies, the next one continues
+from the journal and nothing is lost.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ FULL = "full"
 
 
 class Run:
-    """Evaluations of one run: through the pool, into the journal, once for every digest and split.
+    """Evaluates candidates of one run on a pool and writes the outcomes into its journal.
 
-    races: candidates that are surely worse than the best need not be scored to the end.
+    Every genome, told by its digest, is evaluated once on a split. races: the evaluation of a candidate may stop
+    before the last example, once it is surely worse than the best ones.
     """
 
     def __init__(self, journal: Journal, pool: Pool, tracker: Tracker, *, races: bool = False) -> None:
@@ -69,7 +70,7 @@ class Run:
                 return search.population
 
     def _begin(self, name: str, search: Search, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
-        """Submit candidates and answer them by number; those whose digest is known are told at once."""
+        """Submit candidates and return them by number; those whose genome was evaluated already are told at once."""
         waiting, finished = {}, []
         for candidate in candidates:
             outcome = self._known.get((candidate.genome.digest, "search"))
@@ -84,14 +85,14 @@ class Run:
         return waiting
 
     def _rival(self, population: Population) -> ExampleScores | None:
-        """Scores of the worst among those that must be beaten, as soon as there are so many."""
+        """Scores of the worst of the best few, which a candidate has to beat; None while there are too few."""
         complete = population.complete.ranked if self._races else ()
         return complete[_SURVIVORS - 1].evaluation.scores if len(complete) >= _SURVIVORS else None
 
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
-        """Evaluate candidates, each given with its search, on `split`; answers in the given order.
+        """Evaluate candidates, each given with the name of its search, on `split`; returns them in the given order.
 
-        title: of the stage that begins, as people see it; '' where it has begun.
+        title: heading of the stage that the tracker shows; '' where the stage has begun.
         """
         outcomes = {
             (name, number): outcome
@@ -115,7 +116,7 @@ class Run:
                 outcomes[key] = outcome
                 self._score_told(request.search, split, Individual(missing.pop(key), outcome))
         twins = {key: self._known[one.genome.digest, split] for key, one in missing.items()}
-        if twins:  # known from another search, or of an equal genome just now
+        if twins:  # an equal genome was evaluated before, or just now
             self._journal.record([(*key, split, outcome) for key, outcome in twins.items()])
         for key, candidate in missing.items():
             self._score_told(key[0], split, Individual(candidate, twins[key]))
@@ -123,7 +124,7 @@ class Run:
         return [Individual(one, outcomes[name, one.number]) for name, one in entries]
 
     def stage(self, title: str, total: int) -> None:
-        """Tell people that so many evaluations begin, if any."""
+        """Show that a stage of `total` evaluations begins; shows nothing for 0."""
         if total:
             self._tracker.stage(title, total)
 
@@ -141,7 +142,7 @@ class Run:
         return known
 
     def refer(self, genome: Genome, made_by: str) -> Candidate:
-        """The candidate with a genome that no search proposes; the same one whenever it is asked for."""
+        """The candidate for a genome that no search proposed; the same candidate at every call."""
         known = self._journal.candidates(REFERENCE)
         same = (one for one in known if (one.genome, one.operator) == (genome, made_by))
         candidate = next(same, Candidate(len(known), genome, made_by))
@@ -155,7 +156,7 @@ class Run:
         self._pool.submit([Request(name, one.number, one.genome, split, rival) for one in candidates])
 
     def _collect(self) -> list[tuple[Request, Outcome]]:
-        """Wait for outcomes, and write them down before anybody hears of them."""
+        """Wait for outcomes, and write them into the journal before they are returned."""
         finished = self._pool.next_outcomes()
         self._journal.record([(request.search, request.number, request.split, one) for request, one in finished])
         for request, outcome in finished:
@@ -170,7 +171,7 @@ class Run:
             self._tracker.evaluated(individual, best, search.phase)
 
     def _hear(self, news: PoolNews) -> None:
-        """Write down and show what happens to gangs."""
+        """Write what happens to gangs into the journal, and show it."""
         now = time.monotonic()
         if news.events or (news.status.gangs and now - self._status_at > _STATUS_INTERVAL_S):
             self._status_at = now

@@ -1,4 +1,4 @@
-"""From a config to what evaluates: a model with its tasks in this process, or a pool of gangs on a cluster."""
+"""Makes the pool that evaluates genomes: one model in this process, or gangs (groups of ranks) on a cluster."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def open_pool(
     model: MoEModel | None = None,
     tasks: Sequence[Task] | None = None,
 ) -> Iterator[Pool]:
-    """The evaluators that a config asks for: in this process, or gangs on a cluster.
+    """The pool that a config asks for: in this process, or of gangs on a cluster.
 
-    source: of `config.model`. space: what will be searched, so that it can be told where its genomes will be slow.
-    model: for this process, where it is loaded already. tasks: those that `data` make, where they are tokenised.
+    source: of `config.model`. space: the search space; with it, the tracker can warn that its genomes will be slow.
+    model: for evaluation in this process, where it is loaded already. tasks: the tokenised tasks of `data`, where
+    they are made already.
     """
     if config.cluster.address is None:
         from moe_evo.evaluation.local_pool import LocalPool
@@ -59,14 +60,14 @@ def open_pool(
 
         check_model(config, source)
         if tasks is None:
-            check_examples(config, source, data)  # or ranks would find what is wrong with them
+            check_examples(config, source, data)  # so that invalid examples fail here, not on the ranks
         tracker.message(f"connecting to Ray ({config.cluster.address})")
         with ray_pool(config, data, source.shape, source.hash) as pool:
             yield pool
 
 
 def _fully_merged(space: SearchSpace) -> Genome:
-    """A genome of the space with nothing left unmerged, the most memory that one can ask for."""
+    """A genome of the space that merges in every layer, so that none needs more memory."""
     rng = np.random.default_rng(0)
     return gaussian_mutation(random_pruning(space, rng), space, rng, layer_rate=1.0, entry_rate=1.0, sigma=0.1)
 

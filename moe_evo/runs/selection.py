@@ -26,7 +26,7 @@ from moe_evo.tracking.base import Tracker
 
 @dataclass(frozen=True)
 class Contender:
-    """An individual that gets a row in the final table; `evaluations` were spent to find it."""
+    """An individual that gets a row in the final table, and the number of evaluations spent to find it."""
 
     search: str
     key: str
@@ -48,8 +48,8 @@ def run_search(
 ) -> list[TableRow]:
     """Search, choose on the validation split, report on the test split.
 
-    is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: of the pool's model and tasks.
-    wider: see `build_search`.
+    is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: computes what one-shot methods need to
+    know of the pool's model on its tasks. wider: see `build_search`.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
@@ -85,7 +85,10 @@ def _require_success(full: Individual) -> None:
 
 
 def _winners(run: Run, config: RunConfig, population: Population, phases: Sequence[Phase]) -> list[Contender]:
-    """The best pruning, where a phase that only prunes was followed by another one, and the best of all."""
+    """The candidates for the winner, as rows of the final table; the best individual of all is the last one.
+
+    Before it come the soup, if there is one, and the best pruning, where merges followed a phase that only prunes.
+    """
     number, prunings = len(population), population.prunings
     pruning = next((phase for phase in reversed(phases) if phase.only_prunes), None)
     merges = len(prunings) < number
@@ -103,7 +106,7 @@ def _winners(run: Run, config: RunConfig, population: Population, phases: Sequen
 
 
 def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> list[Contender]:
-    """The soup of the finalists, where one is wanted and better than each of them."""
+    """The soup (average) of the finalists, where the config asks for one and it beats each of them; else nothing."""
     if not config.selection.soup:
         return []
 
@@ -118,7 +121,7 @@ def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> l
 
 
 def _validated(run: Run, config: RunConfig, name: str, title: str, population: Population) -> Population:
-    """The best few by search fitness, with what they reach on the validation split."""
+    """The best few by fitness on the search split, with their fitness on the validation split."""
     if not len(population):
         raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
     finalists = [(name, one.candidate) for one in population.complete.ranked[: config.selection.finalists]]

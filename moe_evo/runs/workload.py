@@ -21,7 +21,7 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
     populations = 1 + (is_merged and prunes_first) + compares_random
     references = 1 + baselines
     observes = can_prune and bool(config.selection.baselines or config.search.init_methods)  # a pass of its own
-    # only merged individuals are averaged, one after the other with the best of them
+    # only merged individuals are averaged: each in turn is added to the average that starts with the best
     averages = (1 + prunes_first) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
     soups = int(averages > 0)
     return {
@@ -32,16 +32,16 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
 
 
 def merges(config: SearchConfig, *, can_prune: bool) -> bool:
-    """Whether the search leaves prunings behind before its budget is spent."""
+    """Whether the plan of the search has evaluations in a phase that does more than prune."""
     phases = planned_phases(config, can_prune=can_prune)
     return any(phase.evaluations and not phase.only_prunes for phase in phases)
 
 
 def estimate(evaluations: Mapping[str, int], examples: Mapping[str, int], evaluation_s: float, gangs: int) -> Estimate:
-    """Time of a run whose evaluations on the search split take `evaluation_s` on one gang.
+    """Time of a run whose evaluations on the search split take `evaluation_s` seconds on one gang.
 
-    evaluations, examples: by split; an evaluation takes as long as its split has examples. Hours are those
-    of `gangs` gangs that are busy all the time, so the run takes at least that.
+    evaluations, examples: numbers by split; the time of an evaluation is proportional to the examples of its split.
+    The estimate is a lower bound: it assumes that all `gangs` gangs are busy all the time.
     """
     seconds = {
         split: number * evaluation_s * examples[split] / examples["search"] for split, number in evaluations.items()

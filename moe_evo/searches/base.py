@@ -1,7 +1,7 @@
-"""`Search`: what proposes candidates and hears of their outcomes; its `Phase`s; `Archive`, what one remembers.
+"""`Search` proposes candidates and gets their outcomes; `Phase` is a part of its plan; `Archive` is its memory.
 
-A search has no hidden state: candidate n depends on `default_rng([seed, n])` and on the archive, which
-a journal can rebuild.
+A search has no hidden state: candidate n depends only on `default_rng([seed, n])` and on the archive, and the
+archive can be rebuilt from a run's journal.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from moe_evo.genomes.population import Candidate, Individual, Population
 
 
 class Search(Protocol):
-    """Proposes candidates; no genome is proposed twice, nor one that was told.
+    """Proposes candidates; a genome that was proposed or told before is not proposed again.
 
-    ask: up to n candidates, fewer or none when the space is exhausted. tell: finished candidates, in
-    any order and any number at a time. restore: candidates that were asked before by a process that
-    died, in order; `tell` follows for the finished ones, and the search goes on as if uninterrupted.
+    ask: returns up to n candidates, fewer or none when the space is exhausted. tell: takes finished candidates, in
+    any order and any number at a time. restore: takes the candidates that a process which died had asked for, in
+    order. `tell` follows for those of them that are finished, and the search continues as if uninterrupted.
 
-    A search is made of a space and a `SearchConfig`; one that can begin from genomes also takes `wider` and `seeds`,
-    see `build_search`. It may tell more in a static method `phases(config, *, can_prune)` (a list of `Phase`) and
-    in `parameters(config)` (what a tracker writes down). `moe_evo.testing.searches.SearchContract` tests a new one.
+    A search is constructed from a space and a `SearchConfig`. One that can begin from given genomes also takes `wider`
+    and `seeds`, see `build_search`. Two static methods are optional: `phases(config, *, can_prune)` returns the plan
+    as a list of `Phase`, and `parameters(config)` what a tracker records. `moe_evo.testing.searches.SearchContract`
+    tests a new search.
 
     >>> import numpy as np
     >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace
@@ -80,13 +81,13 @@ class Search(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a search, as it is planned before the first evaluation.
+    """A part of a search, as it is planned before the first evaluation.
 
-    name: for a plot's legend. title: of the row in the final table with the best that is found until the phase
-    ends; '{evaluations}' in it stands for how many there were. evaluations: how many are planned; 0 where the
-    budget ends before, and the phase is reached only if those before it find nothing new. only_prunes: every
-    candidate is a pruning. own_operators: operators that no earlier phase uses, by which a report sees that the
-    phase began earlier than planned.
+    name: for a plot's legend. title: of the row in the final table for the best candidate found by the end of the
+    phase; '{evaluations}' in it is replaced by the number of evaluations made. evaluations: how many are planned; 0
+    for a phase beyond the budget, which is reached only if the phases before it find nothing new. only_prunes: every
+    candidate is a pruning. own_operators: operators that no earlier phase uses; a report finds by them where the
+    phase began.
     """
 
     name: str
@@ -100,10 +101,10 @@ class Phase:
 
 
 def phase_starts(phases: Sequence[Phase], operators: Mapping[int, str]) -> list[int]:
-    """The candidate with which each phase starts.
+    """The number of the candidate with which each phase starts.
 
-    operators: by candidate number, those that were used so far. A phase that was left out starts where the next
-    one does.
+    operators: the operator that made each candidate so far, by candidate number. A phase that was skipped starts
+    with the same candidate as the next one.
     """
     starts, planned = [], 0
     for phase in phases:
@@ -114,9 +115,9 @@ def phase_starts(phases: Sequence[Phase], operators: Mapping[int, str]) -> list[
 
 
 class Archive:
-    """What was asked and told so far: all the state that a search has.
+    """The candidates asked and the outcomes told so far: all the state that a search has.
 
-    next_number: of the next candidate. num_prunings: different prunings among the genomes seen.
+    next_number: the next candidate's number. num_prunings: how many different prunings are among the genomes seen.
     """
 
     def __init__(self) -> None:
@@ -126,7 +127,7 @@ class Archive:
         self._numbers: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Different genomes seen."""
+        """How many different genomes were seen."""
         return len(self._numbers)
 
     def __contains__(self, genome: Genome) -> bool:
@@ -137,7 +138,7 @@ class Archive:
         return self._numbers[genome.digest]
 
     def ask(self, n: int, draw: Callable[[], Candidate | None]) -> list[Candidate]:
-        """Up to n candidates that `draw` makes one after the other; None ends it early."""
+        """Up to n candidates from as many calls of `draw`; stops early when `draw` returns None."""
         candidates: list[Candidate] = []
         while len(candidates) < n and (candidate := draw()) is not None:
             self.restore([candidate])
@@ -145,13 +146,13 @@ class Archive:
         return candidates
 
     def restore(self, candidates: Sequence[Candidate]) -> None:
-        """Remember candidates that are asked now, or were before."""
+        """Add candidates that are asked now, or were asked before."""
         for candidate in candidates:
             self.next_number = max(self.next_number, candidate.number + 1)
             self._see(candidate)
 
     def tell(self, individuals: Iterable[Individual]) -> None:
-        """Remember outcomes; failures are seen, but do not join the population."""
+        """Add outcomes; the genome of a failure counts as seen, but does not join the population."""
         told = list(individuals)
         for individual in told:
             self._see(individual.candidate)

@@ -1,7 +1,7 @@
 """EEP (arXiv 2407.00945): evolve prunings, then untie and evolve the merging and routing matrices.
 
-Steady state: every candidate is one child of the individuals told so far, there are no generations and
-nobody dies. Where this departs from the released search, the comment says why.
+The evolution is steady-state: every candidate is one child of the individuals told so far. There are no
+generations, and no individual is removed. Where this differs from the released search, a comment says why.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _MERGING = "gaussian_mutation"  # an operator that only the merging phase uses
 
 
 def eep_config(config: SearchConfig) -> EEPConfig:
-    """The parameters that the named algorithm stands for."""
+    """The parameters of EEP: the published ones for 'eep_release', else those of the config."""
     return EEP_RELEASE if config.algorithm == "eep_release" else config.eep
 
 
 def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
-    """How many candidates are initial ones, and after how many, those included, merging starts."""
+    """The number of initial candidates, and the number of all candidates before merging starts."""
     if eep.num_pruning is not None:
         num_pruning = min(eep.num_pruning, evaluations)
         return min(eep.num_initial, num_pruning), num_pruning
     num_pruning = max(evaluations // 2, 1)
-    return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is left to evolution
+    return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is for evolution
 
 
 def origins(shares: Mapping[str, float], num_initial: int) -> list[str]:
-    """Where each initial candidate is from: methods in their order, then what is random."""
+    """The source of each initial candidate: methods in their order by their shares, then 'random'."""
     names = sorted(shares, key=lambda name: name == RANDOM)  # stable: only 'random' moves
     ends = np.round(np.cumsum([shares[name] for name in names]) / sum(shares.values()) * num_initial).astype(int)
     return [name for name, number in zip(names, np.diff(ends, prepend=0), strict=True) for _ in range(number)]
@@ -59,9 +59,9 @@ class EEPSearch:
     """Both phases of EEP over a space; `config.algorithm` 'eep_release' takes the published values.
 
     Where every expert is kept there is nothing to prune: the search starts from the identity and
-    merges from the first candidate on. wider: good prunings that keep more experts; every other
-    initial candidate keeps only experts of one of them. seeds: the genomes of `config.init_methods`, which
-    with their mutants are their share of the initial candidates, before those that are random.
+    merges from the first candidate on. wider: good prunings that keep more experts; every second
+    initial candidate keeps only experts of one of them. seeds: the genomes of `config.init_methods`, by method. They
+    and their mutants are the first initial candidates, as many as each method's share; random ones follow.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class EEPSearch:
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
-        """Random prunings and what else is drawn at first, their children, and merges; only the last, if K = E."""
+        """Three phases: initial prunings, their children, and merges; only merges if every expert is kept (K = E)."""
         if not can_prune:
             return [Phase("merging", "EEP merge", config.evaluations)]
         num_initial, num_pruning = schedule(eep_config(config), config.evaluations)
@@ -95,7 +95,7 @@ class EEPSearch:
 
     @staticmethod
     def parameters(config: SearchConfig) -> dict[str, Any]:
-        """What a tracker writes down of this search, beside the config's general options."""
+        """The options that a tracker records for this search, beside the config's general ones."""
         return {"eep": asdict(eep_config(config))}
 
     @property
@@ -124,8 +124,8 @@ class EEPSearch:
     def _next(self) -> Candidate | None:
         number = self._archive.next_number
         rng = np.random.default_rng([self._seed, number])
-        # Redraw a child that was seen before; where the parents' neighbourhood is used up, take a child
-        # of anybody, then an immigrant, then walk through what is left.
+        # Redraw a child that was seen before. Where the best parents have no new children, take a child of any
+        # individual, then a random genome, then the next pruning in order that was not seen.
         for draw in (self._child, self._child_of_anybody, self._immigrant):
             for _ in range(_TRIES):
                 candidate = draw(number, rng)
@@ -140,7 +140,7 @@ class EEPSearch:
         initial = number < self.num_initial and not self._all_pruned
         if initial and self.space.can_prune and self._origins[number] in self._seeds:
             return self._seeded(number, self._origins[number], rng)
-        # Parents lack where candidates are asked ahead of outcomes, or where all failed.
+        # There are no parents yet where candidates are asked ahead of outcomes, or where all failed.
         if initial and self._wider and number % 2 == 0 and self.space.can_prune:
             parent = self._wider[number // 2 % len(self._wider)]
             return Candidate(number, narrowed(parent, self.space, rng), "narrowed")
@@ -157,7 +157,7 @@ class EEPSearch:
         return self._mutant(number, pool, rng)
 
     def _seeded(self, number: int, method: str, rng: np.random.Generator) -> Candidate:
-        """A method's own genome, or a mutant of it once that was asked."""
+        """A method's own genome, or a mutant of it if that genome was asked before."""
         genome = self._seeds[method]
         if genome not in self._archive:
             return Candidate(number, genome, method)
@@ -171,7 +171,7 @@ class EEPSearch:
         return self._mutant(number, parents.ranked, rng)
 
     def _immigrant(self, number: int, rng: np.random.Generator) -> Candidate:
-        """A random pruning (the identity, if K = E); where all were asked, a mutant of one."""
+        """A random pruning (the identity, if K = E), or a mutant of one where all prunings were asked."""
         if self._all_pruned and len(self.population):
             return self._mutant(number, self.population.ranked, rng)
         genome = random_pruning(self.space, rng)

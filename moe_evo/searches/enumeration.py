@@ -1,6 +1,6 @@
-"""The prunings of a space as a finite list: how many there are, and how to walk through them.
+"""The prunings of a space in lexicographic order: how many there are, and which one comes next.
 
-Random draws find the last few genomes of a small space only by luck; a walk finds them for certain.
+Random draws may miss the last few prunings of a small space; going through them in order finds them all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def num_prunings(space: SearchSpace) -> int:
 
 
 def next_pruning(genome: Genome, space: SearchSpace) -> Genome:
-    """The pruning that follows in lexicographic order; the first one follows the last."""
+    """The next pruning in lexicographic order; after the last comes the first."""
     genes = list(space.genes(genome))
     for group in reversed(range(len(genes))):
         gene = genes[group]
@@ -47,17 +47,17 @@ def next_pruning(genome: Genome, space: SearchSpace) -> Genome:
 
 
 def unseen_pruning(space: SearchSpace, archive: Archive, rng: np.random.Generator) -> Genome | None:
-    """A pruning that is not in the archive, or None where all are: the next one from a random start."""
+    """The next pruning after a random one that is not in the archive; None where the archive has all."""
     if archive.num_prunings >= num_prunings(space):
         return None
     genome = random_pruning(space, rng)
-    while genome in archive:  # ends after at most len(archive) steps, as the walk visits all prunings
+    while genome in archive:  # ends after at most len(archive) steps, as every step gives another pruning
         genome = next_pruning(genome, space)
     return genome
 
 
 def _next_combination(kept: Sequence[int], experts: range) -> tuple[list[int], bool]:
-    """The following subset of `experts` of the same size, and whether it is the first one again."""
+    """The next subset of `experts` of the same size, and whether the order began again with the first one."""
     size = len(kept)
     for slot in reversed(range(size)):
         if kept[slot] < experts.stop - (size - slot):

@@ -1,4 +1,4 @@
-"""Random search: prunings drawn uniformly without repeats, the honest control of every evolution."""
+"""Random search: prunings drawn uniformly without repeats, the baseline for every evolutionary search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search algorithms by name, what each plans to do, and what a config asks them to search."""
+"""The search algorithms by name, the phases that each plans, and the search space that a config asks for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_evo.searches.eep import EEPSearch
 from moe_evo.searches.random_search import RandomSearch
 
 SearchMaker = Callable[..., Search]
-"""Makes a `Search` of (space, config), and of `wider` and `seeds` where it can begin from them; mostly a class."""
+"""A class or function that makes a `Search` from (space, config), and from `wider` and `seeds` if it takes them."""
 
 _OPTION = "search.algorithm"
 _MEMBERS = ("population", "phase", "ask", "tell", "restore")
@@ -44,9 +44,9 @@ SEARCHES: Registry[SearchMaker] = Registry(
 
 
 def check_search(config: SearchConfig, space: SearchSpace | None = None) -> None:
-    """Raise ConfigError where no search has the name in `config`, or it cannot do what is asked of it.
+    """Raise ConfigError where no search has the name in `config`, or where it does not support the config's options.
 
-    space: where it is known, the search is made once, to see that it has all that a `Search` has.
+    space: if given, the search is constructed once, to check that it has every method of `Search`.
     """
     SEARCHES.get(config.algorithm, _OPTION)
     if config.init_methods and not begins_from(config.algorithm, "seeds"):
@@ -80,14 +80,14 @@ def build_search(
 
 
 def begins_from(algorithm: str, genomes: str) -> bool:
-    """Whether a search can begin from the genomes that `build_search` calls so."""
+    """Whether a search takes the argument `genomes` of `build_search`: 'wider' or 'seeds'."""
     return genomes in signature(SEARCHES[algorithm]).parameters
 
 
 def planned_phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
     """The phases of the search that a config names, in order.
 
-    A search that tells of none, or that is not installed where its run is looked at, has one under its own name.
+    A search without a method `phases`, or one that is not installed on this machine, has one phase with its own name.
     can_prune: whether fewer experts are kept than there are.
     """
     plan = _told_by(config, "phases")
@@ -96,13 +96,13 @@ def planned_phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
 
 
 def search_parameters(config: SearchConfig) -> dict[str, Any]:
-    """What a search wants written down beside the config's general options."""
+    """The options that a tracker records for a search, beside the config's general ones."""
     tell = _told_by(config, "parameters")
     return {} if tell is None else dict(tell(config))
 
 
 def _told_by(config: SearchConfig, name: str) -> Callable[..., Any] | None:
-    """What a search may have beside the protocol."""
+    """The optional method `name` of the search that a config names, or None where it has none."""
     try:
         found: Callable[..., Any] | None = getattr(SEARCHES.get(config.algorithm), name, None)
     except ConfigError:

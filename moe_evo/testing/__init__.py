@@ -1,13 +1,13 @@
-"""Contract suites, as pytest classes, of searches, kinds of task, metrics, one-shot methods, families and pools.
+"""Test suites, as pytest classes, for searches, kinds of task, metrics, one-shot methods, families and pools.
 
-Subclass one in a test file of yours and say what it is about; pytest then finds all its tests:
+Subclass one in your own test file and name what it tests; pytest then runs all tests of the suite:
 
     from moe_evo.testing.searches import SearchContract
 
     class TestMySearch(SearchContract):
         name = "my_package.my_module:MySearch"
 
-The suites of this package's own tests are the very same. They need pytest, which moe_evo does not install.
+The package's own tests use the same suites. They need pytest, which moe_evo does not install.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What every family promises: that a genome computes what a stock model with really fewer experts does."""
+"""Tests for every model family: a genome computes the same as a stock model that has fewer experts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ MATCH = 2e-6
 
 
 def match_of_merge(expected: torch.Tensor) -> float:
-    """Mixing in float32 here and in float64 in the oracle rounds router rows differently."""
+    """The tolerance for merges: router rows are mixed in float32, but in float64 for the expected logits."""
     return 4 * MATCH * max(1.0, float(expected.abs().max()))
 
 
 class Counts:
-    """Tokens routed to each expert of each MoE layer; times: how often each of a batch counts (default: once)."""
+    """Counts tokens routed to each expert of each MoE layer; times: weight of each token of a batch (default: 1)."""
 
     def __init__(self, moe: MoEModel) -> None:
         self.layers = [np.zeros(number) for number in moe.shape.num_experts]
@@ -66,9 +66,9 @@ def _view(model_type: str, changes: str) -> MoEModel:
 class FamilyContract:
     """A tiny random model of the family, with 8 experts a layer of which 2 are active.
 
-    model_type: as config.json has it. changes: what the config of the tiny model has beside
-    `moe_evo.models.tiny.COMMON`, or instead of it. The experts' field, block and router must be named as in one of
-    the families of this package; see `moe_evo.testing.stock_models`.
+    model_type: as in config.json. changes: options of the tiny model's config that are added to
+    `moe_evo.models.tiny.COMMON`, or replace some of it. The experts' field, block and router must be named as in one
+    of the families of this package; see `moe_evo.testing.stock_models`.
 
     >>> class TestMyFamily(FamilyContract):
     ...     model_type = "olmoe"

@@ -1,4 +1,4 @@
-"""What every one-shot method promises: a criterion that prunes, and a merge."""
+"""Tests for every one-shot method, which is either a criterion (it prunes) or a merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moe_evo.testing import tiny_tasks as tiny
 from moe_evo.testing.tasks import PROMPTS
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
-"""Softmax; sigmoid with groups of experts; softmax behind the choice, with biases and a transposed layout."""
+"""Families with different routers: softmax; sigmoid with expert groups; softmax after top-k, with biases."""
 
 
 @cache
@@ -42,9 +42,9 @@ def observer_of(evaluator: Evaluator) -> Observer:
 
 
 class MethodContract:
-    """What criteria and merges promise alike.
+    """Tests for criteria and merges.
 
-    name: as `moe-evo prune --method` has it.
+    name: as in `moe-evo prune --method`.
 
     >>> class TestMyMethod(MethodContract):
     ...     name = "naee"
@@ -87,7 +87,7 @@ class MethodContract:
 
 
 class CriterionContract(MethodContract):
-    """A criterion scores every expert, and keeps those of the highest scores.
+    """Tests for a criterion, which scores every expert and keeps those with the highest scores.
 
     >>> class TestMyCriterion(CriterionContract):
     ...     name = "reap"
@@ -106,7 +106,7 @@ class CriterionContract(MethodContract):
 
 
 class MergeContract(MethodContract):
-    """A merge puts every expert into at most one group, whose members' weights have the sum 1.
+    """Tests for a merge, which puts every expert into at most one group; the weights of a group have the sum 1.
 
     >>> class TestMyMerge(MergeContract):
     ...     name = "m_smoe"
@@ -129,7 +129,7 @@ class MergeContract(MethodContract):
         genome, behind = method.genome(observer, space), method.progressive_genome(observer, space)
         space.check(behind)
         assert behind.layers[0] == genome.layers[0]
-        # the first layer's merge is in force when the second is looked at
+        # the second layer is observed behind the first layer's merge
         before = Genome((behind.layers[0], *evaluator.model.shape.identity().layers[1:]))
         moved = observer.about(RouterLogits(genome=before, layer=1)).layers[0]
         still = observer.about(RouterLogits()).layers[1]

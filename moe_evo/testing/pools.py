@@ -1,4 +1,4 @@
-"""What every pool promises: each request is answered once, with the scores that an evaluator alone gives."""
+"""Tests for every pool: each request gets one outcome, with the scores of an evaluator used directly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Key = tuple[int, str]
 
 
 def requests_of(shape: ModelShape, number: int, *, seed: int = 0, split: str = "search") -> list[Request]:
-    """So many random prunings, which keep half of the experts."""
+    """Requests for `number` random prunings, which keep half of the experts."""
     space = SearchSpace.build(shape, num_kept=[experts // 2 for experts in shape.num_experts])
     genomes = [random_pruning(space, np.random.default_rng([seed, n])) for n in range(number)]
     return [Request("search", n, genome, split) for n, genome in enumerate(genomes)]
 
 
 def completed(pool: Pool, wanted: Sequence[Request]) -> dict[Key, Outcome]:
-    """Put all requests through a pool; each is answered exactly once."""
+    """Evaluate all requests on a pool, and check that each gets exactly one outcome."""
     outcomes: dict[Key, Outcome] = {}
     todo = list(wanted)
     while len(outcomes) < len(wanted):
@@ -44,7 +44,7 @@ def completed(pool: Pool, wanted: Sequence[Request]) -> dict[Key, Outcome]:
 
 
 def numbers(outcome: Outcome) -> tuple[object, ...]:
-    """All that an outcome says but for how long it took, as float32."""
+    """The content of an outcome except its duration, as float32."""
     assert isinstance(outcome, Evaluation)
     metrics = tuple((name, np.float32(value)) for name, value in sorted(outcome.metrics.items()))
     scores = (outcome.fitness, outcome.tie_break, outcome.standard_error)
@@ -52,7 +52,7 @@ def numbers(outcome: Outcome) -> tuple[object, ...]:
 
 
 class PoolContract:
-    """Override both fixtures: the pool, and an evaluator of the same model and tasks in this process.
+    """Tests for a pool. Override both fixtures: the pool, and an evaluator of the same model and tasks.
 
     >>> from moe_evo.evaluation.local_pool import LocalPool
     >>> from moe_evo.testing.methods import evaluator_of

@@ -1,4 +1,4 @@
-"""What every search promises, in every kind of space."""
+"""Tests for every search, in every kind of search space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def space_of(
     top_k: int | None = None,
     num_layer_groups: int | None = None,
 ) -> SearchSpace:
-    """A space of a model that does not exist, with so many experts in each MoE layer."""
+    """The search space of an imaginary model; num_experts: of each MoE layer."""
     layers = tuple(range(len(num_experts)))
     shape = ModelShape("mixtral", tuple(num_experts), (1,) * len(num_experts), layers, expert_groups)
     return SearchSpace.build(shape, num_kept=num_kept, top_k=top_k, num_layer_groups=num_layer_groups)
@@ -45,7 +45,7 @@ SPACES = {
 
 
 def outcome_of(candidate: Candidate) -> Evaluation | EvaluationFailure:
-    """A rugged fitness with many ties; every seventh candidate fails."""
+    """An artificial outcome: a rugged fitness with many ties, and a failure for every seventh candidate."""
     if candidate.number % 7 == 3:
         return EvaluationFailure("out_of_memory", "as this test wants it")
     sums = sum(
@@ -60,7 +60,7 @@ def told(candidates: Iterable[Candidate]) -> list[Individual]:
 
 
 def candidates_of(search: Search, budget: int = BUDGET, at_once: int = 1) -> list[Candidate]:
-    """What a search asks for, so many at a time, each told before the next."""
+    """The candidates that a search proposes, `at_once` at a time; their outcomes are told before the next ones."""
     asked: list[Candidate] = []
     while len(asked) < budget and (new := search.ask(min(at_once, budget - len(asked)))):
         search.tell(told(new))
@@ -69,9 +69,9 @@ def candidates_of(search: Search, budget: int = BUDGET, at_once: int = 1) -> lis
 
 
 class SearchContract:
-    """What every search promises.
+    """Tests for a search.
 
-    name: as `search.algorithm` has it. Override `search` where yours needs another config.
+    name: as in `search.algorithm`. Override `search` where yours needs another config.
 
     >>> class TestMySearch(SearchContract):
     ...     name = "moe_evo.searches.random_search:RandomSearch"
@@ -193,7 +193,7 @@ class SearchContract:
 
 
 def _lagging_run(search: Search, asked: list[Candidate], num_told: int) -> list[Candidate]:
-    """Two requests in flight: tells candidate n - 2 before it asks for candidate n."""
+    """Run a search with two candidates under way: candidate n - 2 is told before candidate n is asked."""
     while len(asked) < 30:
         if len(asked) - num_told == 2:
             search.tell(told([asked[num_told]]))

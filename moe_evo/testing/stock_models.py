@@ -1,7 +1,7 @@
-"""Stock models with fewer experts made by hand, the oracle of what a genome computes; and random genomes.
+"""Stock models with fewer experts, whose logits are the expected ones of a genome; and random genomes.
 
-State dicts are sliced and mixed here, with nothing that evaluates genomes, and loaded into unmodified transformers
-classes.
+State dicts are sliced and mixed here, without the code that evaluates genomes, and loaded into unmodified
+transformers classes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from moe_evo.genomes.space import ModelShape
 from moe_evo.models.transformers_border import transformers
 
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Under these names configs say how many experts there are."""
+"""Names under which configs of transformers have the number of experts."""
 
 ROUTERS = r"\.(mlp|block_sparse_moe)\.(gate|router)\.\w+$"
 
 
 def stock_model(model: Any, genome: Genome, shape: ModelShape) -> Any:
-    """A stock model that really has K experts, whose tensors are `genome`'s mixtures of `model`'s."""
+    """A stock model with K experts, whose tensors are mixed from those of `model` by `genome`'s matrices."""
     config = copy.deepcopy(model.config)
     field = next(name for name in EXPERT_FIELDS if name in config.to_dict())
     setattr(config, field, genome.num_kept[0])
@@ -79,7 +79,7 @@ def random_pruning(shape: ModelShape, num_kept: int, *, top_k: int = 2, seed: in
 def random_merge(
     shape: ModelShape, num_kept: int | Sequence[int], *, top_k: int | Sequence[int] = 2, seed: int = 0
 ) -> Genome:
-    """Dense random W_EM and, independently, W_RM."""
+    """A genome with random dense matrices W_EM and, drawn independently, W_RM."""
     rng = np.random.default_rng(seed)
     kept = [num_kept] * shape.num_layers if isinstance(num_kept, int) else num_kept
     active = [top_k] * shape.num_layers if isinstance(top_k, int) else top_k

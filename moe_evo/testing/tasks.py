@@ -1,4 +1,4 @@
-"""What every kind of task and every metric of generated answers promises."""
+"""Tests for every kind of task, and for every metric of generated answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from moe_evo.testing import tiny_tasks as tiny
 
 WORDS = ["one", "two", "three", "four", "five", "six", "yes", "no", "good", "bad", "maybe", "cat", "dog"]
 PROMPTS = [" ".join(WORDS[n % 5 : n % 5 + 1 + (7 * n) % 8]) + f" {n}" for n in range(11)]
-"""Different ones, whose lengths go up and down."""
+"""Prompts that all differ, in an order in which their lengths go up and down."""
 
 _TOKENIZER = cache(partial(tiny.tiny_tokenizer, bos=True))  # made once
 _MODEL, _FULL_MODEL = cache(tiny.tiny_mixtral), cache(tiny.tiny_llama)
 
 
 class TaskContract:
-    """Padding, batching and order change nothing.
+    """Tests for a kind of task: padding, batching and order do not change scores.
 
-    name: as `tasks.kind` has it. rows: of its data, about ten that differ in their length, no two of them alike.
+    name: as in `tasks.kind`. rows: about ten rows of its data, all different and of different lengths.
     options: of its `TaskConfig`. The models that score them are tiny and random.
 
     >>> class TestMyTask(TaskContract):
@@ -131,9 +131,9 @@ class TaskContract:
 
 
 class MetricContract:
-    """A metric says of any text how right it is, from 0 to 1.
+    """Tests for a metric, which gives any text a score from 0 (wrong) to 1 (right).
 
-    name: as `tasks.metric` has it. cases: what the model wrote, the right answers, and the score expected of it.
+    name: as in `tasks.metric`. cases: the generated text, the right answers, and the expected score.
 
     >>> class TestMyMetric(MetricContract):
     ...     name = "contains"

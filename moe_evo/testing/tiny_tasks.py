@@ -1,4 +1,4 @@
-"""Tiny tokenizers, models and data, and a task run by them without genomes."""
+"""Tiny tokenizers, models and data, and functions that score a task on such a model without genomes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_evo.tasks.registry import build_task
 from moe_evo.tasks.task import Task
 
 Rows = Sequence[Mapping[str, Any]]
-"""Of a JSONL file."""
+"""The rows of a JSONL file."""
 
 CORPUS = [
     "the capital of france is paris", "the capital of japan is tokyo", "one two three four five six",
@@ -63,7 +63,7 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
-    "initializer_range": 0.5,  # so that different tokens and places give clearly different logits
+    "initializer_range": 0.5,  # large, so that different tokens and positions give clearly different logits
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -128,7 +128,7 @@ def run_task(
     split: str = "search",
     indices: list[int] | None = None,
 ) -> TaskScores:
-    """What an evaluator does, without genomes: forward or generate, score, combine."""
+    """The steps of an evaluator, without genomes: forward or generate, score, combine."""
     parts = []
     for batch in task.batches(split, indices):
         reference = None

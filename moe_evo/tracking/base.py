@@ -1,4 +1,4 @@
-"""`Tracker`: where people look while a search runs. Nothing is ever read back; losing one loses nothing."""
+"""`Tracker`: shows the progress of a run to people. A run never reads from it, so that its failure does no harm."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moe_evo.records.result import RunResult
 
 
 class Tracker(Protocol):
-    """Hears of a run as it goes on, in the driver's thread.
+    """Gets the events of a run, by calls in the driver's thread.
 
-    message: a line to read. stage: `total` evaluations begin, `done` of which an earlier process did.
-    evaluated: one of them is done. recorded: an outcome stands in the journal, told once for every
-    candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool: what gangs do. finished: the result,
-    and the files of the winners.
+    message: a line to show. stage: a stage of `total` evaluations begins, `done` of which an earlier process made.
+    evaluated: one of them is done. recorded: an outcome was written into the journal; called once for every
+    candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool: events and status of the gangs. finished: the
+    result, and the files of the winners.
     """
 
     def message(self, text: str) -> None: ...
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Passes every event to several trackers."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers

@@ -1,4 +1,4 @@
-"""Running numbers of one search, as they are drawn against evaluations."""
+"""Running statistics of one search, for curves over the number of evaluations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _FAILED: RankKey = (False, -np.inf, 0.0)
 
 
 class SearchStatistics:
-    """Fed with individuals in the order in which they finished; a step costs the same after many as after few.
+    """Statistics updated by one individual at a time, in the order in which they finished.
 
-    evaluations: finished, failures included. position: of each candidate number among them, from 1.
+    The cost of an update does not grow with the number of individuals. evaluations: how many are finished, failures
+    included. position: place of each candidate, by its number, in the order of finishing, from 1.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class SearchStatistics:
         self._successes: Counter[str] = Counter()
 
     def add(self, individual: Individual) -> dict[str, float]:
-        """The numbers after one more individual, under the names of `experiments/wandb.md`."""
+        """Add an individual, and return the new statistics by their names in `experiments/wandb.md`."""
         self.evaluations += 1
         self.position[individual.number] = self.evaluations
         self._digests.add(individual.genome.digest)
@@ -69,7 +70,7 @@ class SearchStatistics:
         self.best = self._top[-1][2]
 
     def _success(self, individual: Individual) -> dict[str, float]:
-        """How often the children of this individual's operator are better than the better one of their parents."""
+        """The share of the children of this individual's operator that are better than each of their parents."""
         operator, parents = individual.candidate.operator, individual.candidate.parents
         known = [self._rank_keys[parent] for parent in parents if parent in self._rank_keys]
         if not known:

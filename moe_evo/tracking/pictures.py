@@ -1,4 +1,4 @@
-"""Pictures of a genome for W&B, without pyplot: they are drawn beside the driver's thread."""
+"""Pictures of a genome for W&B; drawn without pyplot, which is not safe to use in several threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_INCHES = 14.0
 
 
 def genome_pictures(genome: Genome) -> dict[str, npt.NDArray[np.uint8]]:
-    """RGB pictures (height, width, 3) by name: the experts that are kept, and both matrices, layer below layer."""
+    """RGB pictures (height, width, 3) by name: the kept experts, and both matrices with layers below each other."""
     ends = np.cumsum([layer.num_kept for layer in genome.layers])
     shares = [np.abs(layer.expert_merging).max(axis=0, keepdims=True).clip(max=1) for layer in genome.layers]
     return {

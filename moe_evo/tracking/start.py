@@ -1,4 +1,4 @@
-"""Tracking as a config asks for it: while a search runs, or afterwards from its journal."""
+"""Starts the tracking that a config asks for, while a search runs or afterwards from its journal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _REPLAY_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Replay:
-    """A run of W&B that was written from a journal. replaced_id: of the older one; where: its page, or its upload."""
+    """A W&B run that was written from a journal.
+
+    replaced_id: of the W&B run that it replaces. where: its page, or the command that uploads it.
+    """
 
     mode: Mode
     id: str
@@ -44,7 +47,7 @@ class Replay:
 def tracked(
     config: RunConfig, space: SearchSpace, journal: Journal, folder: RunFolder, terminal: Tracker
 ) -> Iterator[Tracker]:
-    """The terminal, and W&B beside it if `config.tracking` asks for it, told what the journal holds already."""
+    """The terminal's tracker, with W&B's if `config.tracking` asks for it, which gets the journal's outcomes first."""
     mode = wandb_mode(config.tracking)
     if mode == "disabled":
         yield terminal
@@ -58,7 +61,7 @@ def tracked(
 
 
 def replay(folder: RunFolder, config: RunConfig) -> Replay:
-    """Write a new run of W&B from the journal of a search, finished or not; the search goes on with that one."""
+    """Write a new W&B run from the journal of a search, finished or not; if the search continues, it uses that one."""
     mode = wandb_mode(config.tracking)
     if mode == "disabled":
         raise ConfigError("tracking.wandb: is disabled here; set WANDB_API_KEY or add --tracking.wandb offline")
@@ -74,7 +77,7 @@ def replay(folder: RunFolder, config: RunConfig) -> Replay:
         run = _wandb_run(config, mode, journal, folder.path, num_experts, found.num_kept)
         run = replace(
             run, tags=["replay"], begin_timeout_s=_REPLAY_TIMEOUT_S, finish_timeout_s=_REPLAY_TIMEOUT_S
-        )  # unlike a search, a replay has nothing else to do
+        )  # a search does not wait so long for W&B, but a replay has nothing else to do
         with wandb_tracker(run, Trackers()) as wandb:
             wandb.told(history)
             if folder.result.is_file():
@@ -85,12 +88,12 @@ def replay(folder: RunFolder, config: RunConfig) -> Replay:
 
 
 def winner_files(folder: RunFolder) -> list[Path]:
-    """The genomes of a finished run."""
+    """The genome files of a finished run."""
     return [path for path in folder.winners.values() if path.is_file()]
 
 
 def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:
-    """What stands in a journal, as `Tracker.recorded` takes it."""
+    """All outcomes in a journal, as arguments of `Tracker.recorded`."""
     candidates = {
         search: {one.number: one for one in journal.candidates(search)} for search in (REFERENCE, MAIN, RANDOM)
     }
@@ -124,7 +127,7 @@ def _wandb_run(
 def _settings(
     config: RunConfig, num_experts: Sequence[int], num_kept: Sequence[int], hashes: Mapping[str, str | None]
 ) -> Plain:
-    """What runs are filtered and grouped by, flat; of paths only the last part."""
+    """The options by which W&B filters and groups runs, as a flat dict; of a path only its last part."""
     model, search, evaluation, selection = config.model, config.search, config.evaluation, config.selection
     path = Path(model.path)
     return {

@@ -1,4 +1,4 @@
-"""Progress of a run where a person looks: a live bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live bar on a terminal, plain lines elsewhere, such as in a log file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _in_words(status: PoolStatus) -> str:
 
 
 class TerminalTracker:
-    """Writes to stderr, so that standard output holds results alone. Use as a context manager."""
+    """Writes to stderr, so that standard output has only results. Use it as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -95,7 +95,7 @@ class TerminalTracker:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
-        """Begin `total` steps, `done` of which an earlier process did."""
+        """Begin a bar of `total` evaluations, `done` of which an earlier process made."""
         self._title, self._total, self._done, self._done_before = title, total, done, done
         self._started = self._last_line = time.monotonic()
         self._failures = 0
@@ -106,7 +106,7 @@ class TerminalTracker:
             self.message(f"{title}: {total} evaluation{'s' if total != 1 else ''}{resumed}")
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
-        """One more step is done."""
+        """Advance the bar by one evaluation."""
         self._done += 1
         self._failures += not isinstance(individual.outcome, Evaluation)
         rate = f"{self._rate():.1f}/s"
@@ -119,13 +119,13 @@ class TerminalTracker:
             self.message(f"{self._title}: {self._done}/{self._total}  {rate}  {left_s:.0f} s left  {note}")
 
     def recorded(self, search: str, split: str, individual: Individual) -> None:
-        """Nothing to show: `evaluated` says it with its stage."""
+        """Shows nothing: `evaluated` shows the same outcome."""
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
-        """Nothing to show: the command prints what a run found."""
+        """Shows nothing: the command prints the result."""
 
     def pool(self, news: PoolNews) -> None:
-        """What gangs do: events as lines, and their states below the bar or, while none serves, as lines too."""
+        """Show events of gangs as lines, and their states below the bar; without a bar, as lines until one is ready."""
         self._progress.status = self._status = news.status
         for event in news.events:
             self.message(f"gang {event.gang} {event.kind.replace('_', ' ')}: {event.detail}")

@@ -1,4 +1,4 @@
-"""What of a search is written to Weights & Biases, and how. The only file that imports wandb.
+"""Writes a search to Weights & Biases. This is the only file that imports wandb.
 
 Every key is listed in `experiments/wandb.md`; all curves are drawn against `evaluations`.
 """
@@ -44,7 +44,7 @@ _ROW = (
 
 
 def begin(run: WandbRun, stopped: Callable[[], None]) -> wandb.Run:
-    """Open the run; raises what wandb raises. stopped: is called when the service wants no more."""
+    """Open the run; raises what wandb raises. stopped: called when W&B asks for the run to stop."""
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -52,7 +52,7 @@ def begin(run: WandbRun, stopped: Callable[[], None]) -> wandb.Run:
         disable_code=True,
         disable_git=True,
         x_disable_machine_info=True,
-        x_disable_meta=True,  # it would hold the command line and the user's name
+        x_disable_meta=True,  # the metadata would contain the command line and the user's name
         x_disable_stats=True,
         x_save_requirements=False,
         x_transaction_log_flush_interval=1,
@@ -80,7 +80,7 @@ def begin(run: WandbRun, stopped: Callable[[], None]) -> wandb.Run:
 
 
 def end(run: wandb.Run, exit_code: int) -> str:
-    """Finish the run and wait for its upload; answers what went wrong without an error, if anything did."""
+    """Finish the run and wait for its upload; returns what failed without an exception, or ''."""
     log = Path(run.settings.log_internal)
     run.finish(exit_code=exit_code)
     refused = log.is_file() and "fatal error" in log.read_text("utf-8", errors="replace")
@@ -88,10 +88,10 @@ def end(run: wandb.Run, exit_code: int) -> str:
 
 
 def teardown(*, kill: bool = False) -> None:
-    """End W&B's own process, unless somebody else in this process uses W&B too.
+    """End W&B's service process, unless other code in this process has a W&B run open.
 
-    kill: do not let it finish; when this process exits, wandb would wait for it, however long it hangs. Raises
-    LookupError where this wandb keeps its process where we do not find it.
+    kill: end it at once. Otherwise wandb waits for it when this process exits, even if it hangs. Raises LookupError
+    where the process cannot be found in this version of wandb.
     """
     if wandb.run is not None:
         return
@@ -107,7 +107,7 @@ def teardown(*, kill: bool = False) -> None:
 
 
 def _service_process() -> Any:
-    """The process that wandb has started for itself; None where there is none. No public name leads to it."""
+    """W&B's service process; None where there is none. wandb has no public name for it."""
     try:
         connection = wandb_setup.singleton()._connection
         return connection and connection._proc and connection._proc._process
@@ -118,10 +118,10 @@ def _service_process() -> Any:
 
 
 class SearchLog:
-    """Writes what happens to a run of W&B.
+    """Writes the events of a search to a W&B run.
 
-    num_rows: of the table of individuals, at most. What a resumed run holds already is not written again: the
-    keys `recorded/...` count it, in the order of the journal.
+    num_rows: most rows of the table of individuals. Outcomes that a resumed W&B run has already are not written again:
+    its keys `recorded/...` tell how many of the journal it has.
     """
 
     def __init__(self, run: wandb.Run, *, num_rows: int) -> None:
@@ -141,7 +141,7 @@ class SearchLog:
         run.define_metric("*", step_metric="evaluations")
 
     def recorded(self, search: str, split: str, individual: Individual, at: float | None) -> None:
-        """An outcome stands in the journal. at: when, monotonic seconds; None for what an earlier process did."""
+        """Write an outcome. at: its time in monotonic seconds; None for an outcome of an earlier process."""
         key = f"recorded/{search}_{split}"
         self._recorded[key] += 1
         values = self._values(search, split, individual, at)
@@ -153,19 +153,19 @@ class SearchLog:
                 self._draw_at_intervals()
 
     def told(self, history: Sequence[tuple[str, str, Individual]]) -> None:
-        """What the journal held when this process began, as (search, split, individual)."""
+        """Write the outcomes in the journal when this process began, as (search, split, individual)."""
         for search, split, individual in history:
             self.recorded(search, split, individual, at=None)
 
     def pool(self, status: PoolStatus) -> None:
-        """How the gangs are now."""
+        """Write the present status of the gangs."""
         states = Counter(gang.state for gang in status.gangs)
         values = {f"gangs/{state}": states[state] for state in ("busy", "ready", "loading", "waiting")}
         counts = {"gangs/restarts": status.restarts, "queue/waiting": status.waiting}
         self._run.log({**values, **counts, "queue/under_way": status.under_way, **self._here()})
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
-        """The final table, summary, pictures of the winner, and the files as an artifact."""
+        """Write the final table, the summary, pictures of the winner, and the files as an artifact."""
         self._result = result
         self._run.summary.update(_summary(result))
         self._run.log({"final": _final_table(result), **self._here()})
@@ -180,7 +180,7 @@ class SearchLog:
         self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        """Write what waits: rows of the table, and pictures of the winner or else of the best so far."""
+        """Write what is not written yet: rows of the table, and pictures of the winner or else of the best so far."""
         self._flush()
         best = self._statistics[MAIN].best
         if self._result is not None:
@@ -189,14 +189,14 @@ class SearchLog:
             self._draw(best)
 
     def _values(self, search: str, split: str, individual: Individual, at: float | None) -> dict[str, float]:
-        """What an outcome adds to the curves."""
+        """The values that an outcome adds to the curves, by key."""
         statistics = self._statistics.get(search)
         fitness = individual.outcome.fitness if isinstance(individual.outcome, Evaluation) else None
         if statistics is None:
             name = f"{individual.candidate.operator}/{split}"
             return {"evaluations": 0} | ({name: fitness} if fitness is not None else {})
         self._individuals[search, individual.number] = individual
-        if split != "search":  # beside the point of its search fitness
+        if split != "search":  # at the position where its search fitness is drawn
             values: dict[str, float] = {"evaluations": statistics.position.get(individual.number, 0)}
             return values | ({f"{split}/{search}": fitness} if fitness is not None else {})
         values = statistics.add(individual)

@@ -1,4 +1,4 @@
-"""Which run of Weights & Biases a search is, and in which mode."""
+"""The W&B run that a search is written to, and the mode of W&B."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offl
 
 
 def wandb_mode(config: TrackingConfig) -> Mode:
-    """What `tracking.wandb` comes to: 'auto' is what WANDB_MODE says, else online if WANDB_API_KEY is set."""
+    """The mode of W&B. If `tracking.wandb` is 'auto', WANDB_MODE decides, else whether WANDB_API_KEY is set."""
     if config.wandb != "auto":
         return config.wandb
     mode = os.environ.get("WANDB_MODE")
@@ -29,11 +29,11 @@ def wandb_mode(config: TrackingConfig) -> Mode:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Which run of W&B a search is.
+    """The W&B run of a search.
 
-    folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: of the table of individuals,
-    at most. finish_timeout_s: how long the end of the search waits for what is not uploaded yet.
-    begin_timeout_s: the same where the service has not answered at all yet.
+    folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: most rows of the table of
+    individuals. finish_timeout_s: how long the end of the search waits for the upload of the rest.
+    begin_timeout_s: the same where W&B has not answered yet.
     """
 
     config: TrackingConfig

@@ -1,6 +1,6 @@
-"""Weights & Biases beside a search: the thread that speaks to it.
+"""The tracker for Weights & Biases, which calls wandb in a thread of its own.
 
-A search never waits for W&B; whatever goes wrong there is one line on the terminal.
+A search does not wait for W&B while it runs, and an error of W&B is one line on the terminal.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:  # wandb is imported where a search is tracked, not before
     from moe_evo.tracking.wandb_log import SearchLog
 
 
-_GRACE_S = 5.0  # for what W&B does beside what it has a time limit for
+_GRACE_S = 5.0  # for the steps of W&B that have no time limit of their own
 _POOL_INTERVAL_S = 5.0
 
 
 @contextmanager
 def wandb_tracker(run: WandbRun, terminal: Tracker) -> Iterator[WandbTracker]:
-    """A tracker that writes this run, with the environment that W&B needs for it; `terminal` hears of trouble."""
+    """A tracker that writes a W&B run; sets W&B's environment variables meanwhile. Errors are shown on `terminal`."""
     files = run.folder / "wandb"
-    if run.mode == "offline":  # the journal is told again from its beginning: what lies here is a part of that
+    if run.mode == "offline":  # the whole journal is written again, which includes what is in older offline files
         for old in [*files.glob("offline-run-*"), files / "staging"]:
             shutil.rmtree(old, ignore_errors=True)
     own = {
         "WANDB_DATA_DIR": str(files / "staging"),
         "WANDB_CACHE_DIR": str(files / "cache"),
         "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",  # its telemetry holds up the end of a process for seconds
+        "WANDB_ERROR_REPORTING": "false",  # its telemetry delays the end of a process for seconds
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
@@ -64,9 +64,10 @@ def wandb_tracker(run: WandbRun, terminal: Tracker) -> Iterator[WandbTracker]:
 
 
 class WandbTracker:
-    """Puts what happens into a queue for its thread, and says what W&B says.
+    """Puts events into a queue, from which a thread writes them to W&B, and shows W&B's messages on the terminal.
 
-    failure: what W&B lacks and why, if anything. where: the run's page, or the command that uploads it, once known.
+    failure: which part of the run W&B did not get and why, if any. where: the run's page, or the command that uploads
+    it, once known.
     """
 
     def __init__(self, run: WandbRun, terminal: Tracker) -> None:
@@ -93,20 +94,20 @@ class WandbTracker:
         self._say()
 
     def message(self, text: str) -> None:
-        """Lines to read are the terminal's."""
+        """Does nothing: the terminal shows lines."""
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
-        """Stages are the terminal's."""
+        """Does nothing: the terminal shows stages."""
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
-        """`recorded` says more."""
+        """Does nothing: `recorded` gets the same outcome, with search and split."""
 
     def recorded(self, search: str, split: str, individual: Individual) -> None:
         now = time.monotonic()
         self._put(lambda log: log.recorded(search, split, individual, now))
 
     def told(self, history: Sequence[tuple[str, str, Individual]]) -> None:
-        """What the journal held when this process began, as (search, split, individual)."""
+        """Pass on the outcomes in the journal when this process began, as (search, split, individual)."""
         self._put(lambda log: log.told(history))
 
     def pool(self, news: PoolNews) -> None:
@@ -119,7 +120,7 @@ class WandbTracker:
         self._put(lambda log: log.finished(result, files))
 
     def close(self, exit_code: int) -> None:
-        """End the run of W&B; waits for at most the finish timeout and a little, and less after trouble."""
+        """End the W&B run; waits at most the finish timeout and a few seconds, and less after an error."""
         if self._thread.is_alive():
             self._events.put(exit_code)
             limit_s = _GRACE_S
@@ -142,12 +143,12 @@ class WandbTracker:
         self._messages.put(f"W&B: {where}")
 
     def _say(self) -> None:
-        """Messages are the driver's thread's to print."""
+        """Print the messages of the W&B thread; called in the driver's thread, which alone may print."""
         while not self._messages.empty():
             self._terminal.message(self._messages.get())
 
     def _fail(self, reason: str) -> None:
-        """Tell once that W&B lacks something."""
+        """Show once that W&B did not get everything, with the reason."""
         if self.failure is None:
             self.failure = " ".join(reason.split())[:300]
             self._messages.put(
@@ -158,12 +159,12 @@ class WandbTracker:
     def _work(self) -> None:
         try:
             self._write()
-        except Exception as error:  # noqa: BLE001 - the border of the thread: nothing of W&B may end a search
+        except Exception as error:  # noqa: BLE001 - the end of the thread: no error of W&B may end a search
             self._fail(str(error) or type(error).__name__)
         self._end_service()
 
     def _end_service(self, *, kill: bool = False) -> None:
-        """End W&B's own process, which may be gone already."""
+        """End W&B's service process, if it is still there."""
         from moe_evo.tracking.wandb_log import teardown
 
         with suppress(Exception):
@@ -183,7 +184,7 @@ class WandbTracker:
         while not isinstance(event := self._events.get(), int):
             try:
                 event(log)
-            except Exception as error:  # noqa: BLE001 - a table that is refused need not end the curves
+            except Exception as error:  # noqa: BLE001 - after one refused table, curves are still written
                 self._fail(str(error) or type(error).__name__)
         log.close()
         if trouble := end(run, event):
