@@ -139,8 +139,8 @@ def test_a_stopped_rank_counts_as_hung_after_the_deadline_and_its_process_ends()
 
 
 def test_a_killed_service_is_started_again_and_nothing_is_lost() -> None:
-    wanted = requests(80)
-    with gangs(slow(0.02), num_gangs=2) as pool:
+    wanted = requests(120)  # enough for a while, so that both new gangs are wanted
+    with gangs(slow(0.05), num_gangs=2) as pool:
         pid = service_pid(pool)
         fault = Once(lambda progress: progress.done > 30, lambda progress: os.kill(pid, signal.SIGKILL))
         progress = complete(pool, wanted, fault)
