@@ -44,7 +44,7 @@ class GangBroken(Exception):
 
     @property
     def permanent(self) -> MoeEvoError | None:
-        """Whether every other gang would fail, too, because the input is wrong."""
+        """The error with which every other gang would fail, too, as the input is wrong; None where another may not."""
         return self.cause if isinstance(self.cause, MoeEvoError) and not self.out_of_memory else None
 
 

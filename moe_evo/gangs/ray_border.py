@@ -21,12 +21,13 @@ ActorHandle = Any
 def free_by_node() -> Mapping[str, Mapping[str, float]]:
     """What is free on each node of the connected cluster, by node id; no public name of Ray's tells it."""
     try:
-        found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+        available = ray._private.state.available_resources_per_node
     except AttributeError as error:
         raise ClusterError(
             f"Ray {ray.__version__} has no available_resources_per_node, where what is free on each node was "
             f"expected; {ADVICE}"
         ) from error
+    found: Mapping[str, Mapping[str, float]] = available()
     return found
 
 

@@ -66,7 +66,7 @@ def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
 
 
 def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:
-    """Raise ClusterError where no gang can ever fit: it would wait for ever."""
+    """Raise ConfigError where no gang can ever fit: it would wait for ever."""
     cluster = spec.cluster
     if not gangs_that_fit(capacity.nodes, spec.bundle, spec.ranks, cluster.strategy, cluster.labels, of="total"):
         total = ", ".join(f"{name} {capacity.nodes[0].total.get(name, 0):g}" for name in spec.bundle)

@@ -32,15 +32,17 @@ def hooks_in_force(language_model: Any, experts: Iterable[nn.Module]) -> Iterato
     if previous[""] == IMPLEMENTATION:  # the block around this one has done it
         yield
         return
-    modules = list(experts)
-    for module in modules:
-        module.__dict__[_HOOK] = ALL_EXPERTS_FUNCTIONS.get_interface(previous[""], eager_experts(module))
+    own = {
+        module: ALL_EXPERTS_FUNCTIONS.get_interface(previous[""], eager_experts(module)) for module in experts
+    }  # all before the first is set: a library that has changed raises here
+    for module, compute in own.items():
+        module.__dict__[_HOOK] = compute
     try:
         language_model.set_experts_implementation(IMPLEMENTATION)
         yield
     finally:
         language_model.set_experts_implementation(previous)
-        for module in modules:
+        for module in own:
             del module.__dict__[_HOOK]
 
 

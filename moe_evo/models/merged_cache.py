@@ -44,7 +44,7 @@ class MergedCache:
     def get(self, key: MergedKey, size_bytes: int, build: Callable[[MergedTensors], MergedTensors]) -> MergedTensors:
         """The kept tensors of `key`, or new ones of this size from `build`, which are kept if they fit.
 
-        build: gets evicted tensors of that size to write into, or None.
+        build: gets evicted tensors of that size to write into, or none, {}.
         """
         if key in self._entries:
             self._entries.move_to_end(key)

@@ -22,7 +22,7 @@ from moe_evo.models.transformers_border import (
 from moe_evo.models.view import MoEModel
 from moe_evo.versions import ADVICE
 
-_PREFIX, _BRANCH = 6, 5  # tokens of the token tree that is tried
+_PREFIX, _BRANCH = 6, 15  # tokens of the token tree that is tried; enough of a branch for a median
 
 
 @torch.inference_mode()
@@ -77,8 +77,11 @@ def _why_no_trees(model: MoEModel) -> str:
     try:
         masks = model.attention_masks(positions, ends, torch.ones_like(tree))
         of_tree = _logits(model, tree, attention_mask=masks, position_ids=positions)[0]
-        got = torch.stack([of_tree[:first_end], torch.cat([of_tree[:_PREFIX], of_tree[first_end:]])])
-        reason = disagreement(got, _logits(model, rows), model.dtype)
+        alone = _logits(model, rows)[:, _PREFIX:]
+        branches = torch.stack([of_tree[_PREFIX:first_end], of_tree[first_end:]])
+        # each branch by itself: under a plain causal mask only the second one is wrong
+        reasons = (disagreement(*pair, model.dtype) for pair in zip(branches, alone, strict=True))
+        reason = next(filter(None, reasons), "")
     except LIBRARY_ERRORS as error:
         if is_own_defect(error):
             raise

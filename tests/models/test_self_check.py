@@ -67,6 +67,26 @@ def test_every_family_passes_with_nothing_switched_off(name: str) -> None:
     assert moe.reads_trees and not moe.switched_off
 
 
+attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def blind_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
+    """As a kernel that knows no other mask than the causal one: in a tree only the second branch is wrong."""
+    options["is_causal"] = query.shape[2] > 1
+    return attend(query, key, value, attn_mask=None, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_wrong_branch_is_noticed_in_16_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoEModel(tiny_model(name).to(dtype))
+    self_check(moe)
+    assert moe.reads_trees and not moe.switched_off
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", blind_attention)
+    self_check(moe)
+    assert not moe.reads_trees
+
+
 def test_trees_that_attention_reads_otherwise_are_switched_off_and_scores_stay(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,14 +102,8 @@ def test_trees_that_attention_reads_otherwise_are_switched_off_and_scores_stay(
         return evaluator, outcome
 
     _, expected = score()
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def blind(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
-        options["is_causal"] = query.shape[2] > 1  # as a kernel that knows no other mask than the causal one
-        return attend(query, key, value, attn_mask=None, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", blind)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", blind_attention)
         moe = MoEModel(tiny.tiny_mixtral())
         self_check(moe)
     (told,) = map(str, moe.switched_off)
@@ -99,7 +113,7 @@ def test_trees_that_attention_reads_otherwise_are_switched_off_and_scores_stay(
     monkeypatch.setattr(self_check_module, "_why_no_trees", lambda _: "as a test says")
     evaluator, found = score()
     assert found.fitness == pytest.approx(expected.fitness, abs=1e-5)
-    assert [one.part for one in evaluator.switched_off] == ["token trees", "shared prefixes"]
+    assert [one.part for one in evaluator.switched_off] == ["token trees", "shared prefixes", "shared prompts"]
 
 
 def test_attention_that_takes_no_masks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

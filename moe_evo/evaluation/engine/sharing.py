@@ -45,7 +45,7 @@ def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | 
         return Sharing(None)
     if model.splits_examples:  # ranks would run different numbers of layers, and wait for each other
         return Sharing(None, (SwitchedOff("shared layers", "ranks run different examples"),))
-    trial = Engine(model, StateCache(0, model.device))  # leaves no states behind
+    trial = Engine(model, StateCache(0, model.device), reads_shared_prefixes=False)  # tried below; keeps no states
     switched_off: list[SwitchedOff] = []
 
     def holds(part: Part, why_not: Callable[[], str]) -> bool:
@@ -59,7 +59,9 @@ def sharing_for(model: MoEModel, config: EvaluationConfig, states: StateCache | 
     reads_shared_prefixes = holds(
         "shared prefixes", lambda: trial.why_no_shared_prefixes or _why_no_stages(trial, _NUM_TRIED)
     )
-    reads_prompts = reads_shared_prefixes and holds("shared prompts", lambda: _why_no_prompts(trial))
+    reads_prompts = holds(
+        "shared prompts", lambda: _why_no_prompts(trial) if reads_shared_prefixes else "they need shared prefixes"
+    )
     if states is None:
         gib = half_of_free_gib(model.device) / 2 if config.state_cache_gib is None else config.state_cache_gib
         device = torch.device("cpu") if config.state_device == "cpu" else model.device

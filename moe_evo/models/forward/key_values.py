@@ -78,8 +78,15 @@ def padded_on_the_left(layer: KeyValues, pads: Tensor) -> KeyValues:
 
 
 def cache_of(config: Any, layers: Iterable[KeyValues], length: int) -> Cache:
-    """A cache for stock `generate` that holds these tokens, with space for `length` in all."""
-    cache = StaticCache(config=config, max_cache_len=length)
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
+    """A cache for stock `generate` that holds these tokens, with space for `length` in all.
+
+    Raises RuntimeError where the library's cache takes other arguments: Python puts that TypeError into our frame.
+    """
+    held = list(layers)
+    try:
+        cache = StaticCache(config=config, max_cache_len=length)
+        for number, (keys, values) in enumerate(held):
+            cache.update(keys, values, number)
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(f"transformers' StaticCache: {error}") from error
     return cache

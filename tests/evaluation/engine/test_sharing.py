@@ -79,7 +79,7 @@ def forgetting_the_beginning(patch: pytest.MonkeyPatch) -> None:
 
 
 def reading_a_cache_otherwise(patch: pytest.MonkeyPatch) -> None:
-    """As where a release lays out its own caches in another way."""
+    """As where a release takes its own caches by another keyword."""
     stored = layer_halves.CacheNames
     patch.setattr(layer_halves, "CacheNames", lambda of_layers, of_model: stored(of_layers, of_model="unknown_cache"))
 
@@ -121,8 +121,10 @@ def test_what_fails_is_told_in_one_line_and_scores_stay(
     assert not whole.switched_off
     breaks(monkeypatch)
     broken = evaluator_of(tmp_path / "task", kind)
-    (told,) = map(str, broken.switched_off)
+    told, *more = map(str, broken.switched_off)
     assert told.startswith(f"self-check: {line}") and "\n" not in told
+    assert [one.part for one in broken.switched_off[1:]] == ["shared prompts"] * ("shared prefixes" in told)
+    assert all("(they need shared prefixes)" in one for one in more)
     assert fitness(broken) == pytest.approx(expected, abs=1e-5)
 
 
@@ -135,6 +137,34 @@ def test_generation_reads_its_prompts_where_the_model_goes_on_otherwise(
     (told,) = map(str, evaluator.switched_off)
     assert told.startswith("self-check: no shared prompts: every genome reads the prompts itself before it generates")
     assert fitness(evaluator) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("__init__", lambda self, *, config, length: None), ("update", lambda self, keys, values: (keys, values))],
+)
+def test_a_cache_with_other_arguments_is_no_defect_of_ours(
+    mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
+) -> None:
+    monkeypatch.setattr(key_values.StaticCache, name, other)
+    sharing = sharing_for(mixtral, EvaluationConfig())
+    assert sharing.engine is not None and not sharing.engine.reads_prompts
+    (told,) = map(str, sharing.switched_off)
+    assert "no shared prompts" in told and "(RuntimeError: transformers' StaticCache: " in told
+
+
+def test_decoder_layers_that_return_tuples_share_nothing_and_it_is_told(
+    mixtral: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a release whose model takes the first of what a layer returns: what stands in for a layer fails."""
+    layers = mixtral.language_model.model.layers
+    forward = type(layers[0]).forward
+    monkeypatch.setattr(type(layers[0]), "forward", lambda *args, **kwargs: (forward(*args, **kwargs),))
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, returned: returned[0])
+    sharing = sharing_for(mixtral, EvaluationConfig())
+    (told,) = map(str, sharing.switched_off)
+    assert sharing.engine is None and "no shared layers" in told and "(IndexError: " in told
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -166,6 +196,7 @@ def test_weights_on_several_devices_share_no_beginnings_and_it_is_told(
     sharing = sharing_for(mixtral, EvaluationConfig())
     assert sharing.engine is not None and not sharing.engine.reads_shared_prefixes
     assert "(the weights lie on several devices)" in str(sharing.switched_off[0])
+    assert "(they need shared prefixes)" in str(sharing.switched_off[1])
 
 
 @pytest.fixture
