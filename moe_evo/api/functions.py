@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_evo.api.options import Config, Model, Tasks, config_of
-from moe_evo.api.run import GenomeLike, Run, Split, Sweep, Which, genome_named
+from moe_evo.api.run import GenomeLike, Run, Split, Sweep, Which, genome_named, run_of
 from moe_evo.api.turns import turn
 from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.config.sweep import SweepConfig
@@ -76,9 +76,9 @@ def evaluate(
 ) -> ScoredGenome:
     """Score one genome on one split.
 
-    model: as for `search`, or a run, whose winner is scored with its model on its tasks. genome: a file, a run, the
-    kept experts of each layer, or 'full', the default for a model. top_k: experts active a token, in place of the
-    genome's own.
+    model: as for `search`, or a run, whose winner is scored. genome: a file, a run, the kept experts of each layer, or
+    'full', the default for a model. Where no other config is given, that of the run is used: its model and tasks.
+    top_k: experts active a token, in place of the genome's own.
 
     >>> import moe_evo
     >>> task = {"data": "syll", "num_validation": 8}
@@ -90,12 +90,13 @@ def evaluate(
     """
     from moe_evo.commands.evaluate import evaluate as command
 
-    run = model if isinstance(model, Run) else genome if isinstance(genome, Run) else None
+    run = model if isinstance(model, Run) else run_of(genome)
     if isinstance(model, Run):
         if config is not None:
             raise ConfigError("config: got it beside a run, expected one of them")
-        config, model = model.config, None
-        genome = run if genome is None else genome
+        genome, model = model if genome is None else genome, None
+    if run is not None and config is None:
+        config = run.config
     checked = config_of(ScoringConfig, config, model, tasks, options)
     named = genome_named("full" if genome is None else genome)
     with turn(progress=progress) as tracker:

@@ -6,7 +6,7 @@ A keyword is one of three: the last part of a flag (`num_kept=4` for `--search.n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,8 @@ Model: TypeAlias = str | Path | Mapping[str, object] | ModelConfig
 Task: TypeAlias = str | Path | Mapping[str, object] | TaskConfig
 """Data of a task, or a task with its options."""
 
+_TASK = "a file, a folder, a name, a dict with a task's options, or a TaskConfig"
+
 Tasks: TypeAlias = Task | Sequence[Task]
 
 Config: TypeAlias = str | Path | Mapping[str, object] | ScoringConfig
@@ -44,7 +46,7 @@ def config_of(
     """
     changes: Plain = {}
     if isinstance(config, Mapping):
-        changes = {str(key): dict(part) if isinstance(part, Mapping) else part for key, part in config.items()}
+        changes = {str(key): _copied(part) for key, part in config.items()}
         _refuse_unknown(changes, [one.name for one in fields(kind)], "config")
         config = None
     given: dict[str, object] = dict(options)
@@ -54,9 +56,9 @@ def config_of(
         given["tasks"] = tasks
     for name, value in sorted(_spelt_out(kind, given).items(), key=lambda one: one[0].count(".")):
         _put(changes, name, value)
-    if "tasks" in changes:
-        changes["tasks"] = _task_list(changes["tasks"])
     try:
+        if "tasks" in changes:
+            changes["tasks"] = _task_list(changes["tasks"])
         changed: Kind = _changed(_base(kind, config), changes, "")
     except PlainError as error:
         raise ConfigError(str(error)) from error
@@ -160,6 +162,11 @@ def _value(kind: object, value: object, name: str) -> object:
         raise
 
 
+def _copied(value: object) -> object:
+    """The value with dicts of its own, at every depth."""
+    return {key: _copied(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
 def _simple(value: object) -> object:
     """The value in the types of YAML: a path as text, a NumPy number as Python's, a range or array as a list."""
     if isinstance(value, Path):
@@ -175,12 +182,16 @@ def _task_list(tasks: Any) -> list[TaskConfig]:
     """Tasks as a config has them; a single one is a list of one."""
     if isinstance(tasks, str | Path | Mapping | TaskConfig):
         tasks = [tasks]
+    if not isinstance(tasks, Iterable):
+        raise ConfigError(f"tasks: got {tasks!r}, expected a task or a list of tasks: {_TASK}")
     return [_task(one, number) for number, one in enumerate(tasks)]
 
 
 def _task(task: Task, number: int) -> TaskConfig:
     if isinstance(task, TaskConfig):
         return task
+    if not isinstance(task, str | Path | Mapping):
+        raise ConfigError(f"tasks[{number}]: got {task!r}, expected {_TASK}")
     given = {"data": task} if isinstance(task, str | Path) else dict(task)
     _refuse_unknown(given, [one.name for one in fields(TaskConfig)], f"tasks[{number}].")
     return value_of(TaskConfig, _simple(given), f"tasks[{number}]")

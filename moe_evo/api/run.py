@@ -92,7 +92,7 @@ class Run:
             return export(self._folder, Path(to), which, device, overwrite=overwrite, tracker=tracker)
 
     def evaluate(
-        self, *, split: Split = "test", genome: GenomeLike | None = None, top_k: int | None = None,
+        self, *, split: Split = "validation", genome: GenomeLike | None = None, top_k: int | None = None,
         progress: bool = False, **options: object,
     ) -> ScoredGenome:  # fmt: skip
         """Score a genome, by default the winner, with the run's model on the run's tasks.
@@ -176,3 +176,10 @@ def genome_named(genome: GenomeLike) -> str | Genome:
     if isinstance(genome, str | Path):
         return str(genome)
     return genome if isinstance(genome, Genome) else json.dumps([list(map(int, layer)) for layer in genome])
+
+
+def run_of(genome: GenomeLike | None) -> Run | None:
+    """The run that a genome is named by, if it is: a `Run` or a run's folder."""
+    if isinstance(genome, str | Path) and str(genome) != "full" and RunFolder(Path(genome)).config.is_file():
+        return Run(genome)
+    return genome if isinstance(genome, Run) else None

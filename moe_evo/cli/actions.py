@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from moe_evo.config.parser import CommandParser
 
 
+def _note(line: str) -> None:
+    print(f"moe-evo: note: {line}", file=sys.stderr)
+
+
 def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.search import search
     from moe_evo.config.file import parse_config
@@ -26,9 +30,9 @@ def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
     from moe_evo.records.folder import resumed_config
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(parser, argv, RunConfig)
+    arguments, config = parse_config(parser, argv, RunConfig, _note)
     if arguments.resume is not None:
-        if len(argv) > 2 or sum(word.startswith("-") for word in argv) > 1:
+        if len(parser.words(argv)) > 1:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = resumed_config(arguments.resume)
     with TerminalTracker() as tracker:
@@ -62,7 +66,7 @@ def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config.run import RunConfig
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(parser, argv, RunConfig)
+    arguments, config = parse_config(parser, argv, RunConfig, _note)
     with TerminalTracker() as tracker:
         answer = planned(config, arguments.memory_gib, calibrate=arguments.calibrate, tracker=tracker)
     if as_json:
@@ -100,7 +104,8 @@ def _evaluate(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> N
     from moe_evo.config.run import ScoringConfig
     from moe_evo.tracking.terminal import TerminalTracker
 
-    names = (word for word in argv if not word.lstrip().startswith(("[", "{", "-")) and len(word) < 256)
+    given = (word.value for word in parser.words(argv) if word.option in (None, "config", "genome") and word.value)
+    names = (name for name in given if not name.lstrip().startswith(("[", "{", "-")) and len(name) < 256)
     run = next((name for name in names if (Path(name) / "config.yaml").is_file()), None)
     has_config = (argv[:1] and not argv[0].startswith("-")) or any(word.startswith("--config") for word in argv)
     # a run's genome without a config is scored with the run's own model and tasks

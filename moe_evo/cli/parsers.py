@@ -246,7 +246,7 @@ def doctor_parser() -> CommandParser:
         "doctor",
         "Tell what is installed and what was tested, what this machine offers, and whether what a run relies on holds "
         "here: the self-check of the embedded model and of a tiny one of every family. One line a check, about a "
-        "minute; paste it into a bug report. Exit code 2 where something is broken that every run needs.",
+        "minute; paste it into a bug report. Exit code 2 where something is broken.",
     )
 
 

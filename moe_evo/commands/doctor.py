@@ -36,7 +36,10 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """A check's result. state: 'note' is a remark, 'absent' matters to some runs only, 'broken' to every run."""
+    """A check's result.
+
+    state: 'note' is a remark, 'absent' is not here and only some runs need it, 'broken' does not work.
+    """
 
     name: str
     state: State
@@ -65,7 +68,7 @@ def checks() -> Iterator[Check]:
 
 
 def require_nothing_broken(found: Sequence[Check]) -> None:
-    """Raise ConfigError, in one line, where a check failed that every run needs."""
+    """Raise ConfigError, in one line, where something does not work."""
     broken = [check.name for check in found if check.state == "broken"]
     if broken:
         raise ConfigError(f"doctor: broken here: {', '.join(broken)}; see the lines above")

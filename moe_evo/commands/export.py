@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from moe_evo.commands.shared import base_model_name
 from moe_evo.errors import RunError
 from moe_evo.genomes.file import load_genome
 from moe_evo.plain import Plain
@@ -51,11 +52,10 @@ def export(
 
 def _provenance(result: RunResult, row: Row) -> Plain:
     """The facts about a run that the model card states, in words."""
-    path, search = result.model.path, result.search
-    name = path if "@" in (result.model.hash or "") else Path(path).name  # of a hub: owner/model@commit
+    search = result.search
     full = result.full.scores
     return {
-        "base_model": "moe_evo embedded Mixtral" if path == "embedded" else name,
+        "base_model": base_model_name(result.model.path, result.model.hash),
         "hash of the base model": result.model.hash,
         "tasks": {task.name: _task_in_words(task) for task in result.tasks},
         "search": f"{search.algorithm}, {search.evaluations} evaluations, seed {search.seed}, router {result.router}",

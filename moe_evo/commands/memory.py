@@ -49,7 +49,7 @@ def planned_memory(
         if weights <= device_bytes:
             notes.append(f"{line}; lower evaluation.batch_tokens if memory runs out")
         elif chosen.sharding == "device_map":
-            notes.append(f"{line}; what finds no cache_bytes goes to the CPU's memory or to disk, which is slow")
+            notes.append(f"{line}; what finds no room goes to the CPU's memory or to disk, which is slow")
         elif would:
             problems.add(ConfigError(f"{line}; with gangs of {size.ranks} these fit: {', '.join(would)}"))
         else:

@@ -46,12 +46,18 @@ def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], d
     return scores
 
 
+def base_model_name(path: str, model_hash: str | None) -> str:
+    """A model's name for the card of what is made of it: of a hub owner/model, of a folder its last part."""
+    if path == "embedded":
+        return "moe_evo embedded Mixtral"
+    return path if "@" in (model_hash or "") else Path(path).name  # the hash of a hub's model is owner/model@commit
+
+
 def provenance(config: ScoringConfig, model_hash: str, data: Sequence[TaskData], how: Plain, scores: Scores) -> Plain:
     """Facts for the model card: the base model, the data, `how` the model was changed, and the scores."""
-    is_embedded = config.model.path == "embedded"
     told = [f"{name} model {one.fitness:.4f} [{one.low:.4f}, {one.high:.4f}]" for name, one in scores.items()]
     return {
-        "base_model": "moe_evo embedded Mixtral" if is_embedded else Path(config.model.path).name,
+        "base_model": base_model_name(config.model.path, model_hash),
         "hash of the base model": model_hash,
         "tasks": {one.name: f"{one.kind}, {one.metric}, data {one.hash[:16]}" for one in data},
         **how,

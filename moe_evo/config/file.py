@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,17 +46,20 @@ def parse(parser: CommandParser, argv: Sequence[str]) -> Namespace:
     return parser.parse(parser.words(argv))
 
 
-def parse_config(parser: CommandParser, argv: Sequence[str], config: type[Config]) -> tuple[Namespace, Config]:
+def parse_config(
+    parser: CommandParser, argv: Sequence[str], config: type[Config], note: Callable[[str], None] = lambda line: None
+) -> tuple[Namespace, Config]:
     """All arguments, and the config that they make.
 
     Before the parser is called, files are read and short forms of tasks are replaced by dicts. Sections of a file
-    that `config` does not have, but a whole run has, are dropped.
+    that `config` does not have, but a whole run has, are dropped. note: called with a line where a search drops the
+    section `sweep`.
     """
     words = parser.words(argv)
     if words and words[0].option is None and not str(words[0]).startswith("-"):
         words[0] = Word("config", words[0].value)
     files = [word.value for word in words if word.option == "config" and word.value is not None]
-    words = [_spelt_out_word(word, config) for word in words]
+    words = [_spelt_out_word(word, config, note) for word in words]
     try:
         arguments = parser.parse(words)
     except ConfigError as error:
@@ -65,12 +67,12 @@ def parse_config(parser: CommandParser, argv: Sequence[str], config: type[Config
     return arguments, config(**{one.name: getattr(arguments, one.name) for one in fields(config)})
 
 
-def _spelt_out_word(word: Word, config: type[ScoringConfig]) -> Word:
+def _spelt_out_word(word: Word, config: type[ScoringConfig], note: Callable[[str], None]) -> Word:
     """A word in the form that the parser takes: content for a file's name, lists for single values, dicts for tasks."""
     if word.option is None or word.value is None:
         return word
     if word.option == "config":
-        return replace(word, value=yaml.safe_dump(_read(Path(word.value), config)))
+        return replace(word, value=yaml.safe_dump(_read(Path(word.value), config, note)))
     if word.option in _LISTS and not word.value.lstrip().startswith(("[", "{")):
         return replace(word, value=f"[{word.value}]")
     if word.option in ("tasks", "tasks+"):
@@ -84,7 +86,7 @@ def read_config(path: Path) -> RunConfig:
     return parse_config(config_parser("search", "", "", RunConfig), ["--config", str(path)], RunConfig)[1]
 
 
-def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
+def _read(path: Path, config: type[ScoringConfig], note: Callable[[str], None]) -> dict[str, Any]:
     """The sections of a YAML file, or of the config in a run's folder, that `config` has."""
     file = path / "config.yaml" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -99,8 +101,7 @@ def _read(path: Path, config: type[ScoringConfig]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: got {type(content).__name__}, expected sections such as model and tasks")
     if config is RunConfig and content.get("sweep"):
-        note = f"{file}: has a sweep: section; `moe-evo sweep {file}` runs it, this command takes the one search"
-        print(f"moe-evo: note: {note}", file=sys.stderr)
+        note(f"{file}: has a sweep: section; `moe-evo sweep {file}` runs it, this command takes the one search")
     foreign = {one.name for one in fields(SweepConfig)} - {one.name for one in fields(config)}
     kept = {key: value for key, value in content.items() if key not in foreign}
     if "tasks" in kept:

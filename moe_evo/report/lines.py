@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,9 +17,7 @@ from moe_evo.genomes.population import Evaluation
 from moe_evo.records.result import Row
 from moe_evo.report.plan import count_label
 from moe_evo.report.record import Record
-from moe_evo.report.table import print_whole
-
-SPLITS = ("search", "validation", "test")
+from moe_evo.report.table import plain_table, print_whole
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,7 @@ def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
 
 
 def _table(tasks: str, lines: Sequence[Line], *, has_parameters: bool) -> Table:
-    table = Table(
-        title=Text(f"{tasks}; higher is better"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(Text(f"{tasks}; higher is better"))
     table.add_column("run", no_wrap=True)
     table.add_column("", no_wrap=True)
     headings = ["experts", *["parameters"] * has_parameters, "evals", "search", "validation", "test [95 % interval]"]

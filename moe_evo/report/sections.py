@@ -14,11 +14,12 @@ import yaml
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import Row, Score, TaskFacts
-from moe_evo.report.lines import SPLITS, Line, kept_label, lines_of, parameters_label
+from moe_evo.report.lines import Line, kept_label, lines_of, parameters_label
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import GangNow, Record
 from moe_evo.report.table import experts_label
-from moe_evo.tasks.kinds import UNITS
+from moe_evo.tasks.data import SPLITS
+from moe_evo.tasks.kinds import KINDS, SHARE
 
 _MOST_EVENTS = 100
 
@@ -227,7 +228,7 @@ def task_table(record: Record) -> TaskTable | None:
             for split in reversed(SPLITS):
                 cells = [_cell(row, split, name, metric, task, alone=is_counted and len(tasks) == 1) for row in rows]
                 if any(cell is not None for cell in cells):
-                    metrics.append(MetricRow(task.name, metric, UNITS.get(metric, ""), split, is_counted, cells))
+                    metrics.append(MetricRow(task.name, metric, _unit(task, metric), split, is_counted, cells))
     return TaskTable([row.title for row in rows], [row.key for row in rows], metrics)
 
 
@@ -240,11 +241,20 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
     if alone:
         return (value, score.low, score.high)
     number = task.examples[split]
-    if metric in UNITS or not 0 <= value <= 1 or not number:
+    if not _is_share(task, metric) or not 0 <= value <= 1 or not number:
         return (value, None, None)
     error = math.sqrt(value * (1 - value) / number)
     wilson = Score.of(Evaluation(value, standard_error=error, num_examples=number), is_share=True)
     return (value, wilson.low, wilson.high)
+
+
+def _is_share(task: TaskFacts, metric: str) -> bool:
+    """Whether a metric counts right and wrong answers; nothing is known of a kind that is not installed here."""
+    return task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
+
+
+def _unit(task: TaskFacts, metric: str) -> str:
+    return "" if task.kind not in KINDS or _is_share(task, metric) else KINDS[task.kind].unit(metric)
 
 
 def _failures(record: Record) -> list[FailureGroup]:

@@ -17,7 +17,7 @@ from moe_evo.records.result import RunResult
 _SHADES = " ░▒▓█"
 
 
-def plain_table(title: str | None = None) -> Table:
+def plain_table(title: str | Text | None = None) -> Table:
     """An empty table without a frame, the style of all tables here."""
     return Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False

@@ -24,7 +24,8 @@ class Comparison:
     paired: tuple[Pairing, ...] = ()
 
     def __repr__(self) -> str:
-        tests = "; ".join(f"{line.run} {line.test:.3f}" for line in self.lines if line.key == "best" and line.test)
+        winners = [(line.run, line.test) for line in self.lines if line.key == "best"]
+        tests = "; ".join(f"{run} {test:.3f}" for run, test in winners if test is not None)
         return f"<Comparison of {len({line.run for line in self.lines})} runs; winners on the test split: {tests}>"
 
     def _repr_html_(self) -> str:

@@ -85,6 +85,3 @@ KINDS: Registry[Kind] = Registry(
     },
     lambda thing: None if isinstance(thing, Kind) else f"got {thing!r}, expected a moe_evo.tasks.kinds.Kind",
 )
-
-UNITS = {name: unit for kind in KINDS.values() for name, unit in kind.metrics.items() if unit != SHARE}
-"""Units of the metrics of this package that are no shares."""

@@ -19,7 +19,7 @@ import torch
 import moe_evo
 from moe_evo.api import functions
 from moe_evo.commands.search import search as search_command
-from moe_evo.errors import ConfigError, GenomeError, MoeEvoError, RunError
+from moe_evo.errors import ConfigError, GenomeError, MoeEvoError, RunError, TaskError
 from moe_evo.tracking.base import Trackers
 
 TASK = {"data": "syll", "num_search": 8, "num_validation": 8, "num_test": 8}
@@ -78,6 +78,9 @@ def test_the_names_are_listed_and_only_imported_when_they_are_used() -> None:
 def test_a_search_prints_nothing_unless_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = moe_evo.search(**SMALL, evaluations=3, folder=str(tmp_path / "run"))
     found.evaluate(split="test")
+    (tmp_path / "swept.yaml").write_text("sweep: {seeds: [0, 1]}\n")
+    with pytest.raises(TaskError, match="nowhere"):
+        moe_evo.search(config=tmp_path / "swept.yaml", tasks=["nowhere.jsonl"])
     found.export(tmp_path / "small")
     assert capfd.readouterr() == ("", "")
     moe_evo.search(**SMALL, evaluations=3, folder=str(tmp_path / "other"), progress=True)
@@ -110,7 +113,10 @@ def test_a_run_tells_what_it_found(run: moe_evo.Run) -> None:
 def test_scores_of_a_run_are_found_again(run: moe_evo.Run) -> None:
     by_run = moe_evo.evaluate(run, split="test")
     assert by_run.score.fitness == run.result.best.scores["test"].fitness
-    assert run.evaluate().score == by_run.score
+    assert run.evaluate(split="test").score == by_run.score
+    assert run.evaluate().score == moe_evo.evaluate(run).score, "the same default"
+    for genome in (run, run.folder, str(run.folder)):
+        assert moe_evo.evaluate(genome=genome, split="test").score == by_run.score, "with the run's model and tasks"
     named = moe_evo.evaluate(tasks=[TASK], genome=run.genome(), split="test", threads=1)
     assert named.score == by_run.score and named.genome.startswith("genome ")
     assert moe_evo.evaluate(run, genome="full", split="test").num_kept == (8, 8, 8, 8)
@@ -153,7 +159,7 @@ def test_answers_are_told_in_a_line(run: moe_evo.Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert repr(small).startswith(f"<PrunedModel by reap in {tmp_path / 'small'}; on the test split: full model ")
     assert well_formed(small._repr_html_())
-    assert str(run.evaluate()).endswith(f": {test} on 8 test examples")
+    assert str(run.evaluate(split="test")).endswith(f": {test} on 8 test examples")
 
 
 def test_a_run_writes_its_report(run: moe_evo.Run, tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def test_a_config_is_changed_by_what_else_is_given(tmp_path: Path) -> None:
     assert config_of(ScoringConfig, wanted, None, None, {}).tasks == wanted.tasks
     data = {"search": {"num_kept": 6}, "tasks": ["nli"], "selection": {"finalists": 2}}
     assert run_config(config=data, seed=1) == wanted and data["search"] == {"num_kept": 6}
+    nested = {"search": {"eep": {"sigma": 0.1}}}
+    assert run_config(config=nested, num_initial=5).search.eep == EEPConfig(sigma=0.1, num_initial=5)
+    assert nested == {"search": {"eep": {"sigma": 0.1}}}
 
 
 def test_one_thing_where_a_list_is_expected_and_numbers_of_numpy_are_taken() -> None:
@@ -84,6 +87,10 @@ def test_one_thing_where_a_list_is_expected_and_numbers_of_numpy_are_taken() -> 
         ({"num_search": 4}, "num_search: no such option; give it with its task, as in tasks="),
         ({"tasks": [{"data": "nli", "num_serch": 4}]}, r"tasks\[0\]\.num_serch: no such option; did you mean "),
         ({"tasks": [{"name": "x"}]}, r"tasks \(x\).data: got ''"),
+        ({"tasks": [{"data": "nli", "num_search": "x"}]}, r"tasks\[0\]\.num_search: got 'x', expected a whole number"),
+        ({"tasks": 5}, "tasks: got 5, expected a task or a list of tasks: a file, "),
+        ({"tasks": ["nli", 5]}, r"tasks\[1\]: got 5, expected a file, "),
+        ({"config": {"tasks": None}}, "tasks: got None, expected a task or a list"),
         ({"num_kept": "four"}, "search.num_kept: got 'four', expected a whole number or a list of whole numbers"),
         ({"num_kept": 0}, "search.num_kept: got 0, expected 1 or more"),
         ({"num_kept": 4, "search": {"num_kept": 5}}, "search.num_kept: got it twice"),

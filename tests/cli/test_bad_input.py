@@ -79,6 +79,11 @@ def _unfinished(folder: Path) -> list[str]:
     return ["evaluate", "--genome", str(folder)]
 
 
+def _resume_with_config(folder: Path) -> list[str]:
+    (folder / "some.yaml").write_text("search: {num_kept: 2}\n")
+    return ["search", str(folder / "some.yaml"), f"--resume={folder}"]
+
+
 def _long_answer(folder: Path) -> list[str]:
     (folder / "t").mkdir()
     for split in ("search", "validation", "test"):
@@ -242,6 +247,7 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         lambda folder: ["search", "--resume", str(folder), "--search.seed", "3"],
         "a run keeps its config",
     ),
+    "resume with a config": (_resume_with_config, "a run keeps its config"),
     "resume with another option, joined by =": (
         lambda folder: ["search", f"--resume={folder}", "--search.seed=3"],
         "a run keeps its config",

@@ -248,7 +248,7 @@ def test_a_search_says_when_merged_layers_do_not_fit_in_memory(
     assert ("do not fit in memory" in capsys.readouterr().err) == warned
 
 
-@pytest.mark.parametrize("argv", [["RUN"], ["--config", "RUN"], ["--genome", "RUN"]])
+@pytest.mark.parametrize("argv", [["RUN"], ["--config", "RUN"], ["--genome", "RUN"], ["--genome=RUN"]])
 def test_evaluate_of_a_run_scores_its_winner_with_its_own_model_and_tasks(
     argv: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

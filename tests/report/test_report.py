@@ -6,13 +6,16 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.records.result import ModelFacts, Row, RunResult, Score, SearchFacts, TaskFacts
 from moe_evo.report.figure import kept_figure, search_figure
+from moe_evo.report.sections import _cell, _unit
 from moe_evo.report.table import expert_weights, experts_label, final_table, kept_picture
+from moe_evo.tasks.kinds import KINDS, Kind
 
 PRUNING = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
 MERGED = Genome((LayerGenome([[1, 0.5, 0, 0], [0, 0, -2, 0]], np.eye(2, 4), 1), PRUNING.layers[1]))
@@ -74,3 +77,22 @@ def test_figures_are_drawn_for_prunings_merges_failures_and_random(tmp_path: Pat
     kept_figure(tmp_path / "c.png", PRUNING)
     for name in "abc":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_metric_of_a_plug_in_has_an_interval_where_it_is_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS._registered, "own", Kind({"loss": "in nats"}, lambda *_: None, "some:Scorer"))
+    score = Score(0.5, 0.4, 0.6, metrics={"t/loss": 0.4, "t/right": 0.4})
+    row = Row("full", "full model", 0, 0, "full", (), "", True, (8,), (2,), ((0,),), {"test": score})
+    told = {}
+    for kind in ("own", "not installed"):
+        task = TaskFacts("t", kind, "loss", "", {"test": 50})
+        for metric in ("loss", "right"):
+            cell = _cell(row, "test", f"t/{metric}", metric, task, alone=False)
+            assert cell is not None and cell[0] == 0.4
+            told[kind, metric] = (_unit(task, metric), cell[1] is not None)
+    assert told == {
+        ("own", "loss"): ("in nats", False),
+        ("own", "right"): ("", True),
+        ("not installed", "loss"): ("", False),
+        ("not installed", "right"): ("", False),
+    }

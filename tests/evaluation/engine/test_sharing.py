@@ -228,5 +228,5 @@ def test_a_package_newer_than_the_tested_one_is_told_when_a_pool_opens(
 ) -> None:
     monkeypatch.setattr(versions, "tested_versions", lambda: {"locked": {"torch": "2.0.1", "numpy": "99.0"}})
     assert messages_of(texts) == [
-        f"newer than tested: torch {torch.__version__} (tested: 2.0.1); if something breaks, {versions.ADVICE}"
+        f"newer than tested: torch {versions.installed_version('torch')} (tested: 2.0.1); if something breaks, {versions.ADVICE}"
     ]
