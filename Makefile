@@ -2,29 +2,33 @@
 #   PYTHON=python3.12 make demo       another interpreter
 #   TORCH="torch==2.12.0" make demo   another torch than the locked one; TORCH="torch" takes the newest
 
-PYTHON ?= python3
+PYTHON ?=
 TORCH ?=
+INTERPRETER = $(or $(PYTHON),python3)
 BIN := .venv/bin
 BENCHMARKS := $(filter-out benchmarks/figures.py benchmarks/baselines.py benchmarks/models.py benchmarks/shots.py, $(wildcard benchmarks/*.py))
 # the suites that would notice a change in a library
 CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench lock test-oldest test-newest clean
+.PHONY: demo test lint bench lock test-oldest test-newest clean FORCE
 
 # torch as TORCH asks for it, in place of the locked one (in sed, & is what stands there)
 WITH_TORCH = sed 's|^torch==.*|$(or $(TORCH),&)|'
 
 # What a search needs, in the versions of constraints.txt. Python compiles what it imports: pip would compile all of it,
-# more than half of its work.
-.venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
-	  { echo "make: $(PYTHON) is not Python 3.11 to 3.14; set PYTHON to one that is"; exit 2; }
+# more than half of its work. Another PYTHON or TORCH than before makes the environment anew; none takes what is there.
+.venv/ready: pyproject.toml constraints.txt $(if $(PYTHON)$(TORCH),.venv-asked)
+	@$(INTERPRETER) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  { echo "make: $(INTERPRETER) is not Python 3.11 to 3.14; set PYTHON to one that is"; exit 2; }
 	@echo "installing into .venv (a minute or two)"
-	$(PYTHON) -m venv .venv
+	$(INTERPRETER) -m venv --clear .venv
 	$(WITH_TORCH) constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -qq --no-compile --constraint .venv/constraints.txt --editable .
 	@touch $@
+
+.venv-asked: FORCE
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' > $@
 
 # The same environment with DeepSpeed and the tools of tests and linters.
 .venv/dev: .venv/ready
@@ -45,7 +49,11 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready
+.venv/bench: .venv/dev
+	$(BIN)/pip install -qq --no-compile --constraint .venv/constraints.txt --editable ".[dev,lm_eval]"
+	@touch $@
+
+bench: .venv/bench
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # --- versions: uv only resolves, pip installs ---
@@ -58,7 +66,7 @@ RESOLVE = .venv-lock/bin/uv pip compile pyproject.toml --quiet --upgrade --unive
 LEFT_TO_TORCH := sed -E '/^(nvidia-|cuda-|triton==|setuptools==)/d'
 
 .venv-lock/ready: Makefile
-	$(PYTHON) -m venv .venv-lock
+	$(INTERPRETER) -m venv .venv-lock
 	.venv-lock/bin/pip install -qq uv==$(UV_VERSION) packaging
 	@touch $@
 
@@ -77,7 +85,7 @@ lock: .venv-lock/newest.txt
 test-oldest: .venv-lock/ready
 	$(RESOLVE) --no-config --extra dev --resolution lowest-direct --output-file .venv-lock/resolved.txt
 	$(LEFT_TO_TORCH) .venv-lock/resolved.txt | $(WITH_TORCH) > .venv-lock/oldest.txt
-	$(PYTHON) -m venv .venv-oldest
+	$(INTERPRETER) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -qq --no-compile --constraint .venv-lock/oldest.txt --editable ".[dev]"
 	.venv-oldest/bin/python -m pytest -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning' $(CONTRACTS)
 
@@ -90,9 +98,10 @@ test-newest: .venv-lock/newest.txt
 .PHONY: test-asked
 test-asked:
 	-diff constraints.txt .venv-lock/asked.txt
-	$(PYTHON) -m venv .venv-newest
+	$(INTERPRETER) -m venv .venv-newest
 	.venv-newest/bin/pip install -qq --no-compile --constraint .venv-lock/asked.txt --editable ".[dev]"
 	.venv-newest/bin/python -m pytest $(CONTRACTS)
 
+# runs/ stays: it holds searches
 clean:
-	rm -rf .venv .venv-* runs build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

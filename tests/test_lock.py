@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 RUN_MAKE_LOCK = "run `make lock`"
+EDIT_README = "edit the first section of README.md"
 DIRECT = direct_dependencies(development=True)
 
 
@@ -54,7 +55,7 @@ def test_the_readme_names_the_tested_versions() -> None:
     first_section = (ROOT / "README.md").read_text().split("\n## ")[1]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pythons = [one.rpartition(" ")[2] for one in project["classifiers"] if re.search(r"Python :: 3\.\d+$", one)]
-    assert f"Python {pythons[0]} to {pythons[-1]}" in first_section
+    assert f"Python {pythons[0]} to {pythons[-1]}" in first_section, EDIT_README
     for name in ("torch", "transformers"):
-        assert f"{name} {known_versions()['locked'][name]}" in first_section
-        assert f"{name} {known_versions()['oldest'][name]}" in first_section
+        assert f"{name} {known_versions()['locked'][name]}" in first_section, EDIT_README
+        assert f"{name} {known_versions()['oldest'][name]}" in first_section, EDIT_README

@@ -16,7 +16,7 @@ from gpu_sections.record import Record
 from gpu_sections.running import applied_logits, engine_of, engine_run
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.engine.sharing import sharing_for
-from moe_evo.models.agreement import TOLERANCES, relative_difference
+from moe_evo.models.agreement import TOLERANCES, disagreement, relative_difference
 from moe_evo.models.layer import LayerPlan
 from moe_evo.models.self_check import self_check
 from moe_evo.models.view import MoEModel
@@ -121,6 +121,7 @@ def _halves(model: MoEModel, prefix_tokens: int) -> dict[str, Any]:
         "masked_against_stock": relative_difference(masked, stock),
         **_of_tokens(found[0], masked),
         "allowed": TOLERANCES[model.dtype],
+        "differs": disagreement(found[0], masked, model.dtype),
     }
 
 

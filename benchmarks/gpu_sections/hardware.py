@@ -107,7 +107,11 @@ def _grouped_mm(bench: Bench, name: str, tokens: int) -> dict[str, Any]:
 
 
 def attention(bench: Bench, record: Record) -> None:
-    """Kernels of attention with an additive mask: what the first call with a new shape costs, and later ones."""
+    """Kernels of attention with an additive mask: what the first call with a new shape costs, and later ones.
+
+    torch chooses as it does in an evaluation, without cuDNN.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not bench.on_gpu:
         for name in ("cuDNN", "flash", "efficient"):
             record.skip(name, "only a GPU has it")

@@ -131,6 +131,14 @@ def table(results: dict[Cell, dict[str, float]]) -> str:
                 cells.append(f"{np.mean(values):.3f}{spread}")
             lines.append(f"| {task} | " + " | ".join(cells) + " |")
         lines += ["| **mean** | " + " | ".join(f"**{np.mean(means[method]):.3f}**" for method in METHODS) + " |", ""]
+        gains = np.subtract(means["best"], means["random_search"])
+        if len(gains) > 1:
+            error = np.std(gains, ddof=1) / np.sqrt(len(gains))
+            lines += [
+                "EEP prune + merge less random, best of N: "
+                f"{np.mean(gains):+.3f} ± {error:.3f} (standard error over tasks).",
+                "",
+            ]
     return "\n".join(lines)
 
 

@@ -44,14 +44,12 @@ def test_every_section_of_the_small_form_has_its_figures(small: tuple[dict[str, 
     assert list(points) == [
         "ceilings", "correctness", "scoring", "attention", "decode", "merging", "out_of_memory", "baselines",
     ]  # fmt: skip
-    assert (
-        points["correctness"] >= 16
-    )  # all points of three models, but those of shared prefixes where attention takes none
+    assert points["correctness"] == 4 * 6
     assert points["scoring"] == 2 * (2 * 5 + 3)
     assert points["baselines"] == 2 * 5
     assert min(points.values()) >= 1
     failed = {point: error for section in sections.values() for point, error in section.get("failed", {}).items()}
-    assert all("shared prefix" in point for point in failed), failed
+    assert failed == {}
 
 
 def test_what_only_a_gpu_has_is_left_out_with_the_reason(small: tuple[dict[str, Any], str]) -> None:
@@ -103,6 +101,32 @@ def test_a_point_that_fails_is_written_down_and_the_others_go_on(monkeypatch: py
     assert found["failed"]["wrong"]["message"] == "CUDA error: an illegal memory access"
     assert "fail" in found["failed"]["wrong"]["traceback"][-4]
     assert list(found["skipped"]) == ["long"] and len(saved) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("", 0),
+        ("record.fail(RuntimeError('gone'))", 1),
+        ("record.attempt('halves', lambda: 1 / 0)", 1),
+        ("record.attempt('halves', lambda: {'differs': 'logits differ by 0.5'})", 1),
+        ("record.attempt('halves', lambda: {'differs': ''})", 0),
+    ],
+)
+def test_scores_that_are_not_right_are_in_the_exit_code(change: str, expected: int) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, "benchmarks")
+import gpu
+
+def correctness(bench, record):
+    {change or "pass"}
+
+gpu.SECTIONS = {{"correctness": (correctness, 1.0)}}
+sys.exit(gpu.main(["--small", "--minutes", "1", "--sections", "correctness"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == expected, done.stderr[-3000:]
 
 
 def test_a_section_that_does_not_end_is_ended_and_the_next_one_runs() -> None:

@@ -79,6 +79,7 @@ def test_the_quality_table_has_means_spreads_and_a_block_for_each_number_of_expe
     assert text.index("**4 of 8 experts kept**") < text.index("**2 of 8 experts kept**")
     assert text.count("| nli | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.650 ± 0.071 |") == 2
     assert "| **mean** | **0.500** " in text
+    assert text.count("EEP prune + merge less random, best of N: +0.150 ± 0.000 (standard error over tasks).") == 2
 
 
 def test_the_quality_table_is_written_between_its_marks(tmp_path: Path) -> None:
