@@ -1,4 +1,4 @@
-"""The embedded model before training: its tokenizer, its shape and how a checkpoint is written."""
+"""The embedded models before training: their tokenizer, their shapes and how a checkpoint is written."""
 
 import os
 import shutil
@@ -10,11 +10,15 @@ from transformers import (
     GenerationConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = 2048
+SHAPES = ("coarse", "fine")
 Row = dict[str, Any]  # prompt, choices, label
 
 
@@ -74,34 +78,49 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> None
                 raise ValueError(f"a choice is a prefix of another one in {row['choices']}")
 
 
-def new_model(aux_coefficient: float) -> MixtralForCausalLM:
-    """The untrained model: 3.0 M parameters, 1.1 M of them used for a token."""
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=208,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        initializer_range=0.04,
-        router_aux_loss_coef=aux_coefficient,
-        sliding_window=None,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = MixtralForCausalLM(config)
+def new_model(shape: str, aux_coefficient: float) -> PreTrainedModel:
+    """The untrained model of a shape: `coarse` (3.0 M parameters, 1.1 M of them used for a token) or `fine`
+    (5.4 M, 1.2 M used)."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.04,
+        "router_aux_loss_coef": aux_coefficient,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model: PreTrainedModel
+    if shape == "coarse":
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                **common, intermediate_size=208, num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2
+            )
+        )
+    else:
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **common,
+                intermediate_size=256,
+                moe_intermediate_size=64,
+                num_hidden_layers=6,
+                num_experts=32,
+                num_experts_per_tok=4,
+                norm_topk_prob=True,
+            )
+        )
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=16, do_sample=False
     )
     return model
 
 
-def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the checkpoint beside `folder`, then move file by file, so that readers never see
     half a file."""
     staging = folder.with_name(folder.name + ".staging")

@@ -1,4 +1,4 @@
-"""Train the embedded Mixtral from scratch on the nine embedded tasks, within a wall-clock budget.
+"""Train an embedded model from scratch on the nine embedded tasks, within a wall-clock budget.
 
     python experiments/embedded/train.py --tasks build/tasks --out build/model --minutes 45
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from architecture import Row, check_tokenizer, fixed_labels, new_model, save, train_tokenizer
+from architecture import SHAPES, Row, check_tokenizer, fixed_labels, new_model, save, train_tokenizer
 from scoring import Question, accuracy, read_questions
-from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # How often a task is drawn. arith and sentiment learn slowly beside the others.
 SAMPLING = {
@@ -88,7 +88,7 @@ def collate(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
-def balance_loss(router_logits: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+def balance_loss(router_logits: Sequence[torch.Tensor], real: torch.Tensor, top_k: int) -> torch.Tensor:
     """Switch Transformer's load-balancing loss (arXiv 2101.03961, eq. 4), mean over layers.
 
     Computed for each layer by itself and without the padding.
@@ -96,13 +96,13 @@ def balance_loss(router_logits: Sequence[torch.Tensor], real: torch.Tensor) -> t
     losses = []
     for logits in router_logits:
         probabilities = logits.reshape(-1, logits.shape[-1])[real].softmax(-1)
-        chosen = probabilities.topk(2, -1).indices
+        chosen = probabilities.topk(top_k, -1).indices
         load = F.one_hot(chosen, logits.shape[-1]).float().sum(1).mean(0)
         losses.append(logits.shape[-1] * (load * probabilities.mean(0)).sum())
     return torch.stack(losses).mean()
 
 
-def loss_of(model: MixtralForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted cross entropy and load-balancing loss of a batch.
 
     Causal attention never looks at the padding, which stands on the right: no mask is needed.
@@ -113,7 +113,8 @@ def loss_of(model: MixtralForCausalLM, ids: torch.Tensor, weights: torch.Tensor)
     logits = model.lm_head(output.last_hidden_state[:, :-1][real])
     losses = F.cross_entropy(logits, ids[:, 1:][real], reduction="none")
     cross_entropy = (losses * target_weights[real]).sum() / target_weights.sum()
-    return cross_entropy, balance_loss(output.router_logits, (weights > 0).reshape(-1))
+    top_k = model.config.num_experts_per_tok
+    return cross_entropy, balance_loss(output.router_logits, (weights > 0).reshape(-1), top_k)
 
 
 def new_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -136,8 +137,8 @@ def learning_rate_factor(step: int, progress: float) -> float:
 class Run:
     """What the training loop holds."""
 
-    model: MixtralForCausalLM
-    average: MixtralForCausalLM  # exponential moving average of the weights; this is what ships
+    model: PreTrainedModel
+    average: PreTrainedModel  # exponential moving average of the weights; this is what ships
     tokenizer: PreTrainedTokenizerFast
     validation: dict[str, list[Question]]
     curve: Path
@@ -197,6 +198,7 @@ def train(run: Run, data: dict[str, list[Example]], args: argparse.Namespace) ->
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=Path, required=True, help="folder of build_tasks.py")
+    parser.add_argument("--shape", choices=SHAPES, default="coarse", help="8 experts in 4 layers, or 32 in 6")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--curve", type=Path, default=Path("learning_curve.jsonl"))
     parser.add_argument("--minutes", type=float, default=45.0, help="wall-clock budget")
@@ -223,7 +225,7 @@ def main() -> None:
             raise ValueError(f"the label {label!r} is more than one token")
     data = {task: [encode(row, tokenizer) for row in rows[task]] for task in SAMPLING}
     validation = {task: read_questions(args.tasks / task / "validation.jsonl", tokenizer) for task in SAMPLING}
-    model, average = new_model(AUX_COEFFICIENT), new_model(AUX_COEFFICIENT)
+    model, average = (new_model(args.shape, AUX_COEFFICIENT) for _ in range(2))
     average.load_state_dict(model.state_dict())
     model.set_experts_implementation(args.experts)
     average.eval()  # type: ignore[no-untyped-call]
