@@ -90,12 +90,36 @@ EEP_RELEASE = EEPConfig(
 
 
 @dataclass(frozen=True)
+class SurrogateConfig:
+    """Search by a Gaussian process that learns from every evaluation which experts, and pairs of them, matter.
+
+    Args:
+        num_initial: Prunings that are scored before the first is proposed; at most half of the budget.
+        batch: Candidates between two fits. Each fit knows all that was scored before the batch.
+        pool: Prunings among which each candidate is chosen.
+        priors: One-shot criteria (moe-evo criteria lists them; or package.module:name) whose opinions of the
+            experts the process knows from the beginning; how far each is right is learned.
+    """
+
+    num_initial: int = 30
+    batch: int = 10
+    pool: int = 600
+    priors: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for option in ("num_initial", "batch"):
+            require(getattr(self, option) >= 1, f"search.surrogate.{option}", getattr(self, option), "at least 1")
+        require(self.pool >= 20, "search.surrogate.pool", self.pool, "at least 20")
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """What is searched, by which algorithm, for how long.
 
     Args:
-        algorithm: 'eep'; 'eep_release', the same with the published parameters; 'random'; or the search of another
-            package, by its name or as package.module:name.
+        algorithm: 'eep'; 'eep_release', the same with the published parameters; 'surrogate', which learns from every
+            evaluation and only prunes; 'random'; or the search of another package, by its name or as
+            package.module:name.
         num_kept: Experts kept in every MoE layer, or a list with one number a layer.
         top_k: Experts active a token; default: the model's.
         num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
@@ -103,8 +127,9 @@ class SearchConfig:
         evaluations: Budget.
         seed: Candidate n depends on this seed, n and earlier outcomes, and on nothing else.
         eep: Parameters of 'eep'.
+        surrogate: Parameters of 'surrogate'.
         warm_start: Folder of a finished run of the same model that kept more experts: half of the initial
-            prunings keep only experts that one of its ten best prunings keeps ('eep' only).
+            prunings keep only experts that one of its ten best prunings keeps (not for 'random').
         init: What the initial candidates are: 'random', or one-shot methods (moe-evo criteria lists them; or
             package.module:name), each as it is and with some experts swapped. One name, a list for equal shares, or
             shares as in {random: 2, reap: 1}.
@@ -118,6 +143,7 @@ class SearchConfig:
     evaluations: int = 402
     seed: int = 0
     eep: EEPConfig = field(default_factory=EEPConfig)
+    surrogate: SurrogateConfig = field(default_factory=SurrogateConfig)
     warm_start: str | None = None
     init: list[str] | dict[str, float] = field(default_factory=lambda: [RANDOM])
 
@@ -131,6 +157,10 @@ class SearchConfig:
         require(
             self.algorithm == "eep" or self.eep == EEPConfig(), "search.eep", "changed values",
             f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'eep' to change them",
+        )  # fmt: skip
+        require(
+            self.algorithm == "surrogate" or self.surrogate == SurrogateConfig(), "search.surrogate", "changed values",
+            f"none, as search.algorithm is {self.algorithm!r}; use algorithm 'surrogate' to change them",
         )  # fmt: skip
         require(
             self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
@@ -150,6 +180,11 @@ class SearchConfig:
     def init_shares(self) -> dict[str, float]:
         """Shares of the initial candidates by origin; their sum need not be 1."""
         return dict(self.init) if isinstance(self.init, dict) else dict.fromkeys(self.init, 1.0)
+
+    @property
+    def priors(self) -> list[str]:
+        """The one-shot criteria whose scores of the experts the search begins with."""
+        return self.surrogate.priors
 
     @property
     def init_methods(self) -> list[str]:

@@ -183,6 +183,17 @@ METHODS: Registry[Method] = Registry(
 """All that make a genome without a search: criteria, merges and others, also those of other packages."""
 
 
+def criteria_of(option: str, names: Iterable[str]) -> dict[str, Criterion]:
+    """Those of the methods, by name; raises ConfigError where one does not score experts one by one."""
+    found = {}
+    for name in names:
+        method = METHODS.get(name, option)
+        if not isinstance(method, Criterion):
+            raise ConfigError(f"{option}: got {name!r}, expected one that scores every expert ({', '.join(CRITERIA)})")
+        found[name] = method
+    return found
+
+
 def check_methods(
     option: str,
     names: Iterable[str],

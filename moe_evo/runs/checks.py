@@ -161,7 +161,7 @@ def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem,
 def method_problems(config: RunConfig, space: SearchSpace | None) -> tuple[Problem, ...]:
     """Why the run cannot use the search or the one-shot methods that it names; space: None where it is not known."""
     from moe_evo.criteria.merges import Merge
-    from moe_evo.criteria.registry import METHODS, check_methods
+    from moe_evo.criteria.registry import METHODS, check_methods, criteria_of
 
     problems = Problems()
     with problems.noted():
@@ -170,15 +170,21 @@ def method_problems(config: RunConfig, space: SearchSpace | None) -> tuple[Probl
         check_methods("selection.baselines", config.selection.baselines, space)
     with problems.noted():
         check_methods("search.init", config.search.init_methods, space, also=[RANDOM])
-    if space is not None and any(len(numbers) > 1 for numbers in space.layer_groups):
-        for name in config.search.init_methods:
-            if name in METHODS and isinstance(METHODS[name], Merge):
-                problems.add(
-                    ConfigError(
-                        f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes "
-                        "layers share theirs; use a method that prunes, or leave num_layer_groups out"
-                    )
+    with problems.noted():
+        check_methods("search.surrogate.priors", criteria_of("search.surrogate.priors", config.search.priors), space)
+    merges = [name for name in config.search.init_methods if name in METHODS and isinstance(METHODS[name], Merge)]
+    if merges and config.search.algorithm == "surrogate":
+        problems.add(
+            ConfigError(f"search.init: {merges[0]} merges, but surrogate only prunes; use a method that prunes")
+        )
+    elif space is not None and any(len(numbers) > 1 for numbers in space.layer_groups):
+        for name in merges:
+            problems.add(
+                ConfigError(
+                    f"search.init: {name} gives each layer experts of its own, but search.num_layer_groups makes "
+                    "layers share theirs; use a method that prunes, or leave num_layer_groups out"
                 )
+            )
     return problems.found
 
 

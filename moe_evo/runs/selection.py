@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe_evo.config.run import RunConfig
 from moe_evo.criteria.observer import Observer
-from moe_evo.criteria.registry import METHODS
+from moe_evo.criteria.registry import METHODS, criteria_of
 from moe_evo.errors import ModelError, RunError
 from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.genome import Genome
@@ -59,7 +59,9 @@ def run_search(
     genomes = {name: references[name].genome for name in seeds if name in references}
     for name, genome in genomes.items():
         assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
-    search = build_search(space, config.search, wider, genomes)
+    criteria = criteria_of("search.surrogate.priors", config.search.priors if space.can_prune else [])
+    priors = {name: one.scores(observer) for name, one in criteria.items()}
+    search = build_search(space, config.search, wider, genomes, priors)
     population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
     contenders = [
         Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from moe_evo.config.search import EEP_RELEASE, RANDOM, EEPConfig, SearchConfig
+from moe_evo.config.search import EEP_RELEASE, EEPConfig, SearchConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import (
     gaussian_mutation,
     layer_crossover,
-    narrowed,
     normalise_rows,
     parent_pool,
     random_pruning,
@@ -28,6 +28,7 @@ from moe_evo.genomes.operators import (
 from moe_evo.genomes.population import Candidate, Individual, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import Archive, Phase
+from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.enumeration import num_prunings, unseen_pruning
 
 _TRIES = 16
@@ -46,13 +47,6 @@ def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
         return min(eep.num_initial, num_pruning), num_pruning
     num_pruning = max(evaluations // 2, 1)
     return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is for evolution
-
-
-def origins(shares: Mapping[str, float], num_initial: int) -> list[str]:
-    """The source of each initial candidate: methods in their order by their shares, then 'random'."""
-    names = sorted(shares, key=lambda name: name == RANDOM)  # stable: only 'random' moves
-    ends = np.round(np.cumsum([shares[name] for name in names]) / sum(shares.values()) * num_initial).astype(int)
-    return [name for name, number in zip(names, np.diff(ends, prepend=0), strict=True) for _ in range(number)]
 
 
 class EEPSearch:
@@ -75,9 +69,7 @@ class EEPSearch:
         self.eep = eep_config(config)
         self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
         self._seed = config.seed
-        self._wider = tuple(wider)
-        self._seeds = dict(seeds)
-        self._origins = origins(config.init_shares, self.num_initial)
+        self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
         self._num_prunings = num_prunings(space)
         self._archive = Archive()
 
@@ -138,12 +130,11 @@ class EEPSearch:
         eep, merges = self.eep, self.phase == "merging"
         parents = (self.population if merges else self.population.prunings).complete
         initial = number < self.num_initial and not self._all_pruned
-        if initial and self.space.can_prune and self._origins[number] in self._seeds:
-            return self._seeded(number, self._origins[number], rng)
+        if initial:
+            given = self._beginning.candidate(number, self._archive, rng, partial(self._seed_mutant, rng=rng))
+            if given is not None:
+                return given
         # There are no parents yet where candidates are asked ahead of outcomes, or where all failed.
-        if initial and self._wider and number % 2 == 0 and self.space.can_prune:
-            parent = self._wider[number // 2 % len(self._wider)]
-            return Candidate(number, narrowed(parent, self.space, rng), "narrowed")
         if initial or len(parents) < min(eep.mutation_parents, self.num_initial):
             return self._immigrant(number, rng)
         crosses = rng.random() < eep.crossover_rate and (merges or eep.pruning_crossover)
@@ -156,13 +147,8 @@ class EEPSearch:
         pool = parent_pool(parents, eep.mutation_margin, eep.mutation_parents, eep.margin_unit)
         return self._mutant(number, pool, rng)
 
-    def _seeded(self, number: int, method: str, rng: np.random.Generator) -> Candidate:
-        """A method's own genome, or a mutant of it if that genome was asked before."""
-        genome = self._seeds[method]
-        if genome not in self._archive:
-            return Candidate(number, genome, method)
-        mutant = self._swapped(genome, rng, 0) if genome.is_pruning else self._shifted(genome, rng, 0)
-        return Candidate(number, mutant, f"{method}_mutation", (self._archive.number_of(genome),))
+    def _seed_mutant(self, genome: Genome, rng: np.random.Generator) -> Genome:
+        return self._swapped(genome, rng, 0) if genome.is_pruning else self._shifted(genome, rng, 0)
 
     def _child_of_anybody(self, number: int, rng: np.random.Generator) -> Candidate:
         parents = self.population if self.phase == "merging" else self.population.prunings

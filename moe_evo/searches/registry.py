@@ -7,6 +7,9 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from moe_evo.config.search import RANDOM, SearchConfig
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.genome import Genome
@@ -15,9 +18,10 @@ from moe_evo.plugins import Registry, lacking
 from moe_evo.searches.base import Phase, Search
 from moe_evo.searches.eep import EEPSearch
 from moe_evo.searches.random_search import RandomSearch
+from moe_evo.searches.surrogate import SurrogateSearch
 
 SearchMaker = Callable[..., Search]
-"""A class or function that makes a `Search` from (space, config), and from `wider` and `seeds` if it takes them."""
+"""A class or function that makes a `Search` from (space, config), and from what else of `build_search` it takes."""
 
 _OPTION = "search.algorithm"
 _MEMBERS = ("population", "phase", "ask", "tell", "restore")
@@ -38,6 +42,7 @@ SEARCHES: Registry[SearchMaker] = Registry(
         "eep": EEPSearch,
         "eep_release": EEPSearch,
         "random": RandomSearch,
+        "surrogate": SurrogateSearch,
     },
     _problem,
 )
@@ -68,20 +73,22 @@ def build_search(
     config: SearchConfig,
     wider: Sequence[Genome] = (),
     seeds: Mapping[str, Genome] = MappingProxyType({}),
+    priors: Mapping[str, Sequence[npt.NDArray[np.float64]]] = MappingProxyType({}),
 ) -> Search:
     """The search that `config.algorithm` names.
 
     wider: good prunings that keep more experts than `space`, for a search that can begin from them. seeds: the
-    genomes of `config.init_methods`, by name. A search that takes no such argument does not get it.
+    genomes of `config.init_methods`, by name. priors: scores of every expert, (E,) a MoE layer, by one-shot criterion.
+    A search that takes no such argument does not get it.
     """
-    offered = {"wider": wider, "seeds": seeds}
-    taken = {name: genomes for name, genomes in offered.items() if begins_from(config.algorithm, name)}
+    offered = {"wider": wider, "seeds": seeds, "priors": priors}
+    taken = {name: given for name, given in offered.items() if begins_from(config.algorithm, name)}
     return SEARCHES.get(config.algorithm, _OPTION)(space, config, **taken)
 
 
-def begins_from(algorithm: str, genomes: str) -> bool:
-    """Whether a search takes the argument `genomes` of `build_search`: 'wider' or 'seeds'."""
-    return genomes in signature(SEARCHES[algorithm]).parameters
+def begins_from(algorithm: str, given: str) -> bool:
+    """Whether a search takes the argument `given` of `build_search`: 'wider', 'seeds' or 'priors'."""
+    return given in signature(SEARCHES[algorithm]).parameters
 
 
 def planned_phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:

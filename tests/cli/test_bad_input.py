@@ -167,7 +167,7 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "element of a list": (
         lambda _: ["sweep", "--sweep.algorithms", "eep,foo"],
-        "sweep.algorithms: got 'foo', expected one of eep, eep_release, random",
+        "sweep.algorithms: got 'foo', expected one of eep, eep_release, random, surrogate",
     ),
     "neither number nor word": (
         lambda _: ["search", "--cluster.num_gangs", "many"],
@@ -185,6 +185,26 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "options beside a preset": (
         lambda _: ["search", "--search.algorithm", "eep_release", "--search.eep.sigma", "0.5"],
         "use algorithm 'eep' to change them",
+    ),
+    "options of another search": (
+        lambda _: ["search", "--search.surrogate.batch", "5"],
+        "use algorithm 'surrogate' to change them",
+    ),
+    "a prior that scores no experts": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.surrogate.priors", "[m_smoe]"],
+        "search.surrogate.priors: got 'm_smoe', expected one that scores every expert (frequency, ",
+    ),
+    "an unknown prior": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.surrogate.priors", "[reep]"],
+        "search.surrogate.priors: got 'reep'",
+    ),
+    "no candidates in a batch": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.surrogate.batch", "0"],
+        "search.surrogate.batch: got 0",
+    ),
+    "a search that only prunes from a merge": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.init", "m_smoe"],
+        "search.init: m_smoe merges, but surrogate only prunes",
     ),
     "K above E": (lambda _: ["search", "--search.num_kept", "9"], "search.num_kept: got 9, MoE layer 0 has 8"),
     "K below top_k": (lambda _: ["search", "--search.num_kept", "1"], "set search.top_k to 1"),

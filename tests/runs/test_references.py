@@ -16,7 +16,7 @@ from moe_evo.commands.search import search as search_command
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
-from moe_evo.config.search import EEPConfig, SearchConfig
+from moe_evo.config.search import EEPConfig, SearchConfig, SurrogateConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.criteria.observation_file import load_observations
 from moe_evo.criteria.registry import METHODS
@@ -27,8 +27,8 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
-from moe_evo.runs import open_pool
-from moe_evo.searches.eep import origins
+from moe_evo.runs import open_pool, selection
+from moe_evo.searches.beginning import origins
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -186,3 +186,23 @@ def test_a_journal_tells_which_method_made_what(asked: list[str], tmp_path: Path
     folder = run(tmp_path / "run")
     with Journal(folder.path / "journal.sqlite", read_only=True) as journal:
         assert [one.operator for one in journal.candidates(REFERENCE)] == ["full", "reap", "frequency", "aimer"]
+
+
+def test_what_criteria_think_of_experts_is_known_to_a_search_that_learns(
+    asked: list[str], evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    made = selection.build_search
+    monkeypatch.setattr(selection, "build_search", lambda *given: (told.append(given[-1]), made(*given))[1])
+    surrogate = SurrogateConfig(num_initial=8, priors=["reap", "aimer"])
+    changed = replace(CONFIG.search, algorithm="surrogate", surrogate=surrogate, eep=EEPConfig())
+    folder = run(tmp_path / "run", replace(CONFIG, search=changed))
+    assert asked == ["Routed syll", "Routed nli", "Weights "]
+    observer = observer_of(evaluator)
+    for name, scores in told[0].items():
+        np.testing.assert_allclose(scores, METHODS[name].scores(observer), rtol=1e-5)
+    assert list(told[0]) == ["reap", "aimer"]
+    found = candidates(folder, MAIN)
+    assert [one.operator for one in found][:4] == ["reap"] + ["reap_mutation"] * 2 + ["aimer"]
+    assert not {one.operator for one in found[8:]} <= {"random_pruning"}
+    assert [row.title for row in folder.read_result().rows][-1] == "surrogate"

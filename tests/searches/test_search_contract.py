@@ -20,7 +20,7 @@ class TestSearches(SearchContract):
 
     def test_operators_tell_how_many_parents_there_are(self, algorithm: str, space: SearchSpace) -> None:
         for candidate in candidates_of(self.search(algorithm, space)):
-            assert len(candidate.parents) == {"identity": 0, "random_pruning": 0}.get(
+            assert len(candidate.parents) == {"identity": 0, "random_pruning": 0, "most_worth": 0}.get(
                 candidate.operator, 2 if "crossover" in candidate.operator else 1
             )
 

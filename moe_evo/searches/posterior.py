@@ -1,0 +1,168 @@
+"""A Gaussian process over the score of a pruning: what the evaluations so far tell of all prunings.
+
+The covariance of two prunings is a_0 + a_1 s + a_2 s^2 + sum_c b_c u_c u'_c. s is the inner product of their centred
+masks: 1 for equal prunings, 0 on the average. So the second term is a weight for every expert and the third one for
+every pair of experts. u_c is what a one-shot criterion c thinks of a pruning. A score has noise of variance v divided
+by its share of the examples. Scores are centred and scaled before; a_0 is what is not known of their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize
+
+from moe_evo.searches.masks import Masks, MaskSpace, Numbers
+
+_MEAN_VARIANCE = 1.0  # a_0
+_SMALLEST, _LARGEST = 1e-4, 20.0  # of the weights that are fitted
+_STARTS = (1.0, 0.5, 0.3, 0.3)  # a_1, a_2, every b_c, v
+_STEPS = 30
+_JITTER = 1e-8
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the covariance needs of P prunings.
+
+    bits: (P, D) 0 or 1, whose products are counts that float32 holds exactly. opinions: (P, C). centre: (D,) the mean
+    of the bits over all prunings. scale: of the products of centred bits.
+    """
+
+    bits: npt.NDArray[np.float32]
+    opinions: Numbers
+    centre: Numbers
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def inner(self, other: Features) -> Numbers:
+        """s, (P, Q)."""
+        counts = (self.bits @ other.bits.T).astype(np.float64)
+        # every pruning shares as many experts with the mean as the mean with itself
+        inner: Numbers = (counts - self.centre @ self.centre) * self.scale
+        return inner
+
+    def __getitem__(self, rows: slice) -> Features:
+        return replace(self, bits=self.bits[rows], opinions=self.opinions[rows])
+
+
+class FeatureMaker:
+    """Features of a space's prunings. priors: scores (E,) a MoE layer of one-shot criteria; only their order counts."""
+
+    def __init__(self, space: MaskSpace, priors: Sequence[Sequence[Numbers]] = ()) -> None:
+        self._centre = space.shares.ravel()
+        self._scale = 1 / max(float(space.kept.sum() - self._centre @ self._centre), 1e-9)
+        self._opinions = np.zeros((space.exists.size, len(priors)))
+        for column, scores in enumerate(priors):
+            self._opinions[:, column] = _ranked(space, space.by_segment(scores)).ravel()
+
+    def __call__(self, masks: Masks) -> Features:
+        bits = masks.reshape(len(masks), -1).astype(np.float32)
+        return Features(bits, bits @ self._opinions, self._centre, self._scale)
+
+
+def _ranked(space: MaskSpace, scores: Numbers) -> Numbers:
+    """(S, W) ranks of the scores in their segment, scaled so that random prunings vary by about 1."""
+    ranks = np.where(space.exists, scores, np.inf).argsort(axis=1).argsort(axis=1).astype(np.float64)
+    ranks = np.where(space.exists, ranks - (space.sizes[:, None] - 1) / 2, 0.0)
+    variance = (ranks**2 * space.shares * (1 - space.shares)).sum()
+    scaled: Numbers = ranks / np.sqrt(max(float(variance), 1e-12))
+    return scaled
+
+
+def _rest(inner: Numbers, first: Features, second: Features, weights: Numbers) -> Numbers:
+    """(P, Q) of the covariance without what is linear in the experts; weights: a_1, a_2, b_c, ..., v."""
+    total: Numbers = _MEAN_VARIANCE + weights[1] * inner**2
+    total += (first.opinions * weights[2:-1]) @ second.opinions.T
+    return total
+
+
+def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numbers) -> Numbers:
+    """The weights (a_1, a_2, b_c, ..., v) under which the scores (N,) are most probable.
+
+    inner: (N, N). noise: (N,) by which v is multiplied. Draws each weight a little towards 1, so that one of which the
+    scores say nothing stays near it.
+    """
+    terms = [inner, inner**2, *(np.outer(one, one) for one in features.opinions.T), np.diag(noise)]
+    size = len(scores)
+
+    def cost(logs: Numbers) -> tuple[float, Numbers]:
+        weights = np.exp(logs)
+        matrix = _MEAN_VARIANCE + sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        matrix[np.diag_indices(size)] += _JITTER
+        factor = cholesky(matrix, lower=True, check_finite=False)
+        inverse = cho_solve((factor, True), np.eye(size), check_finite=False)
+        solved = inverse @ scores
+        slope = inverse - np.outer(solved, solved)
+        slopes = np.array([(slope * term).sum() for term in terms])
+        value = scores @ solved / 2 + np.log(np.diag(factor)).sum() + 0.01 * logs @ logs
+        return float(value), slopes * weights / 2 + 0.02 * logs
+
+    linear, pairs, opinion, spread = _STARTS
+    start = np.log([linear, pairs, *[opinion] * features.opinions.shape[1], spread])
+    bounds = [(np.log(_SMALLEST), np.log(_LARGEST))] * len(start)
+    found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
+    weights: Numbers = np.exp(found.x)
+    return weights
+
+
+class Posterior:
+    """The scores of prunings, given those (N,) of N known ones.
+
+    inner: (N, N). noise: (N,) by which v is multiplied. weights: of `fit_weights` for `standardised` scores.
+    """
+
+    def __init__(self, inner: Numbers, known: Features, scores: Numbers, noise: Numbers, weights: Numbers) -> None:
+        self._known = known
+        self._weights = weights
+        self._centre, self._scale = centre_and_scale(scores)
+        self._scores = (scores - self._centre) / self._scale
+        rest = _rest(inner, known, known, weights)
+        rest[np.diag_indices_from(rest)] += weights[-1] * noise + _JITTER
+        self._factor = cho_factor(rest + weights[0] * inner, lower=True, check_finite=False)
+        self._of_rest: Numbers = cholesky(rest, lower=True, check_finite=False)
+        self._solved: Numbers = cho_solve(self._factor, self._scores, check_finite=False)
+
+    def mean(self, asked: Features) -> Numbers:
+        """(P,) expected scores."""
+        expected: Numbers = self._centre + self._scale * (self._across(asked, self._known) @ self._solved)
+        return expected
+
+    def moments(self, asked: Features) -> tuple[Numbers, Numbers]:
+        """(P,) expected scores, and a root (P, P) of their covariance: root @ root.T."""
+        across = self._across(asked, self._known)
+        explained = solve_triangular(self._factor[0], across.T, lower=True, check_finite=False)
+        left = self._across(asked, asked) - explained.T @ explained
+        left[np.diag_indices_from(left)] += 1e-6
+        root: Numbers = cholesky(left, lower=True, check_finite=False)
+        return self._centre + self._scale * (across @ self._solved), self._scale * root
+
+    def worths(self, number: int, rng: np.random.Generator) -> Numbers:
+        """(number, D): what each expert adds to the score, drawn given the scores; the unit does not matter.
+
+        A draw from the prior is corrected by how far it is from the known scores (Matheron's rule).
+        """
+        known, weight = self._known, self._weights[0]
+        drawn = np.sqrt(weight) * rng.standard_normal((number, known.bits.shape[1])).astype(np.float32)
+        linear = drawn @ known.bits.T - (drawn @ known.centre)[:, None]
+        imagined = np.sqrt(known.scale) * linear + rng.standard_normal((number, len(known))) @ self._of_rest.T
+        missing = cho_solve(self._factor, (self._scores - imagined).T, check_finite=False).T
+        worths: Numbers = drawn + weight * np.sqrt(known.scale) * (missing @ known.bits)
+        return worths
+
+    def _across(self, first: Features, second: Features) -> Numbers:
+        inner = first.inner(second)
+        across: Numbers = self._weights[0] * inner + _rest(inner, first, second, self._weights)
+        return across
+
+
+def centre_and_scale(scores: Numbers) -> tuple[float, float]:
+    """Mean and standard deviation; 1 in place of a deviation of 0."""
+    spread = float(scores.std())
+    return float(scores.mean()), spread if spread > 1e-12 else 1.0

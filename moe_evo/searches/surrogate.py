@@ -1,0 +1,176 @@
+"""A search that learns from every evaluation: a Gaussian process over prunings proposes what to score next.
+
+Candidates come in batches. Before each, a posterior is fitted to all that was scored (posterior.py) and a pool of
+prunings is made around those with the best expected scores (proposals.py). Each candidate is the best of the pool in a
+draw from the posterior (Thompson sampling), so that what is not known well is tried, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_evo.config.search import SearchConfig
+from moe_evo.genomes.genome import Genome
+from moe_evo.genomes.operators import random_pruning, swap_mutation
+from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.space import SearchSpace
+from moe_evo.searches.base import Archive, Phase
+from moe_evo.searches.beginning import Beginning
+from moe_evo.searches.enumeration import unseen_pruning
+from moe_evo.searches.masks import MaskSpace, Numbers
+from moe_evo.searches.posterior import FeatureMaker, Posterior, centre_and_scale, fit_weights
+from moe_evo.searches.proposals import Pool, proposals
+
+_TRIES = 32
+_FEWEST_KNOWN = 8
+_NUM_ELITES = 15
+_MOST_FITTED = 400  # scores by which the posterior's weights are fitted
+_GROWTH = 1.25  # they are fitted anew when so many times as many scores are known
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch of candidates is drawn from. mean, root: moments of the pool's scores. parents: by number."""
+
+    pool: Pool
+    mean: Numbers
+    root: Numbers
+    parents: Sequence[tuple[int, ...]]
+
+
+class SurrogateSearch:
+    """Finds prunings.
+
+    wider: good prunings that keep more experts; every second initial candidate keeps only experts of one of them.
+    seeds: the genomes of `config.init_methods`, by method, which are among the initial candidates. priors: what
+    one-shot criteria think of every expert, (E,) a MoE layer, by name; how far each is right is learned.
+
+    The batch of candidate n begins with candidate f <= n; n depends on the outcomes of the candidates before f.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        config: SearchConfig,
+        wider: Sequence[Genome] = (),
+        seeds: Mapping[str, Genome] = MappingProxyType({}),
+        priors: Mapping[str, Sequence[npt.NDArray[np.float64]]] = MappingProxyType({}),
+    ) -> None:
+        self.space = space
+        self.options = config.surrogate
+        self.num_initial = num_initial(config)
+        self._seed = config.seed
+        self._masks = MaskSpace(space)
+        self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
+        self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
+        self._archive = Archive()
+        self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
+        self._weights: dict[tuple[int, ...], Numbers] = {}  # by the candidates to which they were fitted
+
+    @staticmethod
+    def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
+        first = num_initial(config)
+        return [
+            Phase("initial prunings", "surrogate", first, only_prunes=True),
+            Phase("proposed prunings", "surrogate", config.evaluations - first, only_prunes=True),
+        ]
+
+    @staticmethod
+    def parameters(config: SearchConfig) -> dict[str, Any]:
+        """The options that a tracker records for this search, beside the config's general ones."""
+        return {"surrogate": asdict(config.surrogate)}
+
+    @property
+    def population(self) -> Population:
+        return self._archive.population
+
+    @property
+    def phase(self) -> str:
+        """'initial' or 'proposed': what the next candidate belongs to."""
+        return "initial" if self._archive.next_number < self.num_initial else "proposed"
+
+    def ask(self, n: int) -> list[Candidate]:
+        return self._archive.ask(n, self._next)
+
+    def tell(self, individuals: Iterable[Individual]) -> None:
+        self._archive.tell(individuals)
+
+    def restore(self, candidates: Sequence[Candidate]) -> None:
+        self._archive.restore(candidates)
+
+    def _next(self) -> Candidate | None:
+        number = self._archive.next_number
+        rng = np.random.default_rng([self._seed, number])
+        proposed = self._proposed(number, rng) if self.phase == "proposed" else None
+        if proposed is not None:
+            return proposed
+        for _ in range(_TRIES):
+            candidate = self._beginning.candidate(number, self._archive, rng, partial(self._mutant, rng=rng))
+            candidate = candidate or Candidate(number, random_pruning(self.space, rng), "random_pruning")
+            if candidate.genome not in self._archive:
+                return candidate
+        genome = unseen_pruning(self.space, self._archive, rng)
+        return None if genome is None else Candidate(number, genome, "random_pruning")
+
+    def _mutant(self, genome: Genome, rng: np.random.Generator) -> Genome:
+        return swap_mutation(genome, self.space, rng, layer_rate=0.25, swap_rate=0.15)
+
+    def _proposed(self, number: int, rng: np.random.Generator) -> Candidate | None:
+        """The best of the pool in a draw from the posterior; None where too little is known, or all was asked."""
+        first = number - (number - self.num_initial) % self.options.batch
+        known = [one for one in self.population.prunings if one.number < first]
+        if len(known) < _FEWEST_KNOWN:
+            return None
+        key = first, len(known)
+        if self._batch is None or self._batch[0] != key:
+            self._batch = key, self._new_batch(first, sorted(known, key=lambda one: one.number))
+        batch = self._batch[1]
+        drawn = batch.mean + batch.root @ rng.standard_normal(len(batch.mean))
+        for place in np.argsort(-drawn, kind="stable"):
+            genome = self._masks.genome(batch.pool.masks[place])
+            if genome not in self._archive:
+                return Candidate(number, genome, batch.pool.operators[place], batch.parents[place])
+        return None
+
+    def _new_batch(self, first: int, known: Sequence[Individual]) -> _Batch:
+        masks = self._masks.masks([one.genome for one in known])
+        features = self._features(masks)
+        inner = features.inner(features)
+        scores = np.array([one.evaluation.fitness for one in known])
+        examples = np.array([max(one.evaluation.num_examples, 1) for one in known])
+        noise = examples.max() / examples
+        posterior = Posterior(inner, features, scores, noise, self._fitted(inner, features, scores, noise, known))
+        elites = np.argsort(-posterior.mean(features), kind="stable")[:_NUM_ELITES]
+        rng = np.random.default_rng([self._seed, first, 1])
+        pool = proposals(self._masks, posterior, masks, elites, self.options.pool, rng)
+        mean, root = posterior.moments(self._features(pool.masks))
+        parents = [tuple(known[place].number for place in places) for places in pool.parents]
+        return _Batch(pool, mean, root, parents)
+
+    def _fitted(
+        self, inner: Numbers, features: Any, scores: Numbers, noise: Numbers, known: Sequence[Individual]
+    ) -> Numbers:
+        """The posterior's weights, found from a part of the scores: the first so many, which seldom changes."""
+        number = _FEWEST_KNOWN
+        while number * _GROWTH <= min(len(scores), _MOST_FITTED):
+            number = int(number * _GROWTH)
+        key = tuple(one.number for one in known[:number])
+        if key not in self._weights:
+            centre, scale = centre_and_scale(scores[:number])
+            part = slice(number)
+            self._weights[key] = fit_weights(
+                inner[part, part], features[part], (scores[part] - centre) / scale, noise[part]
+            )
+        return self._weights[key]
+
+
+def num_initial(config: SearchConfig) -> int:
+    """Candidates before the first proposed one: at most half of the budget."""
+    return min(config.surrogate.num_initial, max(config.evaluations // 2, 1))
