@@ -113,7 +113,7 @@ def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numb
 
 
 class Posterior:
-    """The scores of prunings, given those (N,) of N known ones.
+    """The scores of prunings, given those (N,) of N known ones. of_known: (N,) their expected scores.
 
     inner: (N, N). noise: (N,) by which v is multiplied. weights: of `fit_weights` for `standardised` scores.
     """
@@ -128,11 +128,9 @@ class Posterior:
         self._factor = cho_factor(rest + weights[0] * inner, lower=True, check_finite=False)
         self._of_rest: Numbers = cholesky(rest, lower=True, check_finite=False)
         self._solved: Numbers = cho_solve(self._factor, self._scores, check_finite=False)
-
-    def mean(self, asked: Features) -> Numbers:
-        """(P,) expected scores."""
-        expected: Numbers = self._centre + self._scale * (self._across(asked, self._known) @ self._solved)
-        return expected
+        # what is not noise of the known scores themselves
+        left = (weights[-1] * noise + _JITTER) * self._solved
+        self.of_known: Numbers = scores - self._scale * left
 
     def moments(self, asked: Features) -> tuple[Numbers, Numbers]:
         """(P,) expected scores, and a root (P, P) of their covariance: root @ root.T."""
@@ -153,7 +151,7 @@ class Posterior:
         linear = drawn @ known.bits.T - (drawn @ known.centre)[:, None]
         imagined = np.sqrt(known.scale) * linear + rng.standard_normal((number, len(known))) @ self._of_rest.T
         missing = cho_solve(self._factor, (self._scores - imagined).T, check_finite=False).T
-        worths: Numbers = drawn + weight * np.sqrt(known.scale) * (missing @ known.bits)
+        worths: Numbers = drawn + weight * np.sqrt(known.scale) * (missing.astype(np.float32) @ known.bits)
         return worths
 
     def _across(self, first: Features, second: Features) -> Numbers:

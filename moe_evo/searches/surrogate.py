@@ -25,8 +25,8 @@ from moe_evo.searches.base import Archive, Phase
 from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.enumeration import unseen_pruning
 from moe_evo.searches.masks import MaskSpace, Numbers
-from moe_evo.searches.posterior import FeatureMaker, Posterior, centre_and_scale, fit_weights
-from moe_evo.searches.proposals import Pool, proposals
+from moe_evo.searches.posterior import FeatureMaker, Features, Posterior, centre_and_scale, fit_weights
+from moe_evo.searches.proposals import Places, Pool, proposals
 
 _TRIES = 32
 _FEWEST_KNOWN = 8
@@ -35,14 +35,55 @@ _MOST_FITTED = 400  # scores by which the posterior's weights are fitted
 _GROWTH = 1.25  # they are fitted anew when so many times as many scores are known
 
 
+class _Scored:
+    """The prunings that were scored, in the order in which they were told, with all that a fit needs of them.
+
+    inner: (N, N), see posterior.py. scores, examples: (N,), and on how many examples each score rests.
+    """
+
+    def __init__(self, masks: MaskSpace, features: FeatureMaker) -> None:
+        self._masks = masks
+        self._features = features
+        self._given = 0
+        self.numbers = np.zeros(0, dtype=np.int64)
+        self.masks = masks.masks([])
+        self.inner = np.zeros((0, 0))
+        self.scores = np.zeros(0)
+        self.examples = np.zeros(0)
+
+    def update(self, population: Population) -> None:
+        """Add what has been told since the last call."""
+        new = [one for one in population.individuals[self._given :] if one.genome.is_pruning]
+        self._given = len(population)
+        if not new:
+            return
+        self.masks = np.concatenate([self.masks, self._masks.masks([one.genome for one in new])])
+        features = self._features(self.masks)
+        rows = features[-len(new) :].inner(features)
+        old = len(self.inner)
+        self.inner = np.block([[self.inner, rows[:, :old].T], [rows[:, :old], rows[:, old:]]])
+        self.numbers = np.append(self.numbers, [one.number for one in new])
+        self.scores = np.append(self.scores, [one.evaluation.fitness for one in new])
+        self.examples = np.append(self.examples, [max(one.evaluation.num_examples, 1) for one in new])
+
+    def before(self, number: int) -> Places:
+        """Places of the candidates before that number, in the order of their numbers."""
+        order = np.argsort(self.numbers)
+        return order[self.numbers[order] < number]
+
+
 @dataclass(frozen=True)
 class _Batch:
-    """What a batch of candidates is drawn from. mean, root: moments of the pool's scores. parents: by number."""
+    """What a batch of candidates is drawn from.
+
+    mean, root: moments of the pool's scores. parents: by number. genomes: of the pool, as far as they are made.
+    """
 
     pool: Pool
     mean: Numbers
     root: Numbers
     parents: Sequence[tuple[int, ...]]
+    genomes: dict[int, Genome]
 
 
 class SurrogateSearch:
@@ -71,6 +112,7 @@ class SurrogateSearch:
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
         self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
         self._archive = Archive()
+        self._scored = _Scored(self._masks, self._features)
         self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
         self._weights: dict[tuple[int, ...], Numbers] = {}  # by the candidates to which they were fitted
 
@@ -125,49 +167,47 @@ class SurrogateSearch:
     def _proposed(self, number: int, rng: np.random.Generator) -> Candidate | None:
         """The best of the pool in a draw from the posterior; None where too little is known, or all was asked."""
         first = number - (number - self.num_initial) % self.options.batch
-        known = [one for one in self.population.prunings if one.number < first]
+        self._scored.update(self.population)
+        known = self._scored.before(first)
         if len(known) < _FEWEST_KNOWN:
             return None
         key = first, len(known)
         if self._batch is None or self._batch[0] != key:
-            self._batch = key, self._new_batch(first, sorted(known, key=lambda one: one.number))
+            self._batch = key, self._new_batch(first, known)
         batch = self._batch[1]
         drawn = batch.mean + batch.root @ rng.standard_normal(len(batch.mean))
-        for place in np.argsort(-drawn, kind="stable"):
-            genome = self._masks.genome(batch.pool.masks[place])
-            if genome not in self._archive:
-                return Candidate(number, genome, batch.pool.operators[place], batch.parents[place])
+        for place in np.argsort(-drawn, kind="stable").tolist():
+            if place not in batch.genomes:
+                batch.genomes[place] = self._masks.genome(batch.pool.masks[place])
+            if batch.genomes[place] not in self._archive:
+                return Candidate(number, batch.genomes[place], batch.pool.operators[place], batch.parents[place])
         return None
 
-    def _new_batch(self, first: int, known: Sequence[Individual]) -> _Batch:
-        masks = self._masks.masks([one.genome for one in known])
+    def _new_batch(self, first: int, known: Places) -> _Batch:
+        scored = self._scored
+        masks, inner, scores = scored.masks[known], scored.inner[np.ix_(known, known)], scored.scores[known]
         features = self._features(masks)
-        inner = features.inner(features)
-        scores = np.array([one.evaluation.fitness for one in known])
-        examples = np.array([max(one.evaluation.num_examples, 1) for one in known])
-        noise = examples.max() / examples
-        posterior = Posterior(inner, features, scores, noise, self._fitted(inner, features, scores, noise, known))
-        elites = np.argsort(-posterior.mean(features), kind="stable")[:_NUM_ELITES]
+        noise = scored.examples[known].max() / scored.examples[known]
+        weights = self._fitted(scored.numbers[known], inner, features, scores, noise)
+        posterior = Posterior(inner, features, scores, noise, weights)
+        elites = np.argsort(-posterior.of_known, kind="stable")[:_NUM_ELITES]
         rng = np.random.default_rng([self._seed, first, 1])
         pool = proposals(self._masks, posterior, masks, elites, self.options.pool, rng)
         mean, root = posterior.moments(self._features(pool.masks))
-        parents = [tuple(known[place].number for place in places) for places in pool.parents]
-        return _Batch(pool, mean, root, parents)
+        numbers = scored.numbers[known].tolist()
+        return _Batch(pool, mean, root, [tuple(numbers[place] for place in places) for places in pool.parents], {})
 
-    def _fitted(
-        self, inner: Numbers, features: Any, scores: Numbers, noise: Numbers, known: Sequence[Individual]
-    ) -> Numbers:
+    def _fitted(self, numbers: Places, inner: Numbers, features: Features, scores: Numbers, noise: Numbers) -> Numbers:
         """The posterior's weights, found from a part of the scores: the first so many, which seldom changes."""
-        number = _FEWEST_KNOWN
-        while number * _GROWTH <= min(len(scores), _MOST_FITTED):
-            number = int(number * _GROWTH)
-        key = tuple(one.number for one in known[:number])
+        size = _FEWEST_KNOWN
+        while size * _GROWTH <= min(len(scores), _MOST_FITTED):
+            size = int(size * _GROWTH)
+        key = tuple(numbers[:size].tolist())
         if key not in self._weights:
-            centre, scale = centre_and_scale(scores[:number])
-            part = slice(number)
-            self._weights[key] = fit_weights(
-                inner[part, part], features[part], (scores[part] - centre) / scale, noise[part]
-            )
+            centre, scale = centre_and_scale(scores[:size])
+            part = slice(size)
+            scaled = (scores[part] - centre) / scale
+            self._weights[key] = fit_weights(inner[part, part], features[part], scaled, noise[part])
         return self._weights[key]
 
 
