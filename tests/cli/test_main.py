@@ -159,7 +159,7 @@ def test_a_search_from_a_yaml_file_with_flags_on_top(tmp_path: Path, capsys: pyt
 
 
 def test_sigint_ends_cleanly_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
-    longer = ["--search.evaluations", "40", "--folder", str(tmp_path / "run")]
+    longer = ["--search.evaluations", "400", "--folder", str(tmp_path / "run")]
     argv = [sys.executable, "-m", "moe_evo", "search", *FAST, *longer]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         journal = tmp_path / "run" / "journal.sqlite"
@@ -171,9 +171,9 @@ def test_sigint_ends_cleanly_says_how_to_go_on_and_the_same_command_does(tmp_pat
     assert "interrupted; all finished evaluations are kept" in err.splitlines()[-1]
     assert "Traceback" not in err
     unfinished = subprocess.run([*argv[:3], "show", str(tmp_path / "run")], capture_output=True, text=True, check=True)
-    assert "of 40 evaluations done" in unfinished.stdout
+    assert "of 400 evaluations done" in unfinished.stdout
     done = subprocess.run([*argv, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["search"]["evaluations"] == 40
+    assert json.loads(done.stdout)["search"]["evaluations"] == 400
     assert "done before" in done.stderr
 
 
