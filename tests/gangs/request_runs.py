@@ -33,7 +33,7 @@ from moe_evo.tasks.data import check_tasks
 
 TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
 MODEL = ModelConfig(self_check=False)
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 
 
 def genomes(number: int, seed: int = 0) -> list[Genome]:
@@ -123,7 +123,7 @@ class Once:
             self._act(progress)
 
 
-def wait_until(true: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
+def wait_until(true: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
     deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline, f"after {limit_s:.0f} s it is still not true that {what}"
