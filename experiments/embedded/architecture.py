@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GenerationConfig,
@@ -120,13 +122,18 @@ def new_model(shape: str, aux_coefficient: float) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, stored: str = "float32") -> None:
     """Write the checkpoint beside `folder`, then move file by file, so that readers never see
-    half a file."""
+    half a file.
+
+    stored: number format of the weights in the file; the config says float32, in which they are loaded."""
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    weights = staging / "model.safetensors"
+    dtype = getattr(torch, stored)
+    save_file({name: one.to(dtype) for name, one in load_file(weights).items()}, weights, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(staging.iterdir()):
         file.chmod(0o644)

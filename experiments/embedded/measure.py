@@ -1,9 +1,9 @@
-"""Measure the embedded model: accuracy by task, and what keeping K of the 8 experts costs when
+"""Measure an embedded model: accuracy by task, and what keeping K of its experts costs when
 they are chosen by the task's own use, by another task's use or at random. Nothing is retrained.
 
     python experiments/embedded/measure.py --tasks moe_evo/data/tasks --model moe_evo/data/model
 
-A pruned model is a stock Mixtral with fewer experts, built by slicing the weights.
+A pruned model is a stock model with fewer experts, built by slicing the weights.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from scoring import Question, accuracy, batches_by_length, pad, read_questions
-from transformers import AutoTokenizer, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 @torch.inference_mode()
-def expert_use(model: MixtralForCausalLM, questions: Sequence[Question]) -> torch.Tensor:
-    """Summed top-2 gate of every expert (L, E) over the tokens of prompts and right answers."""
+def expert_use(model: PreTrainedModel, questions: Sequence[Question]) -> torch.Tensor:
+    """Summed gate of every expert (L, E) over the tokens of prompts and right answers."""
     use = torch.zeros(model.config.num_hidden_layers, model.config.num_local_experts)
     for batch in batches_by_length(questions, 128):
         texts = [questions[i].prompt + questions[i].choices[questions[i].label] for i in batch]
@@ -39,22 +39,22 @@ def most_used(use: torch.Tensor, num_kept: int) -> list[list[int]]:
     return [sorted(row.topk(num_kept).indices.tolist()) for row in use]
 
 
-def pruned(model: MixtralForCausalLM, kept: Sequence[Sequence[int]]) -> MixtralForCausalLM:
+def pruned(model: PreTrainedModel, kept: Sequence[Sequence[int]]) -> PreTrainedModel:
     """A stock model that has the kept experts of each layer only."""
     config = copy.deepcopy(model.config)
-    config.num_local_experts = len(kept[0])
+    config.num_local_experts = len(kept[0])  # Qwen3-MoE knows it by this name, too
     state = dict(model.state_dict())
     for layer, experts in enumerate(kept):
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
             key = f"model.layers.{layer}.mlp.{name}"
             state[key] = state[key][list(experts)]
-    small = MixtralForCausalLM(config)
+    small: PreTrainedModel = type(model)(config)
     small.load_state_dict(state)
     small.eval()  # type: ignore[no-untyped-call]
     return small
 
 
-def random_kept(model: MixtralForCausalLM, num_kept: int, seed: int) -> list[list[int]]:
+def random_kept(model: PreTrainedModel, num_kept: int, seed: int) -> list[list[int]]:
     """A uniform draw of experts for every layer."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -70,7 +70,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def specialisation(
-    model: MixtralForCausalLM,
+    model: PreTrainedModel,
     questions: dict[str, list[Question]],
     uses: dict[str, torch.Tensor],
     num_kept: int,
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = MixtralForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     names = sorted(folder.name for folder in args.tasks.iterdir() if folder.is_dir())
     splits = {

@@ -143,6 +143,7 @@ class Run:
     validation: dict[str, list[Question]]
     curve: Path
     out: Path
+    stored: str
 
 
 def update_average(run: Run, step: int) -> None:
@@ -160,7 +161,7 @@ def report(run: Run, record: dict[str, Any]) -> None:
     with run.curve.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record), flush=True)
-    save(run.average, run.tokenizer, run.out)
+    save(run.average, run.tokenizer, run.out, run.stored)
 
 
 def train(run: Run, data: dict[str, list[Example]], args: argparse.Namespace) -> None:
@@ -199,6 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=Path, required=True, help="folder of build_tasks.py")
     parser.add_argument("--shape", choices=SHAPES, default="coarse", help="8 experts in 4 layers, or 32 in 6")
+    parser.add_argument("--store", choices=("float32", "bfloat16"), default="float32", help="weights in the file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--curve", type=Path, default=Path("learning_curve.jsonl"))
     parser.add_argument("--minutes", type=float, default=45.0, help="wall-clock budget")
@@ -229,7 +231,7 @@ def main() -> None:
     average.load_state_dict(model.state_dict())
     model.set_experts_implementation(args.experts)
     average.eval()  # type: ignore[no-untyped-call]
-    run = Run(model, average, tokenizer, validation, args.curve, args.out)
+    run = Run(model, average, tokenizer, validation, args.curve, args.out, args.store)
     args.curve.unlink(missing_ok=True)
     train(run, data, args)
 

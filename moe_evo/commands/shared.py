@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.config.check import require
+from moe_evo.config.model import EMBEDDED_MODELS
 from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import GenomeError
 from moe_evo.genomes.population import EvaluationFailure
@@ -48,8 +49,8 @@ def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], d
 
 def base_model_name(path: str, model_hash: str | None) -> str:
     """A model's name for the card of what is made of it: of a hub owner/model, of a folder its last part."""
-    if path == "embedded":
-        return "moe_evo embedded Mixtral"
+    if path in EMBEDDED_MODELS:
+        return EMBEDDED_MODELS[path].title
     return path if "@" in (model_hash or "") else Path(path).name  # the hash of a hub's model is owner/model@commit
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_evo.config.check import require
 
@@ -18,12 +18,27 @@ Sharding = Literal["single", "device_map", "tensor_parallel", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
 
 
+class EmbeddedModel(NamedTuple):
+    """A model of this package: its folder in moe_evo/data, and its name for people."""
+
+    folder: str
+    title: str
+
+
+EMBEDDED_MODELS = {
+    "embedded": EmbeddedModel("model", "moe_evo embedded Mixtral"),
+    "embedded-fine": EmbeddedModel("fine", "moe_evo embedded Qwen3-MoE"),
+}
+"""By what `model.path` calls them."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model is searched, and how it is loaded.
 
     Args:
-        path: Checkpoint folder or Hugging Face name; 'embedded' is the small Mixtral of this package.
+        path: Checkpoint folder or Hugging Face name; 'embedded' is the small Mixtral of this
+            package (8 experts a layer), 'embedded-fine' its small Qwen3-MoE (32).
         revision: Branch, tag or commit of a Hugging Face name (not for folders).
         dtype: Number format of weights, evaluation and export; 'auto' takes the checkpoint's own.
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', ...

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_evo.config.model import ModelConfig
+from moe_evo.config.model import EMBEDDED_MODELS, ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment
@@ -118,8 +118,8 @@ class ModelSource:
 
 def _location(path: str) -> Path | str:
     """Where `model.path` points: a local folder, or else a Hugging Face name; raises ModelError for neither."""
-    if path == "embedded":
-        path = str(importlib.resources.files("moe_evo") / "data" / "model")
+    if path in EMBEDDED_MODELS:
+        path = str(importlib.resources.files("moe_evo") / "data" / EMBEDDED_MODELS[path].folder)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
