@@ -28,4 +28,6 @@ def draw(curve: Path, figure: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__.strip())
     draw(Path(sys.argv[1]), Path(sys.argv[2]))

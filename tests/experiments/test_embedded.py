@@ -8,11 +8,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.file import config_parser, parse_config, read_config
+from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.population import Evaluation
+from moe_evo.models.source import ModelSource
+from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names
+from moe_evo.tracking.terminal import TerminalTracker
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = sorted(EXPERIMENTS.rglob("*.yaml"))
@@ -53,17 +61,33 @@ def test_at_least_eight_embedded_tasks_with_enough_examples_in_each_split() -> N
         assert min(sizes) >= 200
 
 
-def test_the_embedded_data_stay_below_fifteen_megabytes_and_name_their_sources() -> None:
+def test_the_embedded_data_are_small_and_name_their_sources() -> None:
     data = EXPERIMENTS.parent / "moe_evo" / "data"
-    assert sum(path.stat().st_size for path in data.rglob("*") if path.is_file()) < 15e6
+    sizes = {path: path.stat().st_size for path in data.rglob("*") if path.is_file()}
+    assert sum(size for path, size in sizes.items() if "fine" not in path.parts) < 15e6
+    assert sum(sizes.values()) < 30e6
     notice = (data / "NOTICE").read_text("utf-8")
     assert all(name in notice for name in embedded_task_names())
 
 
-def test_the_recorded_hash_is_that_of_the_shipped_weights() -> None:
-    weights = EXPERIMENTS.parent / "moe_evo" / "data" / "model" / "model.safetensors"
+@pytest.mark.parametrize(("folder", "experiment"), [("model", "embedded"), ("fine", "fine")])
+def test_the_recorded_hash_is_that_of_the_shipped_weights(folder: str, experiment: str) -> None:
+    weights = EXPERIMENTS.parent / "moe_evo" / "data" / folder / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert digest in (EXPERIMENTS / "embedded" / "README.md").read_text("utf-8")
+    assert digest in (EXPERIMENTS / experiment / "README.md").read_text("utf-8")
+
+
+def test_the_fine_model_is_a_qwen3_moe_in_float32_that_answers_as_its_readme_says() -> None:
+    source = ModelSource(ModelConfig(path="embedded-fine"))
+    assert (source.shape.family, source.shape.num_experts, source.shape.top_k) == ("qwen3_moe", (32,) * 6, (4,) * 6)
+    data = check_tasks([TaskConfig(data="syll", num_search=0)])
+    with TerminalTracker() as tracker:
+        evaluator = load_evaluator(source, data, EvaluationConfig(threads=1), tracker)
+    assert evaluator.model.dtype == torch.float32
+    (outcome,) = evaluator.evaluate([None], "test")
+    assert isinstance(outcome, Evaluation)
+    table = (EXPERIMENTS / "fine" / "README.md").read_text("utf-8")
+    assert f"| syll | {outcome.fitness:.3f} |" in table
 
 
 def test_the_quality_table_has_means_spreads_and_a_block_for_each_number_of_experts() -> None:
