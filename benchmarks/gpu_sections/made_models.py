@@ -220,7 +220,8 @@ def _words(rng: np.random.Generator, number: int) -> Iterator[str]:
 def choice_task(data: TaskData, model: MoEModel, batch_tokens: int) -> Task:
     """The task, with batches no larger than those of a tokenizer with as many words as the model has."""
     limits = BatchLimits(batch_tokens, model.language_model.config.vocab_size)
-    return Task(data, ChoiceScorer(PromptFormat(data.config, data, model.tokenizer)), limits)
+    scorer = ChoiceScorer(PromptFormat(data.config, data, model.tokenizer))
+    return Task(data, {data.metric: scorer}, limits)
 
 
 def needed_flops(model: MoEModel, batch: ForwardBatch, genomes: Sequence[Genome]) -> float:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from moe_evo.api.options import config_of
 from moe_evo.api.turns import turn
 from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.config.task import fitness_label
 from moe_evo.errors import RunError
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
@@ -121,7 +122,8 @@ class Run:
             told = self.so_far
             best = "none yet" if told.best_fitness is None else f"{told.best_fitness:.4f}"
             rows = [[f"{told.evaluations} of {told.budget}", str(told.failed.failures), best]]
-            return table(f"{self.folder}: not finished", ["evaluations", "failed", "best"], rows) + self._curve()
+            headings = ["evaluations", "failed", f"best {fitness_label(told.config.tasks)}"]
+            return table(f"{self.folder}: not finished", headings, rows) + self._curve()
         return result_table(self.result) + f"<div>{kept_map(self.genome())}</div>" + self._curve()
 
     def _curve(self) -> str:
@@ -131,7 +133,8 @@ class Run:
             outcomes = journal.outcomes(MAIN, "search").values()
             full = journal.outcomes(REFERENCE, "search").get(0)
         fitness = [one.fitness if isinstance(one, Evaluation) else None for one in outcomes]
-        return f"<div>{learning_curve(fitness, full.fitness if isinstance(full, Evaluation) else None)}</div>"
+        level = full.fitness if isinstance(full, Evaluation) else None
+        return f"<div>{learning_curve(fitness, level, fitness_label(self.config.tasks))}</div>"
 
 
 class Sweep:

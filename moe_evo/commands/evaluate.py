@@ -17,7 +17,7 @@ from moe_evo.records.folder import RunFolder, with_absolute_paths
 from moe_evo.records.result import Score
 from moe_evo.report.answers import ScoredGenome
 from moe_evo.runs.open_pool import open_pool
-from moe_evo.tasks.data import TaskData, check_tasks, is_share
+from moe_evo.tasks.data import TaskData, check_tasks, is_share, reported
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
@@ -65,7 +65,7 @@ def evaluate(
 
     with open_pool(config, source, data, tracker) as pool:
         pool.listener = tracker.pool
-        pool.submit([Request("evaluate", 0, genome, split)])
+        pool.submit([Request("evaluate", 0, genome, reported(split, data))])
         ((_, outcome),) = pool.next_outcomes()
     if isinstance(outcome, EvaluationFailure):
         raise GenomeError(f"{name}: has no fitness on the {split} split ({outcome.reason})")

@@ -69,4 +69,5 @@ def _provenance(result: RunResult, row: Row) -> Plain:
 
 def _task_in_words(task: TaskFacts) -> str:
     examples = " / ".join(str(task.examples[split]) for split in SPLITS)
-    return f"{task.kind}, {task.metric}, {examples} examples, data {task.hash[:16]}"
+    searched = f" (the search maximised {task.search_metric})" if task.search_metric else ""
+    return f"{task.kind}, {task.metric}{searched}, {examples} examples, data {task.hash[:16]}"

@@ -174,7 +174,8 @@ def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:
 
 
 def _task_plan(data: TaskData) -> TaskPlan:
-    return TaskPlan(data.name, data.kind, data.metric, {split: len(data.splits[split]) for split in SPLITS})
+    examples = {split: len(data.splits[split]) for split in SPLITS}
+    return TaskPlan(data.name, data.kind, data.metric, data.search_metric, examples)
 
 
 def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import fitness_label
 from moe_evo.criteria.observation_file import observed_names
 from moe_evo.errors import raise_first
 from moe_evo.genomes.file import save_individual
@@ -26,7 +27,6 @@ from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import merges
 from moe_evo.searches.registry import planned_phases
-from moe_evo.tasks.data import is_share
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
@@ -61,7 +61,7 @@ def search(
             rows = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
             result = run_result(config, found.source, journal, found.data, rows)
             _save_winners(found.source, found.space, journal, folder, result, rows)
-            _draw(folder, journal, rows)
+            _draw(config, folder, journal, rows)
             folder.write_result(result)  # last: a run with a result is finished
             trackers.finished(result, winner_files(folder))
     return folder
@@ -89,8 +89,7 @@ def _rows(
     with open_pool(config, source, found.data, tracker, space, model, found.tasks) as pool:
         names = observed_names(config.model, found.data)
         observer = Observer(pool.ask, names, source.hash, folder.observations, tracker.message)
-        bounded = is_share(found.data)
-        return run_search(config, space, journal, pool, tracker, is_share=bounded, observer=observer, wider=found.wider)
+        return run_search(config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider)
 
 
 def _save_winners(
@@ -112,14 +111,16 @@ def _save_winners(
             save_individual(folder.winners[row.key], individual, space, provenance)
 
 
-def _draw(folder: RunFolder, journal: Journal, rows: Sequence[TableRow]) -> None:
+def _draw(config: RunConfig, folder: RunFolder, journal: Journal, rows: Sequence[TableRow]) -> None:
     from moe_evo.report.figure import kept_figure, search_figure  # Matplotlib: not before there is something to draw
 
+    full = Individual(rows[0].candidate, journal.outcomes(REFERENCE, "search")[rows[0].candidate.number])
     search_figure(
         folder.figure,
         journal.individuals(MAIN),
         journal.individuals(RANDOM),
-        rows[0].scores["search"].fitness,
+        full.evaluation.fitness,
         rows[-1].candidate.genome,
+        fitness_label(config.tasks),
     )
     kept_figure(folder.kept_figure, rows[-1].candidate.genome)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_evo.config.check import require
 
 AUTO, DEFAULT = "auto", "default"
-"""Values of `kind` and `metric`: take the kind that the examples' fields fit, and the first metric of the kind."""
+"""Values of `kind` and `metric`: take the kind that the examples' fields fit, and the first metric of the kind.
+
+DEFAULT as `search_metric`: the same as `metric`.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,12 @@ class TaskConfig:
         data: A JSONL file, a folder of them, or the name of an embedded task (arith, city, gloss, infl,
             langid, nli, sarcasm, sentiment, syll). A folder holds
             search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
-        metric: What counts: accuracy, accuracy_norm or log_likelihood (choice); exact_match, contains, f1,
-            first_option, number_match, or that of another package, as its name or package.module:name
-            (generation); log_likelihood (perplexity); negative_kl (distillation). 'default' is the first of them.
+        metric: What is reported, and chooses the winner: accuracy, accuracy_norm, log_likelihood, probability or
+            probability_norm (choice); exact_match, contains, f1, first_option, number_match, log_likelihood, or that
+            of another package, as its name or package.module:name (generation); log_likelihood (perplexity);
+            negative_kl (distillation). 'default' is the first of them.
+        search_metric: What the search maximises on the search split: another metric of the same kind, such as
+            probability (choice) or log_likelihood (generation), which are smoother. 'default' is the same as metric.
         split_shares: Shares of search, validation and test where one file is split by hash.
         num_search: Most examples of the search split that are used; 0 means all.
         num_validation: The same for the validation split.
@@ -41,6 +48,7 @@ class TaskConfig:
     kind: str = AUTO
     data: str = ""
     metric: str = DEFAULT
+    search_metric: str = DEFAULT
     split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
     num_search: int = 0
     num_validation: int = 0
@@ -62,6 +70,19 @@ class TaskConfig:
         require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
 
+    @property
+    def sets_search_metric(self) -> bool:
+        """Whether the search maximises something else than `metric`."""
+        return self.search_metric not in (DEFAULT, self.metric)
+
     def num_examples(self, split: str) -> int:
         """Most examples of `split` that are used; 0 means all."""
         return int(getattr(self, f"num_{split}"))
+
+
+def fitness_label(tasks: Sequence[TaskConfig]) -> str:
+    """Name of what a search maximises: 'fitness', or as 'fitness (probability)' where a task sets search_metric."""
+    if not any(task.sets_search_metric for task in tasks):
+        return "fitness"
+    metrics = [task.metric if task.search_metric == DEFAULT else task.search_metric for task in tasks]
+    return f"fitness ({', '.join(dict.fromkeys(one if one != DEFAULT else 'default metric' for one in metrics))})"

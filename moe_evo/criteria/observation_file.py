@@ -13,6 +13,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.sums import KINDS, Observation
 from moe_evo.errors import ObservationError
 from moe_evo.genomes.stamped_file import FileKind
+from moe_evo.tasks import kinds
 from moe_evo.tasks.data import TaskData
 
 FILE = FileKind(
@@ -104,6 +105,8 @@ def observed_names(model: ModelConfig, data: Sequence[TaskData]) -> dict[str, st
     names = {}
     for one in data:
         prompts = [one.hash, one.kind, *(getattr(one.config, option) for option in _PROMPT_OPTIONS)]
+        if one.metric in kinds.KINDS[one.kind].scorers:  # its scorer may cut prompts elsewhere
+            prompts.append(one.metric)
         told = json.dumps([*prompts, model.dtype, model.experts, model.dynamic_skipping])
         names[one.name] = f"{one.name}@{hashlib.sha256(told.encode()).hexdigest()[:32]}"
     return names

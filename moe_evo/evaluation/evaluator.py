@@ -46,15 +46,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Prepared:
-    """One task's batches on the model's device, each with its reference where the task needs one.
+    """One task's batches of one split on the model's device, each with its reference where the task needs one.
 
     num_counted: the first `num_counted` batches are scored; the others repeat one, so that all ranks run equally many.
     """
 
     task: Task
+    split: str
     batches: tuple[Batch, ...]
     references: tuple[Tensor | None, ...]
     num_counted: int
+
+    def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
+        """See `Task.score`."""
+        return self.task.score(self.split, batch, output, reference)
 
 
 @dataclass
@@ -126,7 +131,7 @@ class Evaluator:
         indices: Indices | None = None,
         rivals: Sequence[ExampleScores | None] | None = None,
     ) -> list[Outcome]:
-        """One outcome a genome, in order; None is the untouched model.
+        """One outcome a genome, in order; None is the untouched model. split: one of `SCORINGS`.
 
         rivals: for each genome the scores of an individual; where the genome is surely worse it is stopped
         before it has seen all examples (`EvaluationConfig.race`). Raises GenomeError, before anything is
@@ -258,7 +263,7 @@ class Evaluator:
                 if isinstance(batch, ForwardBatch):
                     copies = min(self._copies(batch.num_tokens), len(genomes))
                     self._memory.note(batch, copies)
-                    add = partial(_add_scored, [report[index] for report in reports], one.task, batch, reference)
+                    add = partial(_add_scored, [report[index] for report in reports], one, batch, reference)
                     engine.run(batch, genomes, add, copies=copies, keep=is_whole, packing=self._packing)
 
     def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
@@ -269,7 +274,7 @@ class Evaluator:
                     if isinstance(batch, ForwardBatch):
                         logits = self.forward(batch)
                         if position < one.num_counted:
-                            report.add(batch, one.task.score(batch, logits, reference))
+                            report.add(batch, one.score(batch, logits, reference))
 
     def _generate(
         self,
@@ -289,7 +294,7 @@ class Evaluator:
                             rows = generate_together(self.model, self._engine, batch, chosen, is_whole, self._packing)
                         for number, (new, is_finite) in zip(together, rows, strict=True):
                             if position < one.num_counted:
-                                scored = one.task.score(batch, new)
+                                scored = one.score(batch, new)
                                 reports[number][index].add(batch, scored, bool(is_finite.all()))
 
     def _packs(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> Iterator[tuple[Hashable, list[int]]]:
@@ -344,7 +349,7 @@ class Evaluator:
             else None
             for batch in batches
         )
-        return _Prepared(task, batches, references, share.num_counted)
+        return _Prepared(task, split, batches, references, share.num_counted)
 
     def _outcome(
         self,
@@ -363,10 +368,15 @@ class Evaluator:
 
 
 def _add_scored(
-    reports: Sequence[_Report], task: Task, batch: ForwardBatch, reference: Tensor | None, number: int, logits: Tensor
+    reports: Sequence[_Report],
+    prepared: _Prepared,
+    batch: ForwardBatch,
+    reference: Tensor | None,
+    number: int,
+    logits: Tensor,
 ) -> None:
     """Add to the report of genome `number` what its logits (M, V) score."""
-    reports[number].add(batch, task.score(batch, logits, reference))
+    reports[number].add(batch, prepared.score(batch, logits, reference))
 
 
 @contextmanager

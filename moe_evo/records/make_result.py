@@ -22,7 +22,7 @@ from moe_evo.records.result import (
     TaskFacts,
 )
 from moe_evo.records.statistics import WinnersCurse
-from moe_evo.tasks.data import SPLITS, TaskData
+from moe_evo.tasks.data import SPLITS, TaskData, reported
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.source import ModelSource
@@ -53,16 +53,17 @@ def run_result(
         experts=config.model.experts,
         dynamic_skipping=tuple(skipping) if isinstance(skipping, list) else skipping,
         search=_search_facts(config, journal),
-        winners_curse=_winners_curse(journal, rows),
+        winners_curse=_winners_curse(journal, data, rows),
         gangs=gang_facts(journal.gang_events()),
         rows=tuple(row.to_row(*one) for row, one in zip(rows, sizes, strict=True)),
     )
 
 
 def task_facts(data: TaskData) -> TaskFacts:
-    """A task's name, kind, metric and hash, and the number of examples in each split."""
+    """A task's name, kind, metrics and hash, and the number of examples in each split."""
     examples = {split: len(found) for split, found in data.splits.items()}
-    return TaskFacts(data.name, data.kind, data.metric, data.hash, examples)
+    search_metric = None if data.search_metric == data.metric else data.search_metric
+    return TaskFacts(data.name, data.kind, data.metric, data.hash, examples, search_metric)
 
 
 def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
@@ -79,17 +80,17 @@ def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
     )
 
 
-def _winners_curse(journal: Journal, rows: Sequence[TableRow]) -> WinnersCurse | None:
+def _winners_curse(journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]) -> WinnersCurse | None:
     """How much of the winner's lead over the full model is lost from one split to the next; see `winners_curse`.
 
-    None where the winner or the full model has no scores on one of the splits.
+    Scores are those that are reported, on every split. None where the winner or the full model has none on one of them.
     """
     import numpy as np
 
     from moe_evo.records.statistics import winners_curse
 
     def scores(search: str, row: TableRow) -> dict[str, ExampleScores]:
-        found = {split: journal.outcomes(search, split)[row.candidate.number] for split in SPLITS}
+        found = {split: journal.outcomes(search, reported(split, data))[row.candidate.number] for split in SPLITS}
         return {split: one.scores for split, one in found.items() if isinstance(one, Evaluation) and one.scores}
 
     full, winner = scores(REFERENCE, rows[0]), scores(MAIN, rows[-1])

@@ -166,13 +166,23 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task that was searched for. hash: of its data. examples: how many, by split."""
+    """A task that was searched for.
+
+    metric: what is reported. hash: of its data. examples: how many, by split. search_metric: what the search maximised
+    on the search split, where that is not `metric`.
+    """
 
     name: str
     kind: str
     metric: str
     hash: str
     examples: Mapping[str, int] = field(hash=False)
+    search_metric: str | None = None
+
+    def to_plain(self) -> Plain:
+        """The fields, without a search metric where there is none of its own."""
+        told = plain_fields(self)
+        return told if self.search_metric else {name: told[name] for name in told if name != "search_metric"}
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,19 @@ class RunResult:
         return row
 
     @property
+    def tasks_label(self) -> str:
+        """The tasks with what is reported of them, such as 'nli (accuracy), syll (accuracy)'."""
+        return ", ".join(f"{task.name} ({task.metric})" for task in self.tasks)
+
+    @property
+    def search_note(self) -> str | None:
+        """In words what the search maximised, where that is something else than the final table shows."""
+        if not any(task.search_metric for task in self.tasks):
+            return None
+        searched = ", ".join(f"{task.name} ({task.search_metric or task.metric})" for task in self.tasks)
+        return f"the search maximised {searched}; every column shows {self.tasks_label}"
+
+    @property
     def runs_stock_experts(self) -> bool:
         """Whether tokens ran all experts that they were routed to, as a stock architecture does."""
         return self.experts == "own" and self.dynamic_skipping is None
@@ -278,6 +301,5 @@ class RunResult:
         return result
 
     def __repr__(self) -> str:
-        tasks = ", ".join(f"{task.name} ({task.metric})" for task in self.tasks)
         rows = "; ".join(f"{row.key} {row.test or 'without a test score'}" for row in self.rows)
-        return f"<RunResult of {self.model.path} on {tasks}; on the test split: {rows}>"
+        return f"<RunResult of {self.model.path} on {self.tasks_label}; on the test split: {rows}>"

@@ -27,19 +27,27 @@ _COLOURS = {
 
 
 def search_figure(
-    path: Path, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float, winner: Genome
+    path: Path,
+    individuals: Sequence[Individual],
+    random: Sequence[Individual],
+    full_fitness: float,
+    winner: Genome,
+    label: str = "fitness",
 ) -> None:
-    """Left: fitness of each individual and the best so far; right: the winner's experts, layer by layer."""
+    """Left: fitness of each individual and the best so far; right: the winner's experts, layer by layer.
+
+    label: see `fitness_label`.
+    """
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, experts = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_curve(curve, individuals, random, full_fitness)
+    draw_curve(curve, individuals, random, full_fitness, label)
     draw_experts(figure, experts, winner)
     experts.set_title("experts of the winner")
     figure.savefig(path, dpi=130)
 
 
 def draw_curve(
-    axes: Axes, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float
+    axes: Axes, individuals: Sequence[Individual], random: Sequence[Individual], full_fitness: float, label: str
 ) -> None:
     kinds: dict[str, list[tuple[int, float]]] = {}
     for one in individuals:
@@ -54,7 +62,7 @@ def draw_curve(
     _draw_best_so_far(axes, individuals, "black", "best so far")
     axes.axhline(full_fitness, color="#009E73", linestyle="--", label="full model")
     axes.set_xlabel("evaluations")
-    axes.set_ylabel("fitness (search split)")
+    axes.set_ylabel(f"{label}, search split")
     axes.set_title("search")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, loc="lower right", framealpha=0.95)

@@ -37,7 +37,6 @@ def scores_table(title: str, scores: Mapping[str, Score]) -> str:
 
 def result_table(result: RunResult) -> str:
     """The final table of a run."""
-    tasks = ", ".join(f"{task.name} ({task.metric})" for task in result.tasks)
     headings = ["", "experts", "evaluations", "search", "validation", "test [95 % interval]"]
     rows = []
     for row in result.rows:
@@ -45,7 +44,10 @@ def result_table(result: RunResult) -> str:
         test = "failed" if row.test is None else str(row.test)
         rows.append([row.title, experts_label(row.num_kept), str(row.evaluations or ""), *short, test])
     bold = [number for number, row in enumerate(result.rows) if row.key == "best"]
-    return table(f"{result.fitness} over {tasks}; higher is better", headings, rows, bold)
+    title = "; ".join(
+        filter(None, [f"{result.fitness} over {result.tasks_label}", "higher is better", result.search_note])
+    )
+    return table(title, headings, rows, bold)
 
 
 def lines_table(lines: Sequence[Line]) -> str:
@@ -104,10 +106,13 @@ def kept_map(genome: Genome, *, cell: int = 14) -> str:
     return _svg(left + cell * experts, cell * layers, "kept experts of each MoE layer", [*names, *squares])
 
 
-def learning_curve(fitness: Sequence[float | None], full: float | None, *, width: int = 420, height: int = 160) -> str:
+def learning_curve(
+    fitness: Sequence[float | None], full: float | None, label: str = "fitness", *, width: int = 420, height: int = 160
+) -> str:
     """An SVG with a dot for each evaluation in the order in which they finished, and a line for the best so far.
 
-    fitness: None for an evaluation that failed. full: fitness of the full model, drawn as a dashed line.
+    fitness: None for an evaluation that failed. full: fitness of the full model, drawn as a dashed line. label: see
+    `fitness_label`.
     """
     known = [one for one in [*fitness, full] if one is not None]
     if not known or all(one is None for one in fitness):
@@ -135,8 +140,9 @@ def learning_curve(fitness: Sequence[float | None], full: float | None, *, width
         parts.append(f'<line x1="{left}" x2="{width - 8}" {dashes}><title>full model {full:.3f}</title></line>')
     for value in sorted({low, high}):
         parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3f}</text>')
+    parts.append(f'<text x="{left}" y="{height - 4}">{escape(label)}</text>')
     parts.append(f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">{len(fitness)} evaluations</text>')
-    return _svg(width, height, "fitness on the search split, and the best so far", parts)
+    return _svg(width, height, f"{label} on the search split, and the best so far", parts)
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:

@@ -24,7 +24,8 @@ from moe_evo.report.table import plain_table, print_whole
 class Line:
     """One contender of one run.
 
-    state: 'finished' or 'unfinished'; an unfinished run has only search scores, of the full model and of the best.
+    state: 'finished' or 'unfinished'; an unfinished run has only search scores, of the full model and of the best, and
+    none where its tasks set `search_metric`, as scores are of `metric`.
     num_kept and num_experts: means over MoE layers. parameters: None where the run did not record them.
     {split}, {split}_low, {split}_high: fitness and its 95 % interval over examples; None where there is none.
     """
@@ -114,12 +115,13 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
         "parameters_share": None,
     }
     found = []
+    is_reported = not any(task.sets_search_metric for task in record.config.tasks)
     if record.full is not None:
         mean = common["num_experts"]
         share = None if mean is None else 1.0
         found.append(
             Line(**common, key="full", title="full model", num_kept=mean, kept_share=share, evaluations=0,
-                 search=record.full.fitness)
+                 search=record.full.fitness if is_reported else None)
         )  # fmt: skip
     kept = record.search.num_kept
     found.append(
@@ -130,7 +132,7 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
             num_kept=float(np.mean(kept if genome is None else genome.num_kept)),
             kept_share=None if genome is None or not total else sum(genome.num_kept) / total,
             evaluations=len(record.outcomes),
-            search=best.fitness if isinstance(best, Evaluation) else None,
+            search=best.fitness if isinstance(best, Evaluation) and is_reported else None,
         )
     )
     return found
@@ -140,7 +142,7 @@ def _tasks(record: Record) -> str:
     """Names of tasks with their metrics; without them for an unfinished run, where a default metric is not known."""
     if record.result is None:
         return ", ".join(record.task_names)
-    return ", ".join(f"{task.name} ({task.metric})" for task in record.result.tasks)
+    return record.result.tasks_label
 
 
 def lines_of_all(records: Sequence[Record]) -> list[Line]:

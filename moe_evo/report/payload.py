@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_evo.config.task import fitness_label
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.records.folder import asdict_plain
@@ -86,8 +87,9 @@ def _alone(line: Line, split: str) -> list[float] | None:
 def curve(record: Record) -> dict[str, Any]:
     """The learning curve: fitness of each evaluation, in the order in which they finished, from position 1.
 
-    best and random_best: (position, fitness) where the best so far rises, and at the end. validation: (position,
-    candidate, fitness) of finalists. failed: (position, candidate, reason).
+    label: see `fitness_label`. best and random_best: (position, fitness) where the best so far rises, and at the end.
+    validation: (position, candidate, fitness) of finalists; none where the search maximised another metric, which the
+    same axis cannot show. failed: (position, candidate, reason).
     """
     positions = {number: place for place, number in enumerate(record.outcomes, start=1)}
     evaluated = {number: one for number, one in record.outcomes.items() if isinstance(one, Evaluation)}
@@ -96,7 +98,9 @@ def curve(record: Record) -> dict[str, Any]:
     operators = sorted({record.ancestry[number].operator for number in shown})
     phases = record.phases()
     starts = [start for _, start in phases]
+    has_one_metric = not any(task.sets_search_metric for task in record.config.tasks)
     return {
+        "label": fitness_label(record.config.tasks),
         "operators": operators,
         "phase_names": [phase.name for phase, _ in phases],
         "phase_tones": _tones([phase for phase, _ in phases]),
@@ -110,7 +114,7 @@ def curve(record: Record) -> dict[str, Any]:
         "validation": [
             (positions[number], number, _short(one.fitness))
             for number, one in record.validation.items()
-            if isinstance(one, Evaluation) and number in positions
+            if isinstance(one, Evaluation) and number in positions and has_one_metric
         ],
         "failed": [(positions[number], number, one.reason) for number, one in record.failures.items()][:_MOST_FAILURES],
         "full": None if record.full is None else _short(record.full.fitness),
@@ -196,12 +200,16 @@ def _map(key: str, title: str, genome: Genome, decoder_layers: Sequence[int]) ->
 
 
 def lineage(record: Record) -> dict[str, Any]:
-    """The winner's ancestors as columns: number, position, operator, fitness and parents of each."""
+    """The winner's ancestors as columns: number, position, operator, fitness and parents of each.
+
+    label: see `fitness_label`.
+    """
     ancestors = record.ancestors()
     positions = {number: place for place, number in enumerate(record.outcomes, start=1)}
     operators = sorted({record.ancestry[number].operator for number in ancestors})
     outcomes = (record.outcomes.get(number) for number in ancestors)
     return {
+        "label": fitness_label(record.config.tasks),
         "winner": record.best,
         "operators": operators,
         "number": ancestors,

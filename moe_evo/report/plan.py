@@ -108,10 +108,14 @@ def _model(model: ModelPlan | None) -> list[str]:
 
 def _tasks(tasks: Sequence[TaskPlan]) -> list[str]:
     return [
-        f"task        {task.name} ({task.kind}, {task.metric}): "
+        f"task        {task.name} ({task.kind}, {task.metric}{_searched(task)}): "
         + ", ".join(f"{number} {split}" for split, number in task.examples.items())
         for task in tasks
     ]
+
+
+def _searched(task: TaskPlan) -> str:
+    return "" if task.search_metric == task.metric else f"; the search maximises {task.search_metric}"
 
 
 def _search(search: SearchPlan | None) -> list[str]:

@@ -29,11 +29,15 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task whose data are valid. examples: how many, by split."""
+    """A task whose data are valid.
+
+    metric: what is reported. search_metric: what the search maximises. examples: how many, by split.
+    """
 
     name: str
     kind: str
     metric: str
+    search_metric: str
     examples: Mapping[str, int] = field(hash=False)
 
 

@@ -11,6 +11,7 @@ from datetime import datetime
 
 import yaml
 
+from moe_evo.config.task import fitness_label
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import Row, Score, TaskFacts
@@ -73,7 +74,7 @@ class GangTable:
 
 @dataclass(frozen=True)
 class Section:
-    """Everything that the template shows of one run."""
+    """Everything that the template shows of one run. note: see `RunResult.search_note`."""
 
     number: int
     label: str
@@ -82,6 +83,7 @@ class Section:
     headline: Sequence[tuple[str, str, str]]
     lines: Sequence[Line]
     scale: tuple[float, float] | None
+    note: str | None
     facts: Facts
     versions: Facts
     tasks: TaskTable | None
@@ -102,6 +104,7 @@ def section(record: Record, number: int) -> Section:
         headline=_headline(record, lines),
         lines=lines,
         scale=_scale(lines),
+        note=None if record.result is None else record.result.search_note,
         facts=_facts(record),
         versions=_versions(record),
         tasks=task_table(record),
@@ -118,9 +121,10 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
     if record.result is None:
         done = f"{len(record.outcomes)} of {record.search.evaluations}"
         shown = [("evaluations done", done, "this run is not finished")]
-        if best is not None and best.search is not None:
-            remark = "" if full is None or full.search is None else f"full model {full.search:.3f}"
-            shown.append(("best on the search split", f"{best.search:.3f}", remark))
+        found = None if record.best is None else record.outcomes[record.best]
+        if isinstance(found, Evaluation):
+            remark = "" if record.full is None else f"full model {record.full.fitness:.3f}"
+            shown.append((f"best {fitness_label(record.config.tasks)}, search split", f"{found.fitness:.3f}", remark))
         return shown
     if best is None:
         return []
@@ -186,7 +190,7 @@ def _facts(record: Record) -> Facts:
         facts.append(("tasks", ", ".join(record.task_names)))
     kept = search.num_kept
     facts += [
-        ("fitness", f"{record.config.evaluation.fitness} over tasks, higher is better"),
+        (fitness_label(record.config.tasks), f"{record.config.evaluation.fitness} over tasks, higher is better"),
         ("algorithm", search.algorithm),
         ("experts to keep", str(kept) if isinstance(kept, int) else experts_label(kept)),
         ("budget", f"{search.evaluations} evaluations, seed {search.seed}"),
@@ -243,13 +247,13 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
     number = task.examples[split]
     if not _is_share(task, metric) or not 0 <= value <= 1 or not number:
         return (value, None, None)
-    error = math.sqrt(value * (1 - value) / number)
+    error = math.sqrt(value * (1 - value) / number)  # of right and wrong answers; scores between them vary less
     wilson = Score.of(Evaluation(value, standard_error=error, num_examples=number), is_share=True)
     return (value, wilson.low, wilson.high)
 
 
 def _is_share(task: TaskFacts, metric: str) -> bool:
-    """Whether a metric counts right and wrong answers; nothing is known of a kind that is not installed here."""
+    """Whether a metric is a share from 0 to 1; nothing is known of a kind that is not installed here."""
     return task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
 
 

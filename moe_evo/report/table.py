@@ -33,9 +33,12 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def final_table(result: RunResult) -> Table:
-    """One line a contender: experts kept, evaluations spent (evals), validation and test with 95 % intervals."""
-    tasks = ", ".join(f"{task.name} ({task.metric})" for task in result.tasks)
-    table = plain_table(f"{result.fitness} over {tasks}; higher is better")
+    """One line a contender: experts kept, evaluations spent (evals), and its scores, test with a 95 % interval.
+
+    Its caption says what the search maximised, where the columns show something else.
+    """
+    table = plain_table(f"{result.fitness} over {result.tasks_label}; higher is better")
+    table.caption, table.caption_justify = result.search_note, "left"
     table.add_column("", no_wrap=True)
     for heading in ("experts", "evals", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_evo.config.task import fitness_label
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import GangFacts, RunResult, Score
@@ -34,10 +35,10 @@ def print_run(folder: RunFolder, told: RunResult | Progress) -> None:
 
 
 def _print_progress(folder: RunFolder, progress: Progress) -> None:
-    best = progress.best_fitness
+    best, label = progress.best_fitness, fitness_label(progress.config.tasks)
     Console().print(
         f"{folder.path}: {progress.evaluations} of {progress.budget} evaluations done, "
-        f"{progress.failed.failures} failed, best fitness {'none yet' if best is None else f'{best:.4f}'}\n"
+        f"{progress.failed.failures} failed, best {label} {'none yet' if best is None else f'{best:.4f}'}\n"
         f"{_reasons(progress.failed.failure_reasons)}{_gangs(progress.gangs)}"
         f"go on with: moe-evo search --resume {folder.path}",
         highlight=False,

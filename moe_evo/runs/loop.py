@@ -19,7 +19,7 @@ from moe_evo.genomes.population import Candidate, ExampleScores, Individual, Out
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.searches.base import Search
-from moe_evo.tasks.data import SPLITS
+from moe_evo.tasks.data import SCORINGS
 from moe_evo.tracking.base import Tracker
 
 _STATUS_INTERVAL_S = 5.0
@@ -44,7 +44,7 @@ class Run:
         pool.listener = self._hear
         for name in (MAIN, RANDOM, REFERENCE):
             genomes = {one.number: one.genome for one in journal.candidates(name)}
-            for split in SPLITS:
+            for split in SCORINGS:
                 for number, outcome in journal.outcomes(name, split).items():
                     self._known[genomes[number].digest, split] = outcome
 
@@ -92,6 +92,7 @@ class Run:
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
         """Evaluate candidates, each given with the name of its search, on `split`; returns them in the given order.
 
+        split: one of `SCORINGS`.
         title: heading of the stage that the tracker shows; '' where the stage has begun.
         """
         outcomes = {

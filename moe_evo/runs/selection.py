@@ -20,7 +20,7 @@ from moe_evo.runs.loop import FULL, Run
 from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
 from moe_evo.searches.registry import build_search, planned_phases
-from moe_evo.tasks.data import SPLITS
+from moe_evo.tasks.data import SPLITS, TaskData, is_share, reported
 from moe_evo.tracking.base import Tracker
 
 
@@ -42,14 +42,14 @@ def run_search(
     pool: Pool,
     tracker: Tracker,
     *,
-    is_share: bool,
+    data: Sequence[TaskData],
     observer: Observer,
     wider: Sequence[Genome] = (),
 ) -> list[TableRow]:
     """Search, choose on the validation split, report on the test split.
 
-    is_share: whether fitness is bounded by 0 and 1; see `Score`. observer: computes what one-shot methods need to
-    know of the pool's model on its tasks. wider: see `build_search`.
+    data: of the pool's tasks. observer: computes what one-shot methods need to know of the pool's model on them.
+    wider: see `build_search`.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
@@ -76,7 +76,7 @@ def run_search(
         best = _validated(run, config, RANDOM, title, random).best
         contenders.append(Contender(RANDOM, "random_search", title, best.candidate, len(random)))
     contenders += _winners(run, config, population, planned_phases(config.search, can_prune=space.can_prune))
-    return _rows(run, contenders, is_share=is_share)
+    return _rows(run, contenders, data)
 
 
 def _require_success(full: Individual) -> None:
@@ -133,13 +133,15 @@ def _validated(run: Run, config: RunConfig, name: str, title: str, population: P
     return scored
 
 
-def _rows(run: Run, contenders: Sequence[Contender], *, is_share: bool) -> list[TableRow]:
+def _rows(run: Run, contenders: Sequence[Contender], data: Sequence[TaskData]) -> list[TableRow]:
+    """The final table: every split's scores by the metrics that are reported."""
     entries = [(one.search, one.candidate) for one in contenders]
     scores: list[dict[str, Score]] = [{} for _ in contenders]
     for split in SPLITS:
-        for found, individual in zip(scores, run.score(f"{split} split, final table", entries, split), strict=True):
+        scored = run.score(f"{split} split, final table", entries, reported(split, data))
+        for found, individual in zip(scores, scored, strict=True):
             if isinstance(individual.outcome, Evaluation):
-                found[split] = Score.of(individual.outcome, is_share=is_share)
+                found[split] = Score.of(individual.outcome, is_share=is_share(data))
     return [
         TableRow(one.key, one.title, one.candidate, one.evaluations, found)
         for one, found in zip(contenders, scores, strict=True)

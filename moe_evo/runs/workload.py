@@ -26,10 +26,13 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
     # only merged individuals are averaged: each in turn is added to the average that starts with the best
     averages = (1 + prunes_first) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
     soups = int(averages > 0)
+    rows = populations + references + soups
+    # the rows of the table that no search proposed; by another metric, all of them and the full model's fitness
+    reported = rows + 1 if any(task.sets_search_metric for task in config.tasks) else references + soups
     return {
-        "search": budget * (1 + compares_random) + references + observes + soups,
+        "search": budget * (1 + compares_random) + observes + reported,
         "validation": populations * min(finalists, budget) + references + averages,
-        "test": populations + references + soups,
+        "test": rows,
     }
 
 

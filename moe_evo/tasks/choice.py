@@ -2,7 +2,9 @@
 
 accuracy: the highest summed log-likelihood is the right one. accuracy_norm: the same after division
 by the choice's length in characters without outer spaces (as lm-evaluation-harness' acc_norm).
-log_likelihood: that of the right choice, in nats. Ties go to the first choice.
+log_likelihood: that of the right choice, in nats. probability: the softmax of the choices' log-likelihoods at the
+right one, from 0 to 1; it changes smoothly where accuracy jumps. probability_norm: the same after that division.
+Ties go to the first choice.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from moe_evo.tasks.base import IGNORED, Batch, ForwardBatch, Scores, target_log_probs
@@ -77,8 +80,18 @@ class ChoiceScorer:
             for row in rows:
                 likelihoods[index, : len(row)] += row.double().numpy()
         labels = np.array([example.label for example in examples])
+        by_length = likelihoods / lengths
         return {
             "accuracy": (likelihoods.argmax(axis=1) == labels).astype(np.float64),
-            "accuracy_norm": ((likelihoods / lengths).argmax(axis=1) == labels).astype(np.float64),
+            "accuracy_norm": (by_length.argmax(axis=1) == labels).astype(np.float64),
             "log_likelihood": likelihoods[np.arange(len(examples)), labels],
+            "probability": _share_of(labels, likelihoods),
+            "probability_norm": _share_of(labels, by_length),
         }
+
+
+def _share_of(labels: npt.NDArray[np.int64], logarithms: Scores) -> Scores:
+    """(N,) softmax of each example's (N, C) logarithms at its label; -inf stands where it has no such choice."""
+    weights = np.exp(logarithms - logarithms.max(axis=1, keepdims=True))  # the largest is 1, so none overflows
+    share: Scores = weights[np.arange(len(labels)), labels] / weights.sum(axis=1)
+    return share

@@ -21,6 +21,10 @@ from moe_evo.tasks.examples import Example, kind_of
 from moe_evo.tasks.kinds import KINDS, SHARE
 
 SPLITS = ("search", "validation", "test")
+REPORTED = "search_reported"
+"""The examples of the search split scored by `metric`, as they are reported where `search_metric` is another one."""
+SCORINGS = (*SPLITS, REPORTED)
+"""What a genome can be scored on: the search split by `search_metric`, the other splits by `metric`, and REPORTED."""
 MIN_EXAMPLES = 2  # a standard error needs two
 
 
@@ -28,13 +32,14 @@ MIN_EXAMPLES = 2  # a standard error needs two
 class TaskData:
     """The checked examples of one task.
 
-    kind and metric are resolved, never 'auto' or 'default'. hash: sha256 of the bytes read.
+    kind and metrics are resolved, never 'auto' or 'default'. hash: sha256 of the bytes read.
     """
 
     config: TaskConfig
     name: str
     kind: str
     metric: str
+    search_metric: str
     splits: Mapping[str, tuple[Example, ...]]
     few_shot: tuple[Example, ...]
     hash: str
@@ -58,21 +63,23 @@ def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
         if names.count(name) > 1:
             raise ConfigError(f"tasks: got the name {name!r} twice, expected distinct ones; set tasks.name")
     tasks = tuple(map(read_task, configs))
-    units = {task.name: unit_of(task) for task in tasks}
-    if len(set(units.values())) > 1:
-        listed = ", ".join(f"{name} is {unit}" for name, unit in units.items())
-        raise ConfigError(f"tasks: fitness would mix units ({listed}); give metrics of one unit")
+    for option in ("metric", "search_metric"):
+        units = {task.name: KINDS[task.kind].unit(getattr(task, option)) for task in tasks}
+        if len(set(units.values())) > 1:
+            listed = ", ".join(f"{name} is {unit}" for name, unit in units.items())
+            where = "" if option == "metric" else " on the search split"
+            raise ConfigError(f"tasks: fitness{where} would mix units ({listed}); give a {option} of one unit")
     return tasks
 
 
 def is_share(tasks: Sequence[TaskData]) -> bool:
-    """Whether fitness over these tasks is a share from 0 to 1, as accuracy is."""
-    return all(unit_of(task) == SHARE for task in tasks)
+    """Whether what is reported of these tasks is a share from 0 to 1, as accuracy is."""
+    return all(KINDS[task.kind].unit(task.metric) == SHARE for task in tasks)
 
 
-def unit_of(task: TaskData) -> str:
-    """Of a task's score."""
-    return KINDS[task.kind].unit(task.metric)
+def reported(split: str, tasks: Sequence[TaskData]) -> str:
+    """By which of `SCORINGS` a split's scores are reported: that of its own name, unless `search_metric` is another."""
+    return REPORTED if split == "search" and any(one.search_metric != one.metric for one in tasks) else split
 
 
 def read_task(config: TaskConfig) -> TaskData:
@@ -80,8 +87,8 @@ def read_task(config: TaskConfig) -> TaskData:
     _check_metric(config)
     files, few_shot_files = _split_files(config), _few_shot_files(config)
     kind = config.kind if config.kind != AUTO else _kind(next(iter(files.values())))
-    metric = _metric(config, kind)
-    parts = {name: tuple(_examples(file, kind, metric)) for name, file in files.items()}
+    metric, search_metric = _metrics(config, kind)
+    parts = {name: tuple(_examples(file, kind, [metric, search_metric])) for name, file in files.items()}
     few_shot = tuple(example for file in few_shot_files for example in _shots(file, kind))
     _check_options(config, kind, [*few_shot, *(example for part in parts.values() for example in part)])
     splits = parts if "" not in parts else _split_by_hash(parts[""], config.split_shares)
@@ -90,7 +97,8 @@ def read_task(config: TaskConfig) -> TaskData:
         _check_size(config, splits, split)
     limited = {split: _limit(splits[split], config.num_examples(split)) for split in SPLITS}
     hashed = _hash([file.content for file in (*files.values(), *few_shot_files)])
-    return TaskData(config, task_name(config), kind, metric, MappingProxyType(limited), few_shot, hashed)
+    name = task_name(config)
+    return TaskData(config, name, kind, metric, search_metric, MappingProxyType(limited), few_shot, hashed)
 
 
 @dataclass(frozen=True)
@@ -162,11 +170,13 @@ def _rows(file: _File) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def _examples(file: _File, kind: str, metric: str) -> Iterator[Example]:
+def _examples(file: _File, kind: str, metrics: Sequence[str]) -> Iterator[Example]:
+    """The examples, each of which suits all `metrics`."""
     empty, parse = True, KINDS[kind].parse
     for where, row in _rows(file):
         empty = False
-        yield parse(row, metric, where)
+        example, *_ = [parse(row, metric, where) for metric in dict.fromkeys(metrics)]
+        yield example
     if empty:
         raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
 
@@ -176,7 +186,7 @@ def _shots(file: _File, kind: str) -> Iterator[Example]:
     shot_kind = _kind(file) if kind == "distillation" else kind
     if shot_kind == "perplexity":
         raise TaskError(f"{file.shown}: few-shot examples have texts, expected prompts with answers")
-    return _examples(file, shot_kind, DEFAULT)
+    return _examples(file, shot_kind, [DEFAULT])
 
 
 def _kind(file: _File) -> str:
@@ -191,13 +201,18 @@ def _check_metric(config: TaskConfig) -> None:
     """Refuse an unknown kind, or a metric of another one, before any file is read."""
     if config.kind != AUTO:
         KINDS.get(config.kind, f"tasks ({task_name(config)}).kind", also=[AUTO])
-        _metric(config, config.kind)
+        _metrics(config, config.kind)
 
 
-def _metric(config: TaskConfig, kind: str) -> str:
-    if config.metric == DEFAULT:
-        return next(iter(KINDS[kind].metrics))
-    return KINDS[kind].metric(config.metric, f"tasks ({task_name(config)}).metric", kind)
+def _metrics(config: TaskConfig, kind: str) -> tuple[str, str]:
+    """What is reported, and what a search maximises; raises ConfigError."""
+
+    def named(name: str, option: str, default: str) -> str:
+        where = f"tasks ({task_name(config)}).{option}"
+        return default if name == DEFAULT else KINDS[kind].metric(name, where, kind)
+
+    metric = named(config.metric, "metric", next(iter(KINDS[kind].metrics)))
+    return metric, named(config.search_metric, "search_metric", metric)
 
 
 def _check_options(config: TaskConfig, kind: str, examples: Sequence[Example]) -> None:

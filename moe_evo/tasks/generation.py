@@ -1,7 +1,8 @@
 """Greedy generation, compared with the right answers.
 
 Metrics: exact_match, contains and f1; first_option where the examples have choices; number_match
-where every example has a number among its answers. There is no log-likelihood to break ties with.
+where every example has a number among its answers. There is no log-likelihood to break ties with: that of the right
+answer needs no generation, see `answer_likelihood`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class GenerationScorer:
         if not all(any(map(numbers_in, example.answers)) for example in examples):
             meaningless.add("number_match")
         self._metrics = {name: metric for name, metric in ANSWER_METRICS.items() if name not in meaningless}
-        if format.data.metric in ANSWER_METRICS:  # that of another package is computed only where it counts
-            self._metrics[format.data.metric] = ANSWER_METRICS[format.data.metric]
+        for name in (format.data.metric, format.data.search_metric):
+            if name in ANSWER_METRICS:  # that of another package is computed only where it counts
+                self._metrics[name] = ANSWER_METRICS[name]
 
     def rows(self, number: int, example: Example) -> list[Row]:
         tokens = self._format.prompt_tokens(example, reserved_tokens=self._max_new_tokens)

@@ -5,8 +5,8 @@ No torch here, so that all data are checked before a model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -20,15 +20,19 @@ SHARE = "a share from 0 to 1"
 NATS = "in nats"
 
 
+ScorerMaker = str | Callable[[Any], Any]
+"""Makes a `Scorer` of a `PromptFormat`: a function, or its name as 'package.module:name'."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of task.
 
     metrics: what may count as the score, each with its unit; the first is the default. Fitness over several tasks is a
-    mean, so that their metrics must have one unit. parse: from a row of JSON, the metric and `file:line` to an
+    mean, so that their metrics must have one unit. parse: from a row of JSON, a metric and `file:line` to an
     `Example`; raises TaskError. scorer: makes a `Scorer` of a `PromptFormat`; as 'package.module:name' it is imported
-    when a model is about to be scored, and not for checking data. compares_answers: generated texts are compared, so
-    that any of `ANSWER_METRICS` may count, too.
+    when a model is about to be scored, and not for checking data. scorers: of the metrics that another scorer computes,
+    by metric. compares_answers: generated texts are compared, so that any of `ANSWER_METRICS` may count, too.
 
     >>> from moe_evo.tasks.examples import parse_text
     >>> kind = Kind({"negative_length": "tokens"}, parse_text, scorer="my_package.lengths:LengthScorer")
@@ -40,8 +44,9 @@ class Kind:
 
     metrics: Mapping[str, str]
     parse: Callable[[Any, str, str], Example]
-    scorer: str | Callable[[Any], Any]
+    scorer: ScorerMaker
     compares_answers: bool = False
+    scorers: Mapping[str, ScorerMaker] = field(default_factory=dict)
 
     def metric(self, name: str, option: str, kind: str) -> str:
         """The metric of this name, checked; raises ConfigError. option, kind: for the complaint."""
@@ -57,12 +62,18 @@ class Kind:
         """Of a score; answers are compared from 0 to 1."""
         return self.metrics.get(metric, SHARE)
 
-    def build_scorer(self, format: Any) -> Any:
-        """The `Scorer` for a `PromptFormat`."""
-        if not isinstance(self.scorer, str):
-            return self.scorer(format)
-        module, _, name = self.scorer.partition(":")
-        return getattr(import_module(module), name)(format)
+    def build_scorers(self, metrics: Iterable[str], format: Any) -> dict[str, Any]:
+        """The `Scorer` of each metric, for a `PromptFormat`; one for all metrics that it computes."""
+        makers = {metric: self.scorers.get(metric, self.scorer) for metric in metrics}
+        made = {maker: _scorer(maker, format) for maker in dict.fromkeys(makers.values())}
+        return {metric: made[maker] for metric, maker in makers.items()}
+
+
+def _scorer(maker: ScorerMaker, format: Any) -> Any:
+    if not isinstance(maker, str):
+        return maker(format)
+    module, _, name = maker.partition(":")
+    return getattr(import_module(module), name)(format)
 
 
 KINDS: Registry[Kind] = Registry(
@@ -70,15 +81,23 @@ KINDS: Registry[Kind] = Registry(
     ["moe_evo.tasks"],
     {
         "choice": Kind(
-            {"accuracy": SHARE, "accuracy_norm": SHARE, "log_likelihood": NATS},
+            {
+                "accuracy": SHARE,
+                "accuracy_norm": SHARE,
+                "log_likelihood": NATS,
+                "probability": SHARE,
+                "probability_norm": SHARE,
+            },
             parse_choice,
             "moe_evo.tasks.choice:ChoiceScorer",
         ),
         "generation": Kind(
-            dict.fromkeys(("exact_match", "contains", "f1", "first_option", "number_match"), SHARE),
+            dict.fromkeys(("exact_match", "contains", "f1", "first_option", "number_match"), SHARE)
+            | {"log_likelihood": NATS},
             parse_answers,
             "moe_evo.tasks.generation:GenerationScorer",
             compares_answers=True,
+            scorers={"log_likelihood": "moe_evo.tasks.answer_likelihood:AnswerLikelihoodScorer"},
         ),
         "perplexity": Kind({"log_likelihood": NATS}, parse_text, "moe_evo.tasks.perplexity:PerplexityScorer"),
         "distillation": Kind({"negative_kl": NATS}, parse_input, "moe_evo.tasks.distillation:DistillationScorer"),

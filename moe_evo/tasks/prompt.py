@@ -23,11 +23,11 @@ def answer_text(example: Example) -> str:
     return example.choices[example.label] if example.label is not None else example.answers[0]
 
 
-def shot_text(example: Example) -> str:
-    """A few-shot example with its answer: a choice as it is written, others at least a space apart."""
+def following_answer(example: Example) -> str:
+    """The right answer as it follows the prompt: a choice as it is written, others at least a space apart."""
     prompt, answer = example.prompt, answer_text(example)
     apart = example.label is not None or prompt[-1:].isspace() or answer[:1].isspace()
-    return prompt + answer if apart else f"{prompt} {answer}"
+    return answer if apart else f" {answer}"
 
 
 class PromptFormat:
@@ -49,7 +49,13 @@ class PromptFormat:
         """The whole text before the answer."""
         shots = self.data.few_shot
         if not self.config.chat_template:
-            return "".join([self.config.prefix, *(shot_text(shot) + SHOT_SEPARATOR for shot in shots), example.prompt])
+            return "".join(
+                [
+                    self.config.prefix,
+                    *(shot.prompt + following_answer(shot) + SHOT_SEPARATOR for shot in shots),
+                    example.prompt,
+                ]
+            )
         turns = [(shot.prompt, answer_text(shot).strip()) for shot in shots]
         contents = [text for turn in turns for text in turn] + [example.prompt]
         contents[0] = self.config.prefix + contents[0]

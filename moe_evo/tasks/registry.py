@@ -25,8 +25,10 @@ def build_task(data: TaskData, tokenizer: Any, batch_tokens: int) -> Task:
             f"task {data.name}: the model comes without a tokenizer; put tokenizer.json beside its weights"
         )
     option = f"tasks ({data.name}).kind"
-    scorer = KINDS.get(data.kind, option).build_scorer(PromptFormat(data.config, data, tokenizer))
-    problem = lacking(scorer, _MEMBERS, "moe_evo.tasks.task.Scorer")
-    if problem is not None:
-        raise ConfigError(f"{option}: {data.kind!r} makes no scorer: {problem}")
-    return Task(data, scorer, BatchLimits(batch_tokens, len(tokenizer)))
+    format = PromptFormat(data.config, data, tokenizer)
+    scorers = KINDS.get(data.kind, option).build_scorers([data.metric, data.search_metric], format)
+    for scorer in scorers.values():
+        problem = lacking(scorer, _MEMBERS, "moe_evo.tasks.task.Scorer")
+        if problem is not None:
+            raise ConfigError(f"{option}: {data.kind!r} makes no scorer: {problem}")
+    return Task(data, scorers, BatchLimits(batch_tokens, len(tokenizer)))

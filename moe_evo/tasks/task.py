@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_log_probs
 from moe_evo.tasks.batches import forward_batches
-from moe_evo.tasks.data import TaskData
+from moe_evo.tasks.data import REPORTED, SPLITS, TaskData
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 
@@ -80,23 +81,34 @@ class Scorer(Protocol):
         ...
 
 
-class Task:
-    """A named data set with a scorer; it knows nothing of experts.
+@dataclass(frozen=True)
+class _Scoring:
+    """What the examples of one split are scored by. rows: of every split that this scorer scores."""
 
-    needs_reference: scores compare with the untouched model. metric: the name of what `score` is.
+    split: str
+    metric: str
+    scorer: Scorer
+    rows: TokenisedSplits
+
+
+class Task:
+    """A named data set with a scorer for each metric that counts; it knows nothing of experts.
+
+    scorers: by metric; one scorer may compute both metrics of the data. Where an argument is called `split`, it is
+    one of `SCORINGS`: the search split is scored by `search_metric`, unless it is asked for as REPORTED. scorer: that
+    of what is reported. needs_reference: scores compare with the untouched model.
     """
 
-    def __init__(self, data: TaskData, scorer: Scorer, limits: BatchLimits) -> None:
+    def __init__(self, data: TaskData, scorers: Mapping[str, Scorer], limits: BatchLimits) -> None:
         self.name = data.name
-        self.metric = data.metric
-        self.needs_reference = scorer.needs_reference
-        self.scorer = scorer
+        self.scorer = scorers[data.metric]
+        self.needs_reference = any(scorer.needs_reference for scorer in scorers.values())
         self._splits = data.splits
         self._limits = limits
-        self._rows = TokenisedSplits(data.splits, scorer.rows)
+        self._scorings = _scorings(data, scorers)
 
     def num_examples(self, split: str) -> int:
-        return len(self._splits[split])
+        return len(self._examples(split))
 
     def numbers(self, split: str, indices: Iterable[int] | None = None) -> list[int]:
         """The numbers of all examples of the split, or those among `indices`, ascending and each once."""
@@ -115,16 +127,18 @@ class Task:
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
         that begin alike share those tokens. shared_prefixes: whether batches may have a shared prefix.
         """
-        rows = self._rows.of(split)
+        scoring = self._scorings[split]
+        rows = scoring.rows.of(scoring.split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
-        shared_prefix = self._rows.shared_prefix if shared_prefixes else None
-        return self.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees, shared_prefix))
+        shared_prefix = scoring.rows.shared_prefix if shared_prefixes else None
+        return scoring.scorer.batches(chosen, self._limits.lowered_to(batch_tokens, trees, shared_prefix))
 
     def prompt_batches(
         self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
     ) -> Sequence[ForwardBatch]:
-        """Each example's input once, without answers."""
-        rows = self._rows.of(split)
+        """Each example's input once, without answers; the same whatever a search maximises."""
+        scoring = self._scorings[REPORTED if split == "search" else split]
+        rows = scoring.rows.of(scoring.split)
         chosen = [rows[number][0].prompt for number in self.numbers(split, indices)]
         return forward_batches(chosen, self._limits.lowered_to(batch_tokens, trees))
 
@@ -133,13 +147,13 @@ class Task:
         assert self.needs_reference, f"task {self.name} is scored without a reference"
         return scored_log_probs(batch, logits).cpu()
 
-    def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Partial results (B, anything) of one batch.
+    def score(self, split: str, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Partial results (B, anything) of one batch of this split.
 
         output: logits (M, V) of a ForwardBatch, or new tokens (B, at most max_new_tokens) of a
         GenerateBatch.
         """
-        return self.scorer.score(batch, output, reference)
+        return self._scorings[split].scorer.score(batch, output, reference)
 
     def combine(self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]) -> TaskScores:
         """Partial results of this split put together; parts: (B,) examples and (B, anything) results of a batch."""
@@ -147,9 +161,23 @@ class Task:
         for examples, partial in parts:
             for number, row in zip(examples.tolist(), partial.cpu(), strict=True):
                 of_example.setdefault(number, []).append(row)
-        numbers = sorted(of_example)
-        found = self.scorer.combine(
-            [self._splits[split][number] for number in numbers], [of_example[number] for number in numbers]
+        numbers, known, scoring = sorted(of_example), self._examples(split), self._scorings[split]
+        found = scoring.scorer.combine(
+            [known[number] for number in numbers], [of_example[number] for number in numbers]
         )
         metrics = {name: float(values.mean()) for name, values in found.items()}
-        return TaskScores(np.array(numbers), found[self.metric], found.get("log_likelihood"), metrics)
+        return TaskScores(np.array(numbers), found[scoring.metric], found.get("log_likelihood"), metrics)
+
+    def _examples(self, split: str) -> Sequence[Example]:
+        return self._splits[self._scorings[split].split]
+
+
+def _scorings(data: TaskData, scorers: Mapping[str, Scorer]) -> dict[str, _Scoring]:
+    """How the examples are scored, by the names in SCORINGS; each is tokenised once for each of its scorers."""
+    reporter, searcher = scorers[data.metric], scorers[data.search_metric]
+    rows = TokenisedSplits(data.splits, reporter.rows)
+    searched = {"search": data.splits["search"]}
+    search_rows = rows if searcher is reporter else TokenisedSplits(searched, searcher.rows)
+    found = {split: _Scoring(split, data.metric, reporter, rows) for split in SPLITS}
+    found[REPORTED] = found["search"]
+    return found | {"search": _Scoring("search", data.search_metric, searcher, search_rows)}

@@ -14,7 +14,7 @@ from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace
-from moe_evo.tasks.data import SPLITS
+from moe_evo.tasks.data import SCORINGS
 
 Key = tuple[int, str]
 """Number and split of a request."""
@@ -88,11 +88,11 @@ class PoolContract:
         assert done == slots
         assert pool.free_slots > 0
 
-    @pytest.mark.parametrize("split", SPLITS)
+    @pytest.mark.parametrize("split", SCORINGS)
     def test_every_request_is_answered_once_with_the_scores_of_its_genome(
         self, pool: Pool, evaluator: Evaluator, split: str
     ) -> None:
-        wanted = requests_of(pool.shape, 12, seed=SPLITS.index(split) + 10, split=split)
+        wanted = requests_of(pool.shape, 12, seed=SCORINGS.index(split) + 10, split=split)
         outcomes = completed(pool, wanted)
         expected = evaluator.evaluate([one.genome for one in wanted], split)
         assert {key: numbers(one) for key, one in outcomes.items()} == {

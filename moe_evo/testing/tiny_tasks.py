@@ -135,7 +135,7 @@ def run_task(
         if task.needs_reference:
             assert isinstance(batch, ForwardBatch)
             reference = task.reference(batch, forward(reference_model, batch))
-        parts.append((batch.examples, task.score(batch, _output(model, tokenizer, batch), reference)))
+        parts.append((batch.examples, task.score(split, batch, _output(model, tokenizer, batch), reference)))
     return task.combine(split, parts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import fitness_label
 from moe_evo.errors import ConfigError, RunError
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
@@ -19,7 +20,7 @@ from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import software_versions
 from moe_evo.searches.registry import search_parameters
-from moe_evo.tasks.data import SPLITS, task_name
+from moe_evo.tasks.data import SCORINGS, task_name
 from moe_evo.tracking.base import Tracker, Trackers
 from moe_evo.tracking.wandb_run import Mode, WandbRun, wandb_mode
 from moe_evo.tracking.wandb_tracker import wandb_tracker
@@ -97,7 +98,7 @@ def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:
     candidates = {
         search: {one.number: one for one in journal.candidates(search)} for search in (REFERENCE, MAIN, RANDOM)
     }
-    for split in SPLITS:
+    for split in SCORINGS:
         for search, known in candidates.items():
             for number, outcome in journal.outcomes(search, split).items():
                 yield search, split, Individual(known[number], outcome)
@@ -121,7 +122,8 @@ def _wandb_run(
     hashes |= {task_name(task): journal.meta(f"hash/task {task_name(task)}") for task in config.tasks}
     settings = _settings(config, num_experts, num_kept, hashes)
     num_rows = search.evaluations * (1 + config.selection.random_search)
-    return WandbRun(config.tracking, mode, run_id, name, folder, settings, num_rows)
+    label = fitness_label(config.tasks)
+    return WandbRun(config.tracking, mode, run_id, name, folder, settings, num_rows, label)
 
 
 def _settings(
@@ -139,6 +141,7 @@ def _settings(
         "gang_size": config.cluster.gang_size,
         "tasks": "+".join(map(task_name, config.tasks)),
         "metrics": "+".join(task.metric for task in config.tasks),
+        "search_metrics": "+".join(task.search_metric for task in config.tasks),
         "task_hashes": {task_name(task): hashes[task_name(task)] for task in config.tasks},
         "fitness_rule": evaluation.fitness,
         "num_layers": len(num_experts),

@@ -26,6 +26,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
 from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
 from moe_evo.records.result import RunResult
+from moe_evo.tasks.data import REPORTED
 from moe_evo.tracking.curves import SearchStatistics
 from moe_evo.versions import ADVICE
 
@@ -120,12 +121,13 @@ def _service_process() -> Any:
 class SearchLog:
     """Writes the events of a search to a W&B run.
 
-    num_rows: most rows of the table of individuals. Outcomes that a resumed W&B run has already are not written again:
-    its keys `recorded/...` tell how many of the journal it has.
+    num_rows: most rows of the table of individuals. fitness_label: what fitness is called in captions. Outcomes that a
+    resumed W&B run has already are not written again: its keys `recorded/...` tell how many of the journal it has.
     """
 
-    def __init__(self, run: wandb.Run, *, num_rows: int) -> None:
+    def __init__(self, run: wandb.Run, *, num_rows: int, fitness_label: str = "fitness") -> None:
         self._run = run
+        self._fitness_label = fitness_label
         self._statistics = {MAIN: SearchStatistics(), RANDOM: SearchStatistics()}
         self._individuals: dict[tuple[str, int], Individual] = {}
         self._recorded: Counter[str] = Counter()
@@ -243,7 +245,7 @@ class SearchLog:
         self._drawn_at = monotonic()
         if best.genome != self._drawn:
             self._drawn = best.genome
-            caption = f"candidate {best.number}, fitness {best.evaluation.fitness:.4f}"
+            caption = f"candidate {best.number}, {self._fitness_label} {best.evaluation.fitness:.4f}"
             pictures = {
                 f"best/{name}": wandb.Image(pixels, caption=caption)
                 for name, pixels in genome_pictures(best.genome).items()
@@ -266,9 +268,10 @@ def _row(search: str, individual: Individual) -> list[Any]:
 def _summary(result: RunResult) -> dict[str, float]:
     """Numbers to sort runs by: `best/test`, `best/test_low`, `gain/test`, ..."""
     values: dict[str, float] = {}
+    names = {"search": REPORTED} if result.search_note else {}  # `search` is the fitness that curves show
     for row in result.rows:
         for split, score in row.scores.items():
-            values[f"{row.key}/{split}"] = score.fitness
+            values[f"{row.key}/{names.get(split, split)}"] = score.fitness
             if split == "test":
                 values |= {f"{row.key}/test_low": score.low, f"{row.key}/test_high": score.high}
     for split in ("validation", "test"):

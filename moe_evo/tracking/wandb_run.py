@@ -32,8 +32,8 @@ class WandbRun:
     """The W&B run of a search.
 
     folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: most rows of the table of
-    individuals. finish_timeout_s: how long the end of the search waits for the upload of the rest.
-    begin_timeout_s: the same where W&B has not answered yet.
+    individuals. fitness_label: what fitness is called in captions. finish_timeout_s: how long the end of the search
+    waits for the upload of the rest. begin_timeout_s: the same where W&B has not answered yet.
     """
 
     config: TrackingConfig
@@ -43,6 +43,7 @@ class WandbRun:
     folder: Path
     settings: Plain
     num_rows: int
+    fitness_label: str = "fitness"
     tags: Sequence[str] = ()
     finish_timeout_s: float = field(default_factory=lambda: _FINISH_TIMEOUT_S)
     begin_timeout_s: float = 0.0

@@ -180,7 +180,7 @@ class WandbTracker:
         if self._run.mode == "online":
             self._show(str(run.url))
         self._has_begun = True
-        log = SearchLog(run, num_rows=self._run.num_rows)
+        log = SearchLog(run, num_rows=self._run.num_rows, fitness_label=self._run.fitness_label)
         while not isinstance(event := self._events.get(), int):
             try:
                 event(log)

@@ -112,6 +112,15 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         lambda _: ["evaluate", "--top_k", "1", "2"],
         "got '2', which belongs to no option; --help tells what each takes",
     ),
+    "search metric of another kind": (
+        lambda _: ["search", "--tasks", '[{"data": "nli", "search_metric": "f1"}]'],
+        "tasks (nli).search_metric: got 'f1', expected accuracy, accuracy_norm, log_likelihood, probability, "
+        "probability_norm or default for a task of kind choice",
+    ),
+    "search metrics of two units": (
+        lambda _: ["search", "--tasks", '[syll, {"data": "nli", "search_metric": "log_likelihood"}]'],
+        "tasks: fitness on the search split would mix units (syll is a share from 0 to 1, nli is in nats)",
+    ),
     "unknown key": (
         _file("c.yaml", b"search:\n  sed: 3\n", "search", "{folder}/c.yaml"),
         "search.sed: no such option; did you mean search.seed? (config ",

@@ -7,18 +7,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_tasks as tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import TaskConfig
 from moe_evo.criteria import observation_file
 from moe_evo.criteria.observation_file import (
     StoredObservations,
     add_observations,
     load_observations,
+    observed_names,
     save_observations,
 )
 from moe_evo.criteria.sums import KINDS, LayerObservation, LayerSums, Observation
 from moe_evo.errors import ObservationError
+from moe_evo.tasks.data import read_task
 
 
 def made_observation(kind: type[LayerSums], seed: int) -> Observation:
@@ -115,3 +120,18 @@ def test_a_damaged_file_is_refused(path):
     assert "damaged (KeyError: 'Nothing')" in refusal(path)
     save_file(tensors, path, metadata | {"answers": "[1"})
     assert "damaged (JSONDecodeError: " in refusal(path)
+
+
+def test_the_name_of_a_tasks_observations_changes_with_its_prompts_and_not_with_what_a_search_maximises(tmp_path):
+    data = tiny.write_splits(tmp_path / "t", [{"prompt": f"p{n}", "answers": "a"} for n in range(2)])
+    configs = {
+        "plain": {},
+        "searched": {"search_metric": "log_likelihood"},
+        "compared": {"metric": "f1"},
+        "read": {"metric": "log_likelihood"},  # its scorer cuts prompts elsewhere
+    }
+    names = {
+        name: observed_names(ModelConfig(), [read_task(TaskConfig(data=data, **options))])["t"]
+        for name, options in configs.items()
+    }
+    assert names["plain"] == names["searched"] == names["compared"] != names["read"]

@@ -83,7 +83,8 @@ def test_fitness_is_the_mean_over_tasks_with_its_standard_error(moe, tasks):
     assert outcome.num_examples == 17
     assert outcome.duration_s > 0
     assert set(outcome.metrics) == {
-        "choice/accuracy", "choice/accuracy_norm", "choice/log_likelihood", "texts/log_likelihood", "texts/perplexity",
+        "choice/accuracy", "choice/accuracy_norm", "choice/log_likelihood", "choice/probability",
+        "choice/probability_norm", "texts/log_likelihood", "texts/perplexity",
     }  # fmt: skip
     assert outcome.metrics["choice/accuracy"] == pytest.approx(first.mean())
 

@@ -152,7 +152,7 @@ def test_an_estimate_is_never_shown_as_the_best(tmp_path: Path) -> None:
     assert [statistics.add(each)["best/fitness"] for each in individuals] == [0.5, 0.5, 0.6]
     assert rises([each.outcome for each in individuals]) == [(1, 0.5), (3, 0.6)]
     figure, axes = plt.subplots()
-    draw_curve(axes, individuals, [], 0.7)
+    draw_curve(axes, individuals, [], 0.7, "fitness")
     (best,) = (line for line in axes.lines if line.get_label() == "best so far")
     assert list(best.get_ydata()) == [0.5, 0.5, 0.6]
     assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["pruning", "stopped early"]

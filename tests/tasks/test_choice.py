@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_tasks as tiny
 import torch
+from scipy.special import softmax
 
 from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.choice import choice_rows
@@ -55,10 +56,45 @@ def test_batched_log_likelihoods_equal_one_sequence_at_a_time(tmp_path, build, b
         == row["label"]
         for scores, row in zip(expected, rows, strict=True)
     ]
+    probability = [softmax(scores)[row["label"]] for scores, row in zip(expected, rows, strict=True)]
+    likely_by_length = [
+        softmax([score / len(choice.strip()) for score, choice in zip(scores, row["choices"], strict=True)])[
+            row["label"]
+        ]
+        for scores, row in zip(expected, rows, strict=True)
+    ]
     assert got.metrics == pytest.approx(
-        {"accuracy": np.mean(accuracy), "accuracy_norm": np.mean(by_length), "log_likelihood": np.mean(right)},
+        {
+            "accuracy": np.mean(accuracy),
+            "accuracy_norm": np.mean(by_length),
+            "log_likelihood": np.mean(right),
+            "probability": np.mean(probability),
+            "probability_norm": np.mean(likely_by_length),
+        },
         abs=1e-5,
     )
+
+
+@pytest.mark.parametrize("metric", ["probability", "probability_norm"])
+def test_probability_of_each_example_is_the_softmax_over_its_own_choices(tmp_path, metric):
+    model, tokenizer = tiny.tiny_mixtral(), tiny.tiny_tokenizer(bos=True)
+    expected = []
+    for row, scores in zip(ROWS, brute_force(model, tokenizer, ROWS), strict=True):
+        lengths = [len(choice.strip()) if metric == "probability_norm" else 1 for choice in row["choices"]]
+        expected.append(softmax(np.divide(scores, lengths))[row["label"]])
+    got = tiny.run_task(tiny.make_task(tmp_path / "t", ROWS, tokenizer, metric=metric), model, tokenizer)
+    assert len({len(row["choices"]) for row in ROWS}) == 3, "some examples have fewer choices than others"
+    np.testing.assert_allclose(got.score, expected, rtol=0, atol=1e-5)
+    assert ((got.score > 0) & (got.score < 1)).all()
+
+
+def test_probability_is_a_number_where_likelihoods_are_too_small_for_exp(tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    rows = [{"prompt": f"a{n}", "choices": ["b", "c", "d"][: 2 + n % 2], "label": n % 2} for n in range(3)]
+    task = tiny.make_task(tmp_path / "t", rows, tokenizer, metric="probability")
+    parts = [[-5000.0, -5000.0], [-9000.0, -20.0, -9000.0], [-3.0, -2000.0]]
+    scores = task.combine("search", [(np.array([n]), torch.tensor([part])) for n, part in enumerate(parts)])
+    assert scores.score.tolist() == [0.5, 1.0, 1.0]
 
 
 def test_prefix_and_few_shot_examples_stand_before_every_prompt(tmp_path):
@@ -94,7 +130,7 @@ def test_equal_choices_tie_and_the_first_wins(tmp_path):
     task = tiny.make_task(tmp_path / "t", rows, tokenizer)
     (batch,) = task.batches("search")
     flat = torch.zeros(int(batch.kept.sum()), 350)
-    scores = task.combine("search", [(batch.examples, task.score(batch, flat))])
+    scores = task.combine("search", [(batch.examples, task.score("search", batch, flat))])
     assert scores.score.tolist() == [1, 0, 1, 0]
 
 

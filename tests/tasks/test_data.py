@@ -11,9 +11,10 @@ import tiny_tasks as tiny
 
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.tasks.data import check_tasks, embedded_task_names, read_task, task_name
+from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names, is_share, read_task, reported, task_name
 
 CHOICE = {"prompt": "p", "choices": ["a", "b"], "label": 0}
+CHOICE_METRICS = "accuracy, accuracy_norm, log_likelihood, probability, probability_norm"
 MALFORMED = [
     ('{"prompt": "p", "choices": ["a", "b"], "label": 2}', "label: got 2, expected an integer from 0 to 1"),
     ('{"prompt": "p", "choices": ["a", "b"], "label": -1}', "label: got -1, expected an integer from 0 to 1"),
@@ -206,12 +207,47 @@ def test_the_kind_follows_from_the_fields(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "metric", "allowed"),
-    [("choice", "f1", "accuracy, accuracy_norm, log_likelihood"), ("perplexity", "accuracy", "log_likelihood"),
-     ("auto", "exact_match", "accuracy, accuracy_norm, log_likelihood")],
+    [("choice", "f1", CHOICE_METRICS), ("perplexity", "accuracy", "log_likelihood"),
+     ("auto", "exact_match", CHOICE_METRICS)],
 )  # fmt: skip
 def test_a_metric_of_another_kind_is_refused(kind, metric, allowed):
     with pytest.raises(ConfigError, match=f"metric: got '{metric}', expected {allowed} or default"):
         check_tasks([config("sentiment", kind=kind, metric=metric)])
+
+
+def test_what_a_search_maximises_is_the_metric_unless_another_is_named():
+    assert read_task(config("sentiment")).search_metric == "accuracy"
+    assert read_task(config("sentiment", metric="accuracy_norm")).search_metric == "accuracy_norm"
+    data = read_task(config("sentiment", search_metric="probability"))
+    assert (data.metric, data.search_metric) == ("accuracy", "probability")
+    assert [reported(split, [data]) for split in SPLITS] == ["search_reported", "validation", "test"]
+    assert [reported(split, [read_task(config("sentiment"))]) for split in SPLITS] == list(SPLITS)
+
+
+@pytest.mark.parametrize("kind", ["choice", "auto"])
+def test_a_search_metric_of_another_kind_is_refused_as_a_metric_is(kind):
+    expected = f"expected {CHOICE_METRICS} or default for a task of kind choice"
+    with pytest.raises(ConfigError, match=rf"tasks \(nli\)\.search_metric: got 'f1', {expected}"):
+        check_tasks([config("nli", kind=kind, search_metric="f1")])
+
+
+def test_an_unknown_search_metric_of_generation_is_refused_with_the_nearest_name(tmp_path):
+    folder = tiny.write_splits(tmp_path / "t", [{"prompt": f"p{n}", "answers": "a"} for n in range(2)])
+    with pytest.raises(ConfigError, match=r"\.search_metric: got 'log_likelyhood', did you mean 'log_likelihood'\?"):
+        read_task(config(folder, search_metric="log_likelyhood"))
+
+
+def test_examples_must_suit_the_search_metric_too(tmp_path):
+    folder = tiny.write_splits(tmp_path / "t", [{"prompt": f"p{n}", "answers": "a"} for n in range(2)])
+    with pytest.raises(TaskError, match=r"search\.jsonl:1: answers: .* as the metric is number_match"):
+        read_task(config(folder, search_metric="number_match"))
+
+
+def test_search_metrics_of_different_units_are_not_mixed_into_one_fitness():
+    tasks = [config("nli", search_metric="log_likelihood"), config("syll", search_metric="log_likelihood")]
+    assert is_share(check_tasks(tasks)), "what is reported is accuracy"
+    with pytest.raises(ConfigError, match=r"on the search split would mix units \(nli is in nats, syll is a share"):
+        check_tasks([tasks[0], config("syll", search_metric="probability")])
 
 
 def test_names_come_from_the_data_and_must_differ(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 
 from moe_evo.config.task import TaskConfig
@@ -27,6 +29,12 @@ class TestGeneration(TaskContract):
         for batch in self.make(tmp_path, "generation", tokenizer, batch_tokens=100_000).batches("search"):
             assert batch.attention_mask[:, -1].all()
             assert (batch.attention_mask.diff(dim=1) >= 0).all()
+
+
+class TestAnswerLikelihood(TaskContract):
+    name = "generation"
+    rows = tuple({"prompt": prompt, "answers": ["cat and dog", "yes"]} for prompt in PROMPTS)
+    options = MappingProxyType({"metric": "log_likelihood"})
 
 
 class TestPerplexity(TaskContract):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
-from tracked_runs import WANDB, Record, SomeFail, search
+from tracked_runs import SMALL, WANDB, Record, SomeFail, search
 from wandb_stand_in import KEY
 
 from moe_evo.config.run import TrackingConfig
@@ -126,6 +127,32 @@ def test_the_summary_is_the_result(record: Record, finished: RunFolder) -> None:
     assert (record.summary["num_kept"], record.summary["share_kept"], record.summary["evaluations"]) == (4, 0.5, 40)
     final = json.loads((record.folder / "files" / record.summary["final.path"]).read_text())
     assert [row[0] for row in final["data"]] == [row.key for row in result.rows]
+
+
+def test_a_search_metric_is_named_and_no_key_has_scores_of_two_metrics(tmp_path: Path) -> None:
+    (task,) = SMALL.tasks
+    offline = TrackingConfig(wandb="offline")
+    folder = tmp_path / "run"
+    search(folder, replace(SMALL, tasks=[replace(task, search_metric="probability")], tracking=offline))
+    record, result = Record(folder), RunFolder(folder).read_result()
+    assert record.run["config"]["update"]["search_metrics"] == "probability"
+    expected = {(n, one.evaluation.metrics["syll/probability"]) for n, one in enumerate(individuals(folder), start=1)}
+    assert set(record.points("fitness")) == expected
+    for row in result.rows:
+        score = row.scores["search"]
+        assert record.summary[f"{row.key}/search_reported"] == score.fitness == score.metrics["syll/accuracy"]
+    logged = {key: item[key] for item in record.history for key in item if key.startswith("full/")}
+    full = result.full.scores["search"]
+    assert logged["full/search"] == record.summary["full/search"] == full.metrics["syll/probability"]
+    assert logged["full/search_reported"] == full.fitness
+    winners = {one.number: one.evaluation.fitness for one in individuals(folder, split="search_reported")}
+    assert [item["search_reported/search"] for item in record.history if "search_reported/search" in item] == list(
+        winners.values()
+    )
+    assert "best/search" not in record.summary
+    captions = [item["best/kept_experts.caption"] for item in record.history if "best/kept_experts.caption" in item]
+    assert captions and all(", fitness (probability) 0." in one for one in captions)
+    assert "`fitness (probability)`" in DOCUMENT.read_text() and "`full/search_reported`" in DOCUMENT.read_text()
 
 
 def test_the_winner_is_drawn_and_kept_as_an_artifact_without_folders(record: Record, finished: RunFolder) -> None:

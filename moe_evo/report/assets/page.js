@@ -9,7 +9,7 @@ function lineageTable(lineage) {
     `#${number}`, operatorName(lineage.operators[lineage.operator[row]]),
     lineage.parents[row].map((one) => `#${one}`).join(" and ") || "–", decimals(lineage.fitness[row], 4),
   ]);
-  return tableOf(["candidate", "made by", "of", "fitness"], rows.reverse());
+  return tableOf(["candidate", "made by", "of", lineage.label], rows.reverse());
 }
 
 async function drawRun(number) {

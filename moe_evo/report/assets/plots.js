@@ -103,7 +103,7 @@ const columns = (points) => points[0].map((_, column) => points.map((point) => p
 /** Fitness of every evaluation, best so far, finalists on validation, phases, and the full model. */
 async function searchPlot(target, legendTarget, curve) {
   const tones = curve.phase_tones.map(colour);
-  const plot = emptyFigure({ x_axis_label: "evaluations", y_axis_label: "fitness" });
+  const plot = emptyFigure({ x_axis_label: "evaluations", y_axis_label: curve.label });
   const entries = [];
   const numbers = curve.numbers.length ? curve.numbers : curve.positions.map((position) => position - 1);
   const points = curve.phase_names.map((name, phase) => {
@@ -119,7 +119,7 @@ async function searchPlot(target, legendTarget, curve) {
     if (chosen.length) entries.push({ name, tone: tones[phase], mark: "dot", renderers: [drawn] });
     return drawn;
   });
-  plot.add_tools(hover(points, "candidate @number", [["made by", "@made"], ["fitness", "@y{0.0000}"]]));
+  plot.add_tools(hover(points, "candidate @number", [["made by", "@made"], [curve.label, "@y{0.0000}"]]));
   const step = (rises, tone, name, width) => {
     if (!rises.length) return;
     const [x, y] = columns(rises);
@@ -159,7 +159,7 @@ async function searchPlot(target, legendTarget, curve) {
 
 /** The winner's ancestors: each at the evaluation that it was, with lines to its parents. */
 async function lineagePlot(target, lineage) {
-  const plot = emptyFigure({ x_axis_label: "evaluations", y_axis_label: "fitness", height: isNarrow() ? 260 : 300 });
+  const plot = emptyFigure({ x_axis_label: "evaluations", y_axis_label: lineage.label, height: isNarrow() ? 260 : 300 });
   const place = new Map(lineage.number.map((number, row) => [number, row]));
   const edges = lineage.number.flatMap((_, child) =>
     lineage.parents[child].filter((parent) => place.has(parent)).map((parent) => [child, place.get(parent)]));
@@ -180,7 +180,7 @@ async function lineagePlot(target, lineage) {
     size: { field: "size" }, marker: { field: "marker" }, fill_color: { field: "tone" }, line_color: colour("card"),
   });
   plot.add_tools(hover([drawn], "candidate @number", [
-    ["made by", "@made"], ["of", "@parents"], ["fitness", "@y{0.0000}"],
+    ["made by", "@made"], ["of", "@parents"], [lineage.label, "@y{0.0000}"],
   ]));
   await showPlot(target, plot);
 }
