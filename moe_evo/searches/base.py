@@ -30,32 +30,20 @@ class Search(Protocol):
     >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace
     >>> from moe_evo.config.search import SearchConfig
     >>> from moe_evo.genomes.operators import random_pruning
-    >>> from moe_evo.searches.base import Archive
-    >>> class Draws:
+    >>> from moe_evo.searches.base import ArchiveSearch
+    >>> class Draws(ArchiveSearch):
     ...     phase = "drawing"
     ...
     ...     def __init__(self, space, config):
-    ...         self.space, self.seed, self.archive = space, config.seed, Archive()
+    ...         super().__init__()
+    ...         self.space, self.seed = space, config.seed
     ...
-    ...     @property
-    ...     def population(self):
-    ...         return self.archive.population
-    ...
-    ...     def draw(self):
-    ...         number = self.archive.next_number
+    ...     def _next(self):
+    ...         number = self._archive.next_number
     ...         rng = np.random.default_rng([self.seed, number])
     ...         genomes = (random_pruning(self.space, rng) for _ in range(100))
-    ...         new = next((one for one in genomes if one not in self.archive), None)
+    ...         new = next((one for one in genomes if one not in self._archive), None)
     ...         return None if new is None else Candidate(number, new, "random_pruning")
-    ...
-    ...     def ask(self, n):
-    ...         return self.archive.ask(n, self.draw)
-    ...
-    ...     def tell(self, individuals):
-    ...         self.archive.tell(individuals)
-    ...
-    ...     def restore(self, candidates):
-    ...         self.archive.restore(candidates)
     >>> shape = ModelShape("mixtral", num_experts=(4, 4), top_k=(1, 1), decoder_layers=(0, 1))
     >>> search = Draws(SearchSpace.build(shape, num_kept=2), SearchConfig(seed=0))
     >>> for _ in range(20):
@@ -162,3 +150,27 @@ class Archive:
         if candidate.genome not in self:
             self._numbers[candidate.genome.digest] = candidate.number
             self.num_prunings += candidate.genome.is_pruning
+
+
+class ArchiveSearch:
+    """All of a `Search` but `phase`, for one that proposes candidate by candidate and knows nothing but its archive."""
+
+    def __init__(self) -> None:
+        self._archive = Archive()
+
+    @property
+    def population(self) -> Population:
+        return self._archive.population
+
+    def ask(self, n: int) -> list[Candidate]:
+        return self._archive.ask(n, self._next)
+
+    def tell(self, individuals: Iterable[Individual]) -> None:
+        self._archive.tell(individuals)
+
+    def restore(self, candidates: Sequence[Candidate]) -> None:
+        self._archive.restore(candidates)
+
+    def _next(self) -> Candidate | None:
+        """The candidate number `self._archive.next_number`, or None where there is no other."""
+        raise NotImplementedError

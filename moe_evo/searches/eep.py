@@ -6,7 +6,7 @@ generations, and no individual is removed. Where this differs from the released 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from types import MappingProxyType
@@ -25,9 +25,9 @@ from moe_evo.genomes.operators import (
     row_crossover,
     swap_mutation,
 )
-from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.population import Candidate, Individual
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.base import Archive, Phase
+from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.enumeration import num_prunings, unseen_pruning
 
@@ -49,7 +49,7 @@ def schedule(eep: EEPConfig, evaluations: int) -> tuple[int, int]:
     return min(eep.num_initial, max(num_pruning // 2, 1)), num_pruning  # half of it is for evolution
 
 
-class EEPSearch:
+class EEPSearch(ArchiveSearch):
     """Both phases of EEP over a space; `config.algorithm` 'eep_release' takes the published values.
 
     Where every expert is kept there is nothing to prune: the search starts from the identity and
@@ -65,13 +65,13 @@ class EEPSearch:
         wider: Sequence[Genome] = (),
         seeds: Mapping[str, Genome] = MappingProxyType({}),
     ) -> None:
+        super().__init__()
         self.space = space
         self.eep = eep_config(config)
         self.num_initial, self.num_pruning = schedule(self.eep, config.evaluations)
         self._seed = config.seed
         self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
         self._num_prunings = num_prunings(space)
-        self._archive = Archive()
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
@@ -91,23 +91,10 @@ class EEPSearch:
         return {"eep": asdict(eep_config(config))}
 
     @property
-    def population(self) -> Population:
-        return self._archive.population
-
-    @property
     def phase(self) -> str:
         """'pruning' or 'merging': what the next candidate belongs to."""
         prunes = self.space.can_prune and self._archive.next_number < self.num_pruning
         return "pruning" if prunes and not self._all_pruned else "merging"
-
-    def ask(self, n: int) -> list[Candidate]:
-        return self._archive.ask(n, self._next)
-
-    def tell(self, individuals: Iterable[Individual]) -> None:
-        self._archive.tell(individuals)
-
-    def restore(self, candidates: Sequence[Candidate]) -> None:
-        self._archive.restore(candidates)
 
     @property
     def _all_pruned(self) -> bool:

@@ -7,7 +7,7 @@ draw from the posterior (Thompson sampling), so that what is not known well is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MappingProxyType
@@ -19,9 +19,9 @@ import numpy.typing as npt
 from moe_evo.config.search import SearchConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning, swap_mutation
-from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.population import Candidate, Population
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.base import Archive, Phase
+from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.enumeration import unseen_pruning
 from moe_evo.searches.masks import MaskSpace, Numbers
@@ -86,7 +86,7 @@ class _Batch:
     genomes: dict[int, Genome]
 
 
-class SurrogateSearch:
+class SurrogateSearch(ArchiveSearch):
     """Finds prunings.
 
     wider: good prunings that keep more experts; every second initial candidate keeps only experts of one of them.
@@ -104,6 +104,7 @@ class SurrogateSearch:
         seeds: Mapping[str, Genome] = MappingProxyType({}),
         priors: Mapping[str, Sequence[npt.NDArray[np.float64]]] = MappingProxyType({}),
     ) -> None:
+        super().__init__()
         self.space = space
         self.options = config.surrogate
         self.num_initial = num_initial(config)
@@ -111,7 +112,6 @@ class SurrogateSearch:
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
         self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
-        self._archive = Archive()
         self._scored = _Scored(self._masks, self._features)
         self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
         self._weights: dict[tuple[int, ...], Numbers] = {}  # by the candidates to which they were fitted
@@ -130,22 +130,9 @@ class SurrogateSearch:
         return {"surrogate": asdict(config.surrogate)}
 
     @property
-    def population(self) -> Population:
-        return self._archive.population
-
-    @property
     def phase(self) -> str:
         """'initial' or 'proposed': what the next candidate belongs to."""
         return "initial" if self._archive.next_number < self.num_initial else "proposed"
-
-    def ask(self, n: int) -> list[Candidate]:
-        return self._archive.ask(n, self._next)
-
-    def tell(self, individuals: Iterable[Individual]) -> None:
-        self._archive.tell(individuals)
-
-    def restore(self, candidates: Sequence[Candidate]) -> None:
-        self._archive.restore(candidates)
 
     def _next(self) -> Candidate | None:
         number = self._archive.next_number

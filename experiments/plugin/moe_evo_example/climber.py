@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 
 from moe_evo.config.search import SearchConfig
 from moe_evo.genomes.operators import random_pruning, swap_mutation
-from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.population import Candidate
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.searches.base import Archive, Phase
+from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.enumeration import unseen_pruning
 
 _NUM_DRAWN = 10
 _TRIES = 16
 
 
-class Climber:
+class Climber(ArchiveSearch):
     """Ten random prunings, then swaps in the best; where those were all tried, any pruning that was not."""
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
+        super().__init__()
         self._space = space
         self._seed = config.seed
-        self._archive = Archive()
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
@@ -34,21 +32,8 @@ class Climber:
         ]
 
     @property
-    def population(self) -> Population:
-        return self._archive.population
-
-    @property
     def phase(self) -> str:
         return "drawing" if self._archive.next_number < _NUM_DRAWN else "climbing"
-
-    def ask(self, n: int) -> list[Candidate]:
-        return self._archive.ask(n, self._next)
-
-    def tell(self, individuals: Iterable[Individual]) -> None:
-        self._archive.tell(individuals)
-
-    def restore(self, candidates: Sequence[Candidate]) -> None:
-        self._archive.restore(candidates)
 
     def _next(self) -> Candidate | None:
         number = self._archive.next_number
