@@ -94,20 +94,20 @@ class SurrogateConfig:
     """Search by a Gaussian process that learns from every evaluation which experts, and pairs of them, matter.
 
     Args:
-        num_initial: Prunings that are scored before the first is proposed; at most half of the budget.
+        num_warmup: Prunings that are scored before the first is proposed; at most half of the budget.
         batch: Candidates between two fits. Each fit knows all that was scored before the batch.
         pool: Prunings among which each candidate is chosen.
         priors: One-shot criteria (moe-evo criteria lists them; or package.module:name) whose opinions of the
             experts the process knows from the beginning; how far each is right is learned.
     """
 
-    num_initial: int = 30
+    num_warmup: int = 30
     batch: int = 10
     pool: int = 600
     priors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for option in ("num_initial", "batch"):
+        for option in ("num_warmup", "batch"):
             require(getattr(self, option) >= 1, f"search.surrogate.{option}", getattr(self, option), "at least 1")
         require(self.pool >= 20, "search.surrogate.pool", self.pool, "at least 20")
 

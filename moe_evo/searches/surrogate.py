@@ -107,18 +107,18 @@ class SurrogateSearch(ArchiveSearch):
         super().__init__()
         self.space = space
         self.options = config.surrogate
-        self.num_initial = num_initial(config)
+        self.num_warmup = num_warmup(config)
         self._seed = config.seed
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
-        self._beginning = Beginning(space, self.num_initial, config.init_shares, wider, seeds)
+        self._beginning = Beginning(space, self.num_warmup, config.init_shares, wider, seeds)
         self._scored = _Scored(self._masks, self._features)
         self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
         self._weights: dict[tuple[int, ...], Numbers] = {}  # by the candidates to which they were fitted
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
-        first = num_initial(config)
+        first = num_warmup(config)
         return [
             Phase("initial prunings", "surrogate", first, only_prunes=True),
             Phase("proposed prunings", "surrogate", config.evaluations - first, only_prunes=True),
@@ -132,7 +132,7 @@ class SurrogateSearch(ArchiveSearch):
     @property
     def phase(self) -> str:
         """'initial' or 'proposed': what the next candidate belongs to."""
-        return "initial" if self._archive.next_number < self.num_initial else "proposed"
+        return "initial" if self._archive.next_number < self.num_warmup else "proposed"
 
     def _next(self) -> Candidate | None:
         number = self._archive.next_number
@@ -153,7 +153,7 @@ class SurrogateSearch(ArchiveSearch):
 
     def _proposed(self, number: int, rng: np.random.Generator) -> Candidate | None:
         """The best of the pool in a draw from the posterior; None where too little is known, or all was asked."""
-        first = number - (number - self.num_initial) % self.options.batch
+        first = number - (number - self.num_warmup) % self.options.batch
         self._scored.update(self.population)
         known = self._scored.before(first)
         if len(known) < _FEWEST_KNOWN:
@@ -198,6 +198,6 @@ class SurrogateSearch(ArchiveSearch):
         return self._weights[key]
 
 
-def num_initial(config: SearchConfig) -> int:
+def num_warmup(config: SearchConfig) -> int:
     """Candidates before the first proposed one: at most half of the budget."""
-    return min(config.surrogate.num_initial, max(config.evaluations // 2, 1))
+    return min(config.surrogate.num_warmup, max(config.evaluations // 2, 1))

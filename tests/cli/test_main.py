@@ -172,7 +172,12 @@ def num_outcomes(folder: Path) -> int:
 def test_sigint_ends_cleanly_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
     longer = ["--search.evaluations", "80", "--folder", str(tmp_path / "run")]
     argv = [sys.executable, "-m", "moe_evo", "search", *FAST, *longer]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+    def hear_sigint() -> None:  # which is ignored by what a shell starts in the background, these tests for one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(argv, **pipes, text=True, preexec_fn=hear_sigint) as process:
         while process.poll() is None and num_outcomes(tmp_path / "run") < 3:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
