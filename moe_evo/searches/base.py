@@ -21,10 +21,10 @@ class Search(Protocol):
     any order and any number at a time. restore: takes the candidates that a process which died had asked for, in
     order. `tell` follows for those of them that are finished, and the search continues as if uninterrupted.
 
-    A search is constructed from a space and a `SearchConfig`. One that can begin from given genomes also takes `wider`
-    and `seeds`, see `build_search`. Two static methods are optional: `phases(config, *, can_prune)` returns the plan
-    as a list of `Phase`, and `parameters(config)` what a tracker records. `moe_evo.testing.searches.SearchContract`
-    tests a new search.
+    A search is constructed from a space and a `SearchConfig`. One that can begin from given genomes, or with opinions
+    about experts, also takes `wider`, `seeds` or `priors`, see `build_search`. Two static methods are optional:
+    `phases(config, *, can_prune)` returns the plan as a list of `Phase`, and `parameters(config)` what a tracker records.
+    `ArchiveSearch` has most of a search, and `moe_evo.testing.searches.SearchContract` tests a new one.
 
     >>> import numpy as np
     >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace
