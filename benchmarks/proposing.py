@@ -116,6 +116,7 @@ def evaluation_s() -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
+    cost_of(POINTS[0])  # imports SciPy
     costs = {point: cost_of(point) for point in POINTS}
     evaluation = evaluation_s()
     table = Table("layers x experts, kept", "bits", "scores known", "a batch, ms", "a candidate, ms", "weights, ms")

@@ -4,6 +4,8 @@ The covariance of two prunings is a_0 + a_1 s + a_2 s^2 + sum_c b_c u_c u'_c. s 
 masks: 1 for equal prunings, 0 on the average. So the second term is a weight for every expert and the third one for
 every pair of experts. u_c is what a one-shot criterion c thinks of a pruning. A score has noise of variance v divided
 by its share of the examples. Scores are centred and scaled before; a_0 is what is not known of their mean.
+
+SciPy is imported where it is used, as a search is looked up long before it is run.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
-from scipy.optimize import minimize
 
 from moe_evo.searches.masks import Masks, MaskSpace, Numbers
 
@@ -29,12 +29,14 @@ _JITTER = 1e-8
 class Features:
     """What the covariance needs of P prunings.
 
-    bits: (P, D) 0 or 1, whose products are counts that float32 holds exactly. opinions: (P, C). centre: (D,) the mean
-    of the bits over all prunings. scale: of the products of centred bits.
+    bits: (P, D) 0 or 1, whose products are counts that float32 holds exactly. opinions: (P, C), the products of the
+    bits with criteria (D, C). centre: (D,) the mean of the bits over all prunings. scale: of the products of centred
+    bits.
     """
 
     bits: npt.NDArray[np.float32]
     opinions: Numbers
+    criteria: Numbers
     centre: Numbers
     scale: float
 
@@ -58,28 +60,27 @@ class FeatureMaker:
     def __init__(self, space: MaskSpace, priors: Sequence[Sequence[Numbers]] = ()) -> None:
         self._centre = space.shares.ravel()
         self._scale = 1 / max(float(space.kept.sum() - self._centre @ self._centre), 1e-9)
-        self._opinions = np.zeros((space.exists.size, len(priors)))
+        self._criteria = np.zeros((space.exists.size, len(priors)))
         for column, scores in enumerate(priors):
-            self._opinions[:, column] = _ranked(space, space.by_segment(scores)).ravel()
+            self._criteria[:, column] = _ranked(space, space.by_segment(scores)).ravel()
 
     def __call__(self, masks: Masks) -> Features:
         bits = masks.reshape(len(masks), -1).astype(np.float32)
-        return Features(bits, bits @ self._opinions, self._centre, self._scale)
+        return Features(bits, bits @ self._criteria, self._criteria, self._centre, self._scale)
 
 
 def _ranked(space: MaskSpace, scores: Numbers) -> Numbers:
     """(S, W) ranks of the scores in their segment, scaled so that random prunings vary by about 1."""
-    ranks = np.where(space.exists, scores, np.inf).argsort(axis=1).argsort(axis=1).astype(np.float64)
-    ranks = np.where(space.exists, ranks - (space.sizes[:, None] - 1) / 2, 0.0)
+    is_better = np.sign(scores[:, :, None] - scores[:, None, :])
+    ranks = np.where(space.exists, (is_better * space.exists[:, None]).sum(axis=-1), 0.0)
     variance = (ranks**2 * space.shares * (1 - space.shares)).sum()
     scaled: Numbers = ranks / np.sqrt(max(float(variance), 1e-12))
     return scaled
 
 
-def _rest(inner: Numbers, first: Features, second: Features, weights: Numbers) -> Numbers:
-    """(P, Q) of the covariance without what is linear in the experts; weights: a_1, a_2, b_c, ..., v."""
-    total: Numbers = _MEAN_VARIANCE + weights[1] * inner**2
-    total += (first.opinions * weights[2:-1]) @ second.opinions.T
+def _of_experts(inner: Numbers, first: Features, second: Features, weights: Numbers) -> Numbers:
+    """(P, Q) of the covariance what every expert adds by itself; weights: a_1, a_2, b_c, ..., v."""
+    total: Numbers = weights[0] * inner + (first.opinions * weights[2:-1]) @ second.opinions.T
     return total
 
 
@@ -89,6 +90,9 @@ def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numb
     inner: (N, N). noise: (N,) by which v is multiplied. Draws each weight a little towards 1, so that one of which the
     scores say nothing stays near it.
     """
+    from scipy.linalg import cho_solve, cholesky
+    from scipy.optimize import minimize
+
     terms = [inner, inner**2, *(np.outer(one, one) for one in features.opinions.T), np.diag(noise)]
     size = len(scores)
 
@@ -119,14 +123,16 @@ class Posterior:
     """
 
     def __init__(self, inner: Numbers, known: Features, scores: Numbers, noise: Numbers, weights: Numbers) -> None:
+        from scipy.linalg import cho_factor, cho_solve, cholesky
+
         self._known = known
         self._weights = weights
         self._centre, self._scale = centre_and_scale(scores)
         self._scores = (scores - self._centre) / self._scale
-        rest = _rest(inner, known, known, weights)
+        rest = _MEAN_VARIANCE + weights[1] * inner**2  # what no expert has by itself
         rest[np.diag_indices_from(rest)] += weights[-1] * noise + _JITTER
-        self._factor = cho_factor(rest + weights[0] * inner, lower=True, check_finite=False)
         self._of_rest: Numbers = cholesky(rest, lower=True, check_finite=False)
+        self._factor = cho_factor(rest + _of_experts(inner, known, known, weights), lower=True, check_finite=False)
         self._solved: Numbers = cho_solve(self._factor, self._scores, check_finite=False)
         # what is not noise of the known scores themselves
         left = (weights[-1] * noise + _JITTER) * self._solved
@@ -134,6 +140,8 @@ class Posterior:
 
     def moments(self, asked: Features) -> tuple[Numbers, Numbers]:
         """(P,) expected scores, and a root (P, P) of their covariance: root @ root.T."""
+        from scipy.linalg import cholesky, solve_triangular
+
         across = self._across(asked, self._known)
         explained = solve_triangular(self._factor[0], across.T, lower=True, check_finite=False)
         left = self._across(asked, asked) - explained.T @ explained
@@ -142,22 +150,28 @@ class Posterior:
         return self._centre + self._scale * (across @ self._solved), self._scale * root
 
     def worths(self, number: int, rng: np.random.Generator) -> Numbers:
-        """(number, D): what each expert adds to the score, drawn given the scores; the unit does not matter.
+        """(number, D): what each expert adds to the score by itself, drawn given the scores.
 
-        A draw from the prior is corrected by how far it is from the known scores (Matheron's rule).
+        In units of the scores' deviation; the same number may be added to all experts of a segment. A draw from the
+        prior is corrected by how far it is from the known scores (Matheron's rule).
         """
-        known, weight = self._known, self._weights[0]
-        drawn = np.sqrt(weight) * rng.standard_normal((number, known.bits.shape[1])).astype(np.float32)
-        linear = drawn @ known.bits.T - (drawn @ known.centre)[:, None]
-        imagined = np.sqrt(known.scale) * linear + rng.standard_normal((number, len(known))) @ self._of_rest.T
+        from scipy.linalg import cho_solve
+
+        known, own, opinion = self._known, self._weights[0] * self._known.scale, self._weights[2:-1]
+        drawn = np.sqrt(own) * rng.standard_normal((number, known.bits.shape[1])).astype(np.float32)
+        trusted = np.sqrt(opinion) * rng.standard_normal((number, len(opinion)))
+        imagined = drawn @ known.bits.T - (drawn @ known.centre)[:, None] + trusted @ known.opinions.T
+        imagined += rng.standard_normal((number, len(known))) @ self._of_rest.T
         missing = cho_solve(self._factor, (self._scores - imagined).T, check_finite=False).T
-        worths: Numbers = drawn + weight * np.sqrt(known.scale) * (missing.astype(np.float32) @ known.bits)
+        drawn += own * (missing.astype(np.float32) @ known.bits)
+        trusted += opinion * (missing @ known.opinions)
+        worths: Numbers = drawn + trusted @ known.criteria.T
         return worths
 
     def _across(self, first: Features, second: Features) -> Numbers:
         inner = first.inner(second)
-        across: Numbers = self._weights[0] * inner + _rest(inner, first, second, self._weights)
-        return across
+        pairs: Numbers = _MEAN_VARIANCE + self._weights[1] * inner**2
+        return pairs + _of_experts(inner, first, second, self._weights)
 
 
 def centre_and_scale(scores: Numbers) -> tuple[float, float]:

@@ -15,6 +15,7 @@ SPACE = MaskSpace(space_of([8] * 3, 4))
 PRIORS = [[np.arange(8.0)] * 3, [np.arange(8.0)[::-1], np.zeros(8), np.arange(8.0)]]
 MAKE = FeatureMaker(SPACE, PRIORS)
 WEIGHTS = np.array([0.7, 0.4, 0.3, 0.2, 0.05])  # a_1, a_2, b_1, b_2, v
+RNG = np.random.default_rng(8)
 NOISE = np.array([1.0, 2.0] * 10)
 
 
@@ -31,7 +32,7 @@ class Covariance(Kernel):
     def _of(self, one, other):
         centre = SPACE.shares.ravel()
         s = (one - centre) @ (other - centre) / (centre * (1 - centre)).sum()
-        opinions = [one @ MAKE._opinions[:, c] * (other @ MAKE._opinions[:, c]) for c in range(2)]
+        opinions = [one @ MAKE._criteria[:, c] * (other @ MAKE._criteria[:, c]) for c in range(2)]
         return 1 + WEIGHTS[0] * s + WEIGHTS[1] * s**2 + WEIGHTS[2:4] @ opinions
 
     def diag(self, X):
@@ -93,17 +94,26 @@ def test_opinions_vary_by_about_one_and_only_their_order_counts() -> None:
     assert MAKE(masks).opinions.mean(axis=0) == pytest.approx([0, 0], abs=0.1)
 
 
-def test_drawn_worths_have_the_moments_of_the_linear_weights(posterior: Posterior, known: Features) -> None:
+def test_experts_that_a_criterion_likes_equally_have_one_rank() -> None:
+    space = MaskSpace(SPACES["ragged"])
+    features = FeatureMaker(space, [[np.array([2.0, 1, 1, 0]), np.zeros(8), np.arange(6.0)]])(space.drawn(1, RNG))
+    found = features.criteria.reshape(space.exists.shape)
+    np.testing.assert_allclose(found[0, :4] / found[0, 0], [1, 0, 0, -1], atol=1e-9)
+    assert not found[1].any() and not found[~space.exists].any()
+    np.testing.assert_allclose(np.diff(found[2, :6]), found[2, 1] - found[2, 0])
+
+
+def test_drawn_worths_have_the_moments_of_the_experts_weights(posterior: Posterior, known: Features) -> None:
     """Against conditioning the joint Gaussian of weights and scores by hand."""
-    centred = (known.bits - known.centre) * np.sqrt(known.scale)
-    rest = 1 + WEIGHTS[1] * known.inner(known) ** 2 + (known.opinions * WEIGHTS[2:4]) @ known.opinions.T
-    total = rest + WEIGHTS[0] * centred @ centred.T + np.diag(WEIGHTS[-1] * NOISE + 1e-8)
-    gain = WEIGHTS[0] * centred.T @ np.linalg.inv(total)
-    covariance = WEIGHTS[0] * np.eye(24) - gain @ (WEIGHTS[0] * centred)
+    prior = WEIGHTS[0] * known.scale * np.eye(24) + (known.criteria * WEIGHTS[2:4]) @ known.criteria.T
+    centred = known.bits - known.centre
+    rest = 1 + WEIGHTS[1] * known.inner(known) ** 2 + np.diag(WEIGHTS[-1] * NOISE + 1e-8)
+    gain = prior @ centred.T @ np.linalg.inv(rest + centred @ prior @ centred.T)
+    covariance = prior - gain @ centred @ prior
     within = np.eye(24) - np.kron(np.eye(3), np.full((8, 8), 1 / 8))  # what is equal in a segment means nothing
     drawn = posterior.worths(40_000, np.random.default_rng(4)) @ within
-    np.testing.assert_allclose(drawn.mean(axis=0), within @ gain @ posterior._scores, atol=0.03)
-    np.testing.assert_allclose(np.cov(drawn.T), within @ covariance @ within, atol=0.04)
+    np.testing.assert_allclose(drawn.mean(axis=0), within @ gain @ posterior._scores, atol=0.01)
+    np.testing.assert_allclose(np.cov(drawn.T), within @ covariance @ within, atol=0.01)
 
 
 def test_the_fitted_weights_tell_single_experts_pairs_and_noise_apart() -> None:
