@@ -6,6 +6,7 @@ archive can be rebuilt from a run's journal.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -152,7 +153,7 @@ class Archive:
             self.num_prunings += candidate.genome.is_pruning
 
 
-class ArchiveSearch:
+class ArchiveSearch(ABC):
     """All of a `Search` but `phase`, for one that proposes candidate by candidate and knows nothing but its archive."""
 
     def __init__(self) -> None:
@@ -171,6 +172,6 @@ class ArchiveSearch:
     def restore(self, candidates: Sequence[Candidate]) -> None:
         self._archive.restore(candidates)
 
+    @abstractmethod
     def _next(self) -> Candidate | None:
         """The candidate number `self._archive.next_number`, or None where there is no other."""
-        raise NotImplementedError

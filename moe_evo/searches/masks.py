@@ -93,9 +93,8 @@ class MaskSpace:
         keys = rng.random(masks.shape) if worths is None else worths
         leaving = np.where(masks, keys, np.inf)  # the least worth leaves first,
         entering = np.where(masks | ~self.exists, np.inf, -keys)  # and the most worth enters first
-        gains = -np.sort(entering, axis=-1) - np.sort(
-            leaving, axis=-1
-        )  # of the first exchange in a segment, the second
+        # what the first exchange in a segment gains, the second, ...
+        gains = -np.sort(entering, axis=-1) - np.sort(leaving, axis=-1)
         if worths is None:
             gains = np.where(np.isfinite(gains), rng.random(masks.shape), -np.inf)
         flat = gains.reshape(len(masks), -1)

@@ -119,7 +119,7 @@ def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numb
 class Posterior:
     """The scores of prunings, given those (N,) of N known ones. of_known: (N,) their expected scores.
 
-    inner: (N, N). noise: (N,) by which v is multiplied. weights: of `fit_weights` for `standardised` scores.
+    inner: (N, N). noise: (N,) by which v is multiplied. weights: of `fit_weights`, for scores centred and scaled.
     """
 
     def __init__(self, inner: Numbers, known: Features, scores: Numbers, noise: Numbers, weights: Numbers) -> None:

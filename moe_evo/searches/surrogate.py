@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moe_evo.config.search import SearchConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning, swap_mutation
-from moe_evo.genomes.population import Candidate, Population
+from moe_evo.genomes.population import Candidate, Individual, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
@@ -38,38 +38,44 @@ _GROWTH = 1.25  # they are fitted anew when so many times as many scores are kno
 class _Scored:
     """The prunings that were scored, in the order in which they were told, with all that a fit needs of them.
 
-    inner: (N, N), see posterior.py. scores, examples: (N,), and on how many examples each score rests.
+    numbers: of the candidates, all that were noticed. inner: (N, N), see posterior.py. scores, examples: (N,), and on
+    how many examples each score rests. All but the numbers are brought up to date by `before`.
     """
 
     def __init__(self, masks: MaskSpace, features: FeatureMaker) -> None:
         self._masks = masks
         self._features = features
         self._given = 0
+        self._waiting: list[Individual] = []
         self.numbers = np.zeros(0, dtype=np.int64)
         self.masks = masks.masks([])
         self.inner = np.zeros((0, 0))
         self.scores = np.zeros(0)
         self.examples = np.zeros(0)
 
-    def update(self, population: Population) -> None:
-        """Add what has been told since the last call."""
+    def notice(self, population: Population) -> None:
+        """Take note of what has been told since the last call."""
         new = [one for one in population.individuals[self._given :] if one.genome.is_pruning]
         self._given = len(population)
-        if not new:
-            return
+        self._waiting += new
+        self.numbers = np.append(self.numbers, [one.number for one in new]).astype(np.int64)
+
+    def before(self, number: int) -> Places:
+        """Places of the candidates before that number, in the order of their numbers."""
+        if self._waiting:
+            self._add(self._waiting)
+            self._waiting = []
+        order = np.argsort(self.numbers)
+        return order[self.numbers[order] < number]
+
+    def _add(self, new: Sequence[Individual]) -> None:
         self.masks = np.concatenate([self.masks, self._masks.masks([one.genome for one in new])])
         features = self._features(self.masks)
         rows = features[-len(new) :].inner(features)
         old = len(self.inner)
         self.inner = np.block([[self.inner, rows[:, :old].T], [rows[:, :old], rows[:, old:]]])
-        self.numbers = np.append(self.numbers, [one.number for one in new])
         self.scores = np.append(self.scores, [one.evaluation.fitness for one in new])
         self.examples = np.append(self.examples, [max(one.evaluation.num_examples, 1) for one in new])
-
-    def before(self, number: int) -> Places:
-        """Places of the candidates before that number, in the order of their numbers."""
-        order = np.argsort(self.numbers)
-        return order[self.numbers[order] < number]
 
 
 @dataclass(frozen=True)
@@ -154,13 +160,13 @@ class SurrogateSearch(ArchiveSearch):
     def _proposed(self, number: int, rng: np.random.Generator) -> Candidate | None:
         """The best of the pool in a draw from the posterior; None where too little is known, or all was asked."""
         first = number - (number - self.num_warmup) % self.options.batch
-        self._scored.update(self.population)
-        known = self._scored.before(first)
-        if len(known) < _FEWEST_KNOWN:
+        self._scored.notice(self.population)
+        num_known = int((self._scored.numbers < first).sum())
+        if num_known < _FEWEST_KNOWN:
             return None
-        key = first, len(known)
+        key = first, num_known
         if self._batch is None or self._batch[0] != key:
-            self._batch = key, self._new_batch(first, known)
+            self._batch = key, self._new_batch(first, self._scored.before(first))
         batch = self._batch[1]
         drawn = batch.mean + batch.root @ rng.standard_normal(len(batch.mean))
         for place in np.argsort(-drawn, kind="stable").tolist():

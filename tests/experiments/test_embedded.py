@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from moe_evo.commands.shared import base_model_name
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.file import config_parser, parse_config, read_config
 from moe_evo.config.model import ModelConfig
@@ -86,6 +87,7 @@ def test_the_fine_model_is_a_qwen3_moe_in_float32_that_answers_as_its_readme_say
     assert evaluator.model.dtype == torch.float32
     (outcome,) = evaluator.evaluate([None], "test")
     assert isinstance(outcome, Evaluation)
+    assert base_model_name("embedded-fine", source.hash) == "moe_evo embedded Qwen3-MoE"
     table = (EXPERIMENTS / "fine" / "README.md").read_text("utf-8")
     assert f"| syll | {outcome.fitness:.3f} |" in table
 

@@ -28,6 +28,7 @@ from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.runs import open_pool, selection
+from moe_evo.runs.workload import evaluations_by_split
 from moe_evo.searches.beginning import origins
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
@@ -206,3 +207,10 @@ def test_what_criteria_think_of_experts_is_known_to_a_search_that_learns(
     assert [one.operator for one in found][:4] == ["reap"] + ["reap_mutation"] * 2 + ["aimer"]
     assert not {one.operator for one in found[8:]} <= {"random_pruning"}
     assert [row.title for row in folder.read_result().rows][-1] == "surrogate"
+
+
+def test_observing_for_opinions_is_planned_as_one_more_evaluation() -> None:
+    config = replace(CONFIG, search=SearchConfig(algorithm="surrogate"), selection=SelectionConfig(baselines=[]))
+    knowing = replace(config, search=replace(config.search, surrogate=SurrogateConfig(priors=["reap", "ean"])))
+    planned = [evaluations_by_split(one, can_prune=True) for one in (config, knowing)]
+    assert planned[1] == planned[0] | {"search": planned[0]["search"] + 1}
