@@ -179,6 +179,7 @@ def _task_plan(data: TaskData) -> TaskPlan:
 
 
 def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
+    bounds = space.kept_bounds
     return SearchPlan(
         algorithm=config.search.algorithm,
         num_kept=space.num_kept,
@@ -186,6 +187,7 @@ def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
         log10_prunings=math.log10(num_prunings(space)),  # the number itself can have thousands of digits
         merges=merges(config.search, can_prune=space.can_prune),
         evaluations=evaluations_by_split(config, can_prune=space.can_prune),
+        num_kept_range=None if bounds is None else (min(bounds.fewest), max(bounds.most)),
     )
 
 
@@ -193,7 +195,7 @@ def _checkpoint(size: ModelSize, space: SearchSpace) -> CheckpointPlan:
     from moe_evo.models.size.memory import exported_size
 
     parameters, total = exported_size(size, space.num_kept)
-    is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1
+    is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1 and not space.kept.varies
     return CheckpointPlan(parameters, total, "transformers" if is_uniform else "moe_evo")
 
 

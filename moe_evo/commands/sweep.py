@@ -46,7 +46,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
     swept = config.sweep
     for name in swept.algorithms:
         SEARCHES.check(name, "sweep.algorithms")
-    num_kept: Sequence[int | list[int]] = swept.num_kept or [config.search.num_kept]
+    num_kept: Sequence[int | list[int] | dict[str, int]] = swept.num_kept or [config.search.num_kept]
     choices = product(
         [[TaskConfig(data=data)] for data in swept.tasks] or [config.tasks],
         swept.algorithms or [config.search.algorithm],
@@ -63,8 +63,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
         if search.top_k is None and isinstance(kept, int) and kept < max(shape.top_k):
             search = replace(search, top_k=kept)
         space = build_space(shape, search)
-        label = kept if isinstance(kept, int) else "-".join(map(str, kept))
-        parts = [f"keep{label}", f"seed{seed}"]
+        parts = [f"keep{search.kept_label}", f"seed{seed}"]
         if len(swept.algorithms) > 1:
             parts.insert(0, algorithm)
         if len(swept.tasks) > 1:
@@ -82,18 +81,13 @@ def _linked(runs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     """The runs, from most kept experts to fewest, each with a warm start from the one before with the same options."""
     linked: dict[str, RunConfig] = {}
     larger: dict[str, str | None] = {}
-    for name, run in sorted(runs.items(), key=lambda one: -_num_kept(one[1])):
+    for name, run in sorted(runs.items(), key=lambda one: -one[1].search.mean_kept):
         kind = json.dumps([[task.data for task in run.tasks], run.search.algorithm, run.search.seed])
         if begins_from(run.search.algorithm, "wider"):
             run = replace(run, search=replace(run.search, warm_start=larger.get(kind)))
             larger[kind] = run.folder
         linked[name] = run
     return linked
-
-
-def _num_kept(run: RunConfig) -> float:
-    kept = run.search.num_kept
-    return kept if isinstance(kept, int) else sum(kept) / len(kept)
 
 
 def _like(task: TaskConfig, configured: Sequence[TaskConfig]) -> TaskConfig:
@@ -271,8 +265,8 @@ def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str,
     """Groups of runs that may run at the same time: one group, or with warm starts one for each number of experts."""
     if not config.sweep.warm_start:
         return [dict(runs)]
-    sizes = dict.fromkeys(map(_num_kept, runs.values()))
-    return [{name: run for name, run in runs.items() if _num_kept(run) == size} for size in sizes]
+    sizes = dict.fromkeys(run.search.mean_kept for run in runs.values())
+    return [{name: run for name, run in runs.items() if run.search.mean_kept == size} for size in sizes]
 
 
 def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) -> None:

@@ -120,7 +120,9 @@ class SearchConfig:
         algorithm: 'eep'; 'eep_release', the same with the published parameters; 'surrogate', which learns from every
             evaluation and only prunes; 'random'; or the search of another package, by its name or as
             package.module:name.
-        num_kept: Experts kept in every MoE layer, or a list with one number a layer.
+        num_kept: Experts kept in every MoE layer, or a list with one number a layer. Or a budget that layers share,
+            as in {mean: 4, min: 2, max: 8}: each layer keeps its own number between min and max, mean on average.
+            Layers that differ load with moe_evo.load_pruned, not with stock transformers or vLLM.
         top_k: Experts active a token; default: the model's.
         num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
         multiple_of: num_kept must be a multiple of this (for expert-parallel serving).
@@ -136,7 +138,7 @@ class SearchConfig:
     """
 
     algorithm: str = "eep"
-    num_kept: int | list[int] = 4
+    num_kept: int | list[int] | dict[str, int] = 4
     top_k: int | None = None
     num_layer_groups: int | None = None
     multiple_of: int = 1
@@ -148,8 +150,11 @@ class SearchConfig:
     init: list[str] | dict[str, float] = field(default_factory=lambda: [RANDOM])
 
     def __post_init__(self) -> None:
-        numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
-        require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
+        if isinstance(self.num_kept, dict):
+            self._check_range(self.num_kept)
+        else:
+            numbers = [self.num_kept] if isinstance(self.num_kept, int) else list(self.num_kept)
+            require(bool(numbers) and min(numbers) >= 1, "search.num_kept", self.num_kept, "1 or more")
         require(self.top_k is None or self.top_k >= 1, "search.top_k", self.top_k, "1 or more")
         require(self.multiple_of >= 1, "search.multiple_of", self.multiple_of, "1 or more")
         require(self.evaluations >= 1, "search.evaluations", self.evaluations, "1 or more")
@@ -175,6 +180,28 @@ class SearchConfig:
             not self.init_methods or (self.algorithm != "random" and self.warm_start is None), "search.init", self.init,
             "only 'random' in a random search, or beside search.warm_start",
         )  # fmt: skip
+
+    def _check_range(self, given: dict[str, int]) -> None:
+        """Raise ConfigError where num_kept is no range."""
+        wanted = "numbers as in {mean: 4, min: 2, max: 8}"
+        require(set(given) == {"mean", "min", "max"}, "search.num_kept", given, wanted)
+        in_order = [1, given["min"], given["mean"], given["max"]]
+        require(in_order == sorted(in_order), "search.num_kept", given, "1 <= min <= mean <= max")
+
+    @property
+    def kept_label(self) -> str:
+        """The experts to keep, for names of folders and runs."""
+        if isinstance(self.num_kept, dict):
+            mean = [str(self.num_kept["mean"])] if "mean" in self.num_kept else []
+            return "of".join([*mean, f"{self.num_kept['min']}to{self.num_kept['max']}"])
+        return "-".join(map(str, [self.num_kept] if isinstance(self.num_kept, int) else self.num_kept))
+
+    @property
+    def mean_kept(self) -> float:
+        """Experts kept a layer on the average; the middle between the bounds where that is free."""
+        if isinstance(self.num_kept, dict):
+            return self.num_kept.get("mean", (self.num_kept["min"] + self.num_kept["max"]) / 2)
+        return self.num_kept if isinstance(self.num_kept, int) else sum(self.num_kept) / len(self.num_kept)
 
     @property
     def init_shares(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ _WORDS: dict[Any, str] = {
     list[float]: "a list of numbers",
     list[str]: "a list of names",
     dict: "names with values, as in '{NAME: VALUE}'",
+    dict[str, int]: "names with whole numbers, as in '{NAME: 2}'",
     dict[str, float]: "names with numbers, as in '{NAME: 2}'",
 }
 

@@ -23,22 +23,27 @@ _REDRAWS = 64
 _SMALLEST_ROW_SUM = 0.1
 
 
-def random_pruning(space: SearchSpace, rng: np.random.Generator) -> Genome:
-    """A pruning drawn uniformly from the space (EEP's table, init)."""
+def random_pruning(space: SearchSpace, rng: np.random.Generator, *, even: bool = False) -> Genome:
+    """A pruning drawn from the space (EEP's table, init): uniformly, where every layer's numbers are given.
+
+    Otherwise the numbers are drawn first. even: all layers have the same ones.
+    """
     genes = []
+    kept, top_k = _drawn_numbers(space, rng, even=even)
     for group, layers in enumerate(space.layer_groups):
         keys = rng.random(space.shape.num_experts[layers[0]])
-        genes.append(_keep_highest(space, group, keys))
+        genes.append(_keep_highest(space, keys, kept[group], top_k[group]))
     return space.genome(genes)
 
 
 def narrowed(parent: Genome, space: SearchSpace, rng: np.random.Generator) -> Genome:
     """A pruning of `space` whose experts `parent` keeps too, drawn uniformly, as far as it keeps enough."""
     genes = []
+    kept, top_k = _drawn_numbers(space, rng)
     for group, layers in enumerate(space.layer_groups):
         keys = rng.random(space.shape.num_experts[layers[0]])
         keys[list(parent.layers[layers[0]].kept)] += 1.0
-        genes.append(_keep_highest(space, group, keys))
+        genes.append(_keep_highest(space, keys, kept[group], top_k[group]))
     return space.genome(genes)
 
 
@@ -77,7 +82,7 @@ def swap_mutation(
             keys = rng.random(genes[group].num_experts)  # unused experts come first, in random order,
             keys[kept] -= 1.0  # a released one stays only where no unused one is left,
             keys[kept[~leaves]] += 3.0  # and what was not released stays
-            genes[group] = _keep_highest(space, int(group), keys)
+            genes[group] = _keep_highest(space, keys, genes[group].num_kept, genes[group].top_k)
     return space.genome(genes)
 
 
@@ -145,7 +150,7 @@ def row_crossover(
             genes.append(one)
         elif tied[group]:
             rows = _rows_of_first(one.num_kept, bool(next(active)), bias, rng)
-            genes.append(_crossed_pruning(space, group, one, other, rows, rng))
+            genes.append(_crossed_pruning(space, one, other, rows, rng))
         else:
             merging_rows = _rows_of_first(one.num_kept, bool(next(active)), bias, rng)
             mapping_rows = _rows_of_first(one.num_kept, bool(next(active)), bias, rng)
@@ -202,14 +207,19 @@ def _at_least_one(size: int, rate: float, rng: np.random.Generator) -> Mask:
     return flags
 
 
-def _keep_highest(space: SearchSpace, group: int, keys: npt.NDArray[np.float64]) -> LayerGenome:
+def _drawn_numbers(space: SearchSpace, rng: np.random.Generator, *, even: bool = False) -> tuple[list[int], list[int]]:
+    """How many experts each layer group keeps, and its top_k."""
+    kept, top_k = (bounds.drawn(1, rng, even=even)[0].tolist() for bounds in (space.kept, space.active))
+    return kept, top_k
+
+
+def _keep_highest(space: SearchSpace, keys: npt.NDArray[np.float64], num_kept: int, top_k: int) -> LayerGenome:
     """The pruning that keeps the experts with the highest keys (E,), equally many an expert group."""
-    layer = space.layer_groups[group][0]
     by_group = keys.reshape(space.shape.num_expert_groups, -1)
-    slots = space.num_kept[layer] // space.shape.num_expert_groups
+    slots = num_kept // space.shape.num_expert_groups
     order = np.argsort(-by_group, axis=1, kind="stable")[:, :slots]
     experts = order + by_group.shape[1] * np.arange(by_group.shape[0])[:, None]
-    return LayerGenome.from_kept(experts.ravel().tolist(), keys.size, space.top_k[layer])
+    return LayerGenome.from_kept(experts.ravel().tolist(), keys.size, top_k)
 
 
 def _rows_of_first(num_rows: int, active: bool, bias: float, rng: np.random.Generator) -> Mask:
@@ -218,7 +228,6 @@ def _rows_of_first(num_rows: int, active: bool, bias: float, rng: np.random.Gene
 
 def _crossed_pruning(
     space: SearchSpace,
-    group: int,
     one: LayerGenome,
     other: LayerGenome,
     rows: Mask,
@@ -228,7 +237,7 @@ def _crossed_pruning(
     keys = np.full(one.num_experts, -1.0)
     keys[kept] = rng.random(kept.shape)  # only the parents' experts stand in for one taken twice
     keys[np.where(rows, kept[0], kept[1])] = 2.0
-    return _keep_highest(space, group, keys)
+    return _keep_highest(space, keys, one.num_kept, one.top_k)
 
 
 def _normalised(layer: LayerGenome) -> LayerGenome:

@@ -6,12 +6,14 @@ middle of a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from moe_evo.errors import ConfigError, GenomeError
+from moe_evo.genomes.bounds import Bounds
 from moe_evo.genomes.genome import Genome, LayerGenome
 
 
@@ -47,44 +49,66 @@ class SearchSpace:
     """The genomes that a search may propose.
 
     num_kept, top_k: one number a MoE layer. layer_groups: a partition of the layers into runs that
-    share their genes.
+    share their genes. kept_bounds, top_k_bounds: given where the search chooses these numbers, too;
+    then `num_kept` is the same in every layer and within the bounds, and `top_k` the largest allowed.
     """
 
     shape: ModelShape
     num_kept: tuple[int, ...]
     top_k: tuple[int, ...]
     layer_groups: tuple[tuple[int, ...], ...]
+    kept_bounds: Bounds | None = None
+    top_k_bounds: Bounds | None = None
 
     @classmethod
     def build(
         cls,
         shape: ModelShape,
         *,
-        num_kept: int | Sequence[int],
+        num_kept: int | Sequence[int] | Mapping[str, int],
         top_k: int | None = None,
         num_layer_groups: int | None = None,
         multiple_of: int = 1,
+        varies_top_k: bool = False,
     ) -> SearchSpace:
         """Check what the user allows against what the model offers.
 
-        num_kept: experts kept in every layer, or a list with one number a layer. top_k: experts
-        active a token (default: the model's). num_layer_groups: consecutive layers share genes in
-        so many groups of nearly equal size (default: none are shared).
+        num_kept: experts kept in every layer, a list with one number a layer, or numbers 'min', 'max' and 'mean'
+        between which each layer keeps its own; without a mean their sum is free, too. top_k: experts active a token
+        (default: the model's). num_layer_groups: consecutive layers share genes in so many groups of nearly equal
+        size (default: none are shared). varies_top_k: each layer group has its own top_k, from 1 to `top_k`.
 
         Raises ConfigError with the option, the value and what would do.
         """
-        kept = _per_layer("search.num_kept", num_kept, shape.num_layers)
         active = shape.top_k if top_k is None else (top_k,) * shape.num_layers
-        for layer in range(shape.num_layers):
-            _check_layer(shape, layer, kept[layer], active[layer], multiple_of)
-        groups = _layer_groups(shape.num_layers, num_layer_groups)
+        given = {f".{key}": one for key, one in num_kept.items()} if isinstance(num_kept, Mapping) else {"": num_kept}
+        for key, one in given.items():
+            kept = _per_layer("search.num_kept", one, shape.num_layers)
+            for layer in range(shape.num_layers):
+                _check_layer(shape, layer, kept[layer], active[layer], multiple_of, f"search.num_kept{key}")
+        groups, bounds = _layer_groups(shape.num_layers, num_layer_groups), None
+        if isinstance(num_kept, Mapping):
+            bounds, even = _bounds(shape, num_kept, multiple_of, groups)
+            kept = (even,) * shape.num_layers
         for group in groups:
             if len({(shape.num_experts[layer], kept[layer], active[layer]) for layer in group}) > 1:
                 raise ConfigError(
                     f"search.num_layer_groups: layers {list(group)} would share genes but differ in "
                     "experts, num_kept or top_k; use more groups or one num_kept for all"
                 )
-        return cls(shape, kept, active, groups)
+        largest = tuple(active[group[0]] for group in groups)
+        top_ks = Bounds((1,) * len(groups), largest) if varies_top_k else None
+        return cls(shape, kept, active, groups, bounds, top_ks)
+
+    @property
+    def kept(self) -> Bounds:
+        """How many experts each layer group may keep."""
+        return self.kept_bounds or Bounds.fixed([self.num_kept[group[0]] for group in self.layer_groups])
+
+    @property
+    def active(self) -> Bounds:
+        """The top_k that each layer group may have."""
+        return self.top_k_bounds or Bounds.fixed([self.top_k[group[0]] for group in self.layer_groups])
 
     def genes(self, genome: Genome) -> tuple[LayerGenome, ...]:
         """One `LayerGenome` a layer group; raises GenomeError for a genome from another space."""
@@ -99,14 +123,24 @@ class SearchSpace:
     def check(self, genome: Genome) -> None:
         """Raise GenomeError unless the genome belongs to this space."""
         check_fits(genome, self.shape)
-        if genome.num_kept != self.num_kept or genome.top_k != self.top_k:
+        if not self._allows(genome):
+            kept = list(self.num_kept) if self.kept_bounds is None else _told(self.kept_bounds)
+            top_k = list(self.top_k) if self.top_k_bounds is None else _told(self.top_k_bounds)
             raise GenomeError(
                 f"genome: keeps {list(genome.num_kept)} experts with top_k {list(genome.top_k)}, the space "
-                f"allows {list(self.num_kept)} with {list(self.top_k)}"
+                f"allows {kept} with {top_k}"
             )
 
+    def _allows(self, genome: Genome) -> bool:
+        pairs = ((self.kept, genome.num_kept), (self.active, genome.top_k))
+        shares_genes = all(
+            len({numbers[layer] for layer in group}) == 1 for _, numbers in pairs for group in self.layer_groups
+        )
+        firsts = [group[0] for group in self.layer_groups]
+        return shares_genes and all(bounds.holds([numbers[layer] for layer in firsts]) for bounds, numbers in pairs)
+
     def expert_group(self, group: int, slot: int) -> range:
-        """The experts that slot `slot` of layer group `group` may keep as they are.
+        """The experts that slot `slot` of layer group `group` may keep as they are, where it keeps `num_kept`.
 
         All experts, except under a group-limited router, whose groups stay whole and in order.
         """
@@ -171,26 +205,48 @@ def _per_layer(option: str, value: int | Sequence[int], num_layers: int) -> tupl
     return tuple(value)
 
 
-def _check_layer(shape: ModelShape, layer: int, num_kept: int, top_k: int, multiple_of: int) -> None:
+def _bounds(
+    shape: ModelShape, wanted: Mapping[str, int], multiple_of: int, groups: Sequence[Sequence[int]]
+) -> tuple[Bounds, int]:
+    """The bounds on what each layer group keeps, and the number within them that each keeps where all keep as many."""
+    low, high, mean = wanted["min"], wanted["max"], wanted.get("mean")
+    step = math.lcm(multiple_of, shape.num_expert_groups)
+    sizes = sorted({len(group) for group in groups})
+    if mean is not None and len(sizes) > 1:
+        raise ConfigError(
+            f"search.num_layer_groups: got {len(groups)} for {shape.num_layers} MoE layers, expected groups of equal "
+            "size, as they share search.num_kept.mean; give a number that divides the layers"
+        )
+    middle = low + (high - low) // (2 * step) * step if mean is None else mean
+    total = None if mean is None else mean * len(groups)
+    return Bounds((low,) * len(groups), (high,) * len(groups), step, total), middle
+
+
+def _told(bounds: Bounds) -> str:
+    told = f"{min(bounds.fewest)} to {max(bounds.most)}"
+    return told if bounds.total is None else f"{told}, {bounds.total / len(bounds.fewest):g} on average,"
+
+
+def _check_layer(shape: ModelShape, layer: int, num_kept: int, top_k: int, multiple_of: int, option: str) -> None:
     experts, groups = shape.num_experts[layer], shape.num_expert_groups
     where = f"MoE layer {layer}"
     if not 1 <= num_kept <= experts:
-        raise ConfigError(f"search.num_kept: got {num_kept}, {where} has {experts} experts; give 1 to {experts}")
+        raise ConfigError(f"{option}: got {num_kept}, {where} has {experts} experts; give 1 to {experts}")
     if not 1 <= top_k <= num_kept:
         raise ConfigError(
-            f"search.num_kept: got {num_kept} with top_k {top_k} in {where}; keep at least {top_k} "
+            f"{option}: got {num_kept} with top_k {top_k} in {where}; keep at least {top_k} "
             f"experts, or set search.top_k to {num_kept} or less"
         )
     if num_kept % multiple_of:
-        raise ConfigError(f"search.num_kept: got {num_kept}, expected a multiple of search.multiple_of {multiple_of}")
+        raise ConfigError(f"{option}: got {num_kept}, expected a multiple of search.multiple_of {multiple_of}")
     if num_kept % groups or num_kept // groups < shape.min_kept_per_group:
         raise ConfigError(
-            f"search.num_kept: got {num_kept}, the router of {shape.family} chooses among {groups} groups of "
+            f"{option}: got {num_kept}, the router of {shape.family} chooses among {groups} groups of "
             f"experts; give a multiple of {groups}, at least {groups * shape.min_kept_per_group}"
         )
     if groups > 1 and top_k > num_kept // groups * shape.top_k_groups:
         raise ConfigError(
-            f"search.num_kept: got {num_kept}, which leaves {num_kept // groups} experts in each of the "
+            f"{option}: got {num_kept}, which leaves {num_kept // groups} experts in each of the "
             f"{shape.top_k_groups} groups chosen, fewer than top_k {top_k}; keep more or lower search.top_k"
         )
 

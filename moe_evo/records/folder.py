@@ -195,10 +195,8 @@ def _defining(config: RunConfig) -> Plain:
 def default_folder(config: RunConfig) -> Path:
     """The folder in runs/ whose name is made of the options in which runs usually differ."""
     tasks = "+".join(map(task_name, config.tasks))
-    kept = config.search.num_kept
-    label = str(kept) if isinstance(kept, int) else "-".join(map(str, kept))
     tail = f"-{config.search.algorithm}-seed{config.search.seed}"
-    return Path("runs") / (f"{tasks}-keep{label}"[: _NAME_LENGTH - len(tail)] + tail)
+    return Path("runs") / (f"{tasks}-keep{config.search.kept_label}"[: _NAME_LENGTH - len(tail)] + tail)
 
 
 Config = TypeVar("Config", bound=ScoringConfig)

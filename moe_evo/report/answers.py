@@ -12,6 +12,7 @@ from moe_evo.plain import Plain, plain, plain_fields
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import FailureFacts, GangFacts, Score
 from moe_evo.report.html import scores_table, table
+from moe_evo.report.table import loader_label
 
 if TYPE_CHECKING:  # these import torch, which reading old runs does not need
     from moe_evo.models.compress.compression import ExpertSize, LayerChange
@@ -181,7 +182,7 @@ class WrittenReport:
 
 def _report_table(title: str, report: ExportReport) -> str:
     rows = [
-        ["folder", f"{report.folder} (loads with {report.loader})"],
+        ["folder", f"{report.folder} ({loader_label(report.loader)})"],
         ["parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"],
         ["bytes", f"{report.bytes_before:,} → {report.bytes_after:,}"],
         ["largest difference of a logit after reloading", f"{report.max_logit_difference:.1e}"],

@@ -123,13 +123,12 @@ def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
             Line(**common, key="full", title="full model", num_kept=mean, kept_share=share, evaluations=0,
                  search=record.full.fitness if is_reported else None)
         )  # fmt: skip
-    kept = record.search.num_kept
     found.append(
         Line(
             **common,
             key="best",
             title=f"best of {len(record.outcomes)} so far",
-            num_kept=float(np.mean(kept if genome is None else genome.num_kept)),
+            num_kept=float(record.search.mean_kept if genome is None else np.mean(genome.num_kept)),
             kept_share=None if genome is None or not total else sum(genome.num_kept) / total,
             evaluations=len(record.outcomes),
             search=best.fitness if isinstance(best, Evaluation) and is_reported else None,

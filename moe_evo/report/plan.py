@@ -18,7 +18,7 @@ from moe_evo.report.planned import (
     SearchPlan,
     TaskPlan,
 )
-from moe_evo.report.table import experts_label, plain_table, print_whole
+from moe_evo.report.table import experts_label, loader_label, plain_table, print_whole
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -123,10 +123,17 @@ def _search(search: SearchPlan | None) -> list[str]:
         return []
     kind = "prunings, then merges" if search.merges else "prunings only"
     return [
-        f"search      {search.algorithm}, keeps {experts_label(search.num_kept)}, {kind}; "
+        f"search      {search.algorithm}, keeps {_kept_label(search)}, {kind}; "
         f"{_number_label(search.log10_prunings)} prunings to choose from",
         "evaluations at most " + ", ".join(f"{number} {split}" for split, number in search.evaluations.items()),
     ]
+
+
+def _kept_label(search: SearchPlan) -> str:
+    if search.num_kept_range is None:
+        return experts_label(search.num_kept)
+    fewest, most = search.num_kept_range
+    return f"{fewest} to {most} a layer, {experts_label(search.num_kept)} on average"
 
 
 def _number_label(log10: float) -> str:
@@ -152,7 +159,7 @@ def _checkpoint(checkpoint: CheckpointPlan | None) -> list[str]:
         return []
     return [
         f"export      {count_label(checkpoint.parameters)} parameters, {size_label(checkpoint.bytes)} "
-        f"(loads with {checkpoint.loader})"
+        f"({loader_label(checkpoint.loader)})"
     ]
 
 

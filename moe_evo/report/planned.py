@@ -43,7 +43,11 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The search. log10_prunings: logarithm of the number of prunings in the space. evaluations: at most, by split."""
+    """The search. log10_prunings: logarithm of the number of prunings in the space. evaluations: at most, by split.
+
+    num_kept, top_k: one number a MoE layer. num_kept_range: the fewest and the most experts that a layer may keep,
+    where the search chooses; then `num_kept` is what each keeps where all keep as many.
+    """
 
     algorithm: str
     num_kept: tuple[int, ...]
@@ -51,6 +55,7 @@ class SearchPlan:
     log10_prunings: float
     merges: bool
     evaluations: Mapping[str, int] = field(hash=False)
+    num_kept_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

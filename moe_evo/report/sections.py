@@ -188,11 +188,11 @@ def _facts(record: Record) -> Facts:
         ]  # fmt: skip
     else:
         facts.append(("tasks", ", ".join(record.task_names)))
-    kept = search.num_kept
+    kept = experts_label(search.num_kept) if isinstance(search.num_kept, list) else search.kept_label
     facts += [
         (fitness_label(record.config.tasks), f"{record.config.evaluation.fitness} over tasks, higher is better"),
         ("algorithm", search.algorithm),
-        ("experts to keep", str(kept) if isinstance(kept, int) else experts_label(kept)),
+        ("experts to keep", kept),
         ("budget", f"{search.evaluations} evaluations, seed {search.seed}"),
         ("router", model.router),
         ("number format", model.dtype),

@@ -61,6 +61,15 @@ def experts_label(num_kept: Sequence[int]) -> str:
     return f"{np.mean(num_kept):.1f} ({min(num_kept)}-{max(num_kept)})"
 
 
+def loader_label(loader: str) -> str:
+    """What loads a checkpoint. loader: 'transformers', or 'moe_evo' where layers differ in experts or in top_k."""
+    if loader == "transformers":
+        return "loads with transformers"
+    return (
+        "loads with moe_evo.load_pruned; transformers and vLLM hold one number of experts and one top_k for all layers"
+    )
+
+
 def expert_weights(genome: Genome) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """(layers, E) weight of each expert in its layer: maximum over slots of |W_EM|, at most 1.
 

@@ -22,7 +22,7 @@ from moe_evo.report.answers import (
     ScoredGenome,
     WrittenReport,
 )
-from moe_evo.report.table import experts_label, final_table, kept_picture, print_whole
+from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
 from moe_evo.tasks.data import SPLITS
 
 
@@ -136,7 +136,7 @@ def print_export(exported: ExportedRun | PrunedModel | CompressedModel) -> None:
     which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
     Console().print(
         f"{which}"
-        f"checkpoint  {report.folder} (loads with {report.loader})\n"
+        f"checkpoint  {report.folder} ({loader_label(report.loader)})\n"
         f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}\n"
         f"on disk     {report.bytes_before / mib:.1f} MiB -> {report.bytes_after / mib:.1f} MiB\n"
         f"reloaded    logits differ by at most {report.max_logit_difference:.1e} from what was evaluated",

@@ -261,10 +261,11 @@ def _wider_prunings(warm_start: str | None, space: SearchSpace) -> tuple[Genome,
     genomes = tuple(one.genome for one in prunings.ranked[:_NUM_WIDER])
     for genome in genomes[:1]:
         check_fits(genome, space.shape)
-    pairs = zip(genomes[0].num_kept, space.num_kept, strict=True) if genomes else ()
+    fewest = space.num_kept if space.kept_bounds is None else (min(space.kept_bounds.fewest),) * space.shape.num_layers
+    pairs = zip(genomes[0].num_kept, fewest, strict=True) if genomes else ()
     if not genomes or any(has < wanted for has, wanted in pairs):
         raise RunError(
-            f"search.warm_start: {warm_start} has no pruning that keeps at least {list(space.num_kept)} experts; give "
+            f"search.warm_start: {warm_start} has no pruning that keeps at least {list(fewest)} experts; give "
             "a run that kept more"
         )
     return genomes

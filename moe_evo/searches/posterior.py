@@ -1,9 +1,10 @@
 """A Gaussian process over the score of a pruning: what the evaluations so far tell of all prunings.
 
 The covariance of two prunings is a_0 + a_1 s + a_2 s^2 + sum_c b_c u_c u'_c. s is the inner product of their centred
-masks: 1 for equal prunings, 0 on the average. So the second term is a weight for every expert and the third one for
-every pair of experts. u_c is what a one-shot criterion c thinks of a pruning. A score has noise of variance v divided
-by its share of the examples. Scores are centred and scaled before; a_0 is what is not known of their mean.
+masks: about 1 for equal prunings, 0 on the average. So the second term is a weight for every expert and the third one
+for every pair of experts. u_c is what a one-shot criterion c thinks of a pruning, or a number that prunings differ in,
+such as all experts kept. A score has noise of variance v divided by its share of the examples. Scores are centred and
+scaled before; a_0 is what is not known of their mean.
 
 SciPy is imported where it is used, as a search is looked up long before it is run.
 """
@@ -16,7 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.searches.masks import Masks, MaskSpace, Numbers
+from moe_evo.genomes.bounds import Numbers
+from moe_evo.searches.masks import MaskSpace
+from moe_evo.searches.steps import Masks, Steps
 
 _MEAN_VARIANCE = 1.0  # a_0
 _SMALLEST, _LARGEST = 1e-4, 20.0  # of the weights that are fitted
@@ -29,12 +32,13 @@ _JITTER = 1e-8
 class Features:
     """What the covariance needs of P prunings.
 
-    bits: (P, D) 0 or 1, whose products are counts that float32 holds exactly. opinions: (P, C), the products of the
-    bits with criteria (D, C). centre: (D,) the mean of the bits over all prunings. scale: of the products of centred
-    bits.
+    bits: (P, D) 0 or 1, whose products are counts that float32 holds exactly. shared: (P,) their products with the
+    centre (D,), the mean of the bits over all prunings. opinions: (P, C), the products of the centred bits with
+    criteria (D, C). scale: of the products of centred bits.
     """
 
     bits: npt.NDArray[np.float32]
+    shared: Numbers
     opinions: Numbers
     criteria: Numbers
     centre: Numbers
@@ -46,12 +50,12 @@ class Features:
     def inner(self, other: Features) -> Numbers:
         """s, (P, Q)."""
         counts = (self.bits @ other.bits.T).astype(np.float64)
-        # every pruning shares as many experts with the mean as the mean with itself
-        inner: Numbers = (counts - self.centre @ self.centre) * self.scale
+        mean = self.centre @ self.centre
+        inner: Numbers = (counts - (self.shared[:, None] - mean) - other.shared) * self.scale
         return inner
 
     def __getitem__(self, rows: slice) -> Features:
-        return replace(self, bits=self.bits[rows], opinions=self.opinions[rows])
+        return replace(self, bits=self.bits[rows], shared=self.shared[rows], opinions=self.opinions[rows])
 
 
 class FeatureMaker:
@@ -59,14 +63,16 @@ class FeatureMaker:
 
     def __init__(self, space: MaskSpace, priors: Sequence[Sequence[Numbers]] = ()) -> None:
         self._centre = space.shares.ravel()
-        self._scale = 1 / max(float(space.kept.sum() - self._centre @ self._centre), 1e-9)
-        self._criteria = np.zeros((space.exists.size, len(priors)))
-        for column, scores in enumerate(priors):
-            self._criteria[:, column] = _ranked(space, space.by_segment(scores)).ravel()
+        self._scale = 1 / max(float(self._centre.sum() - self._centre @ self._centre), 1e-9)
+        opinions = [_ranked(space, space.by_segment(scores)) for scores in priors]
+        opinions += [_total(space, one) for one in space.varying if one.bounds.total is None]
+        self._criteria = np.array([one.ravel() for one in opinions]).reshape(-1, space.exists.size).T
+        self._mean = self._centre @ self._criteria
 
     def __call__(self, masks: Masks) -> Features:
         bits = masks.reshape(len(masks), -1).astype(np.float32)
-        return Features(bits, bits @ self._criteria, self._criteria, self._centre, self._scale)
+        opinions = bits @ self._criteria - self._mean
+        return Features(bits, bits @ self._centre, opinions, self._criteria, self._centre, self._scale)
 
 
 def _ranked(space: MaskSpace, scores: Numbers) -> Numbers:
@@ -76,6 +82,14 @@ def _ranked(space: MaskSpace, scores: Numbers) -> Numbers:
     variance = (ranks**2 * space.shares * (1 - space.shares)).sum()
     scaled: Numbers = ranks / np.sqrt(max(float(variance), 1e-12))
     return scaled
+
+
+def _total(space: MaskSpace, steps: Steps) -> Numbers:
+    """(S, W) by which a pruning's opinion is the sum of its numbers, scaled so that random prunings vary by about 1."""
+    found = np.zeros(space.exists.shape)
+    found[steps.segments] = 1.0
+    spread = float(steps.bounds.steps.sum()) * steps.bounds.step / np.sqrt(12)  # of a number drawn between its bounds
+    return np.where(space.exists, found / spread, 0.0)
 
 
 def _of_experts(inner: Numbers, first: Features, second: Features, weights: Numbers) -> Numbers:
@@ -163,7 +177,7 @@ class Posterior:
         imagined = drawn @ known.bits.T - (drawn @ known.centre)[:, None] + trusted @ known.opinions.T
         imagined += rng.standard_normal((number, len(known))) @ self._of_rest.T
         missing = cho_solve(self._factor, (self._scores - imagined).T, check_finite=False).T
-        drawn += own * (missing.astype(np.float32) @ known.bits)
+        drawn += own * (missing.astype(np.float32) @ known.bits - missing.sum(axis=1, keepdims=True) * known.centre)
         trusted += opinion * (missing @ known.opinions)
         worths: Numbers = drawn + trusted @ known.criteria.T
         return worths

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.searches.masks import Masks, MaskSpace, Numbers
+from moe_evo.genomes.bounds import Numbers
+from moe_evo.searches.masks import MaskSpace
 from moe_evo.searches.posterior import Posterior
+from moe_evo.searches.steps import Masks
 
 _SHARES = (0.3, 0.3, 0.3, 0.05)  # of a pool: swaps, swaps by worth, crossings, the most worth; the rest is random
 _MOST_BLIND = 4  # experts that a blind swap exchanges
+_MOST_MOVES = 2  # experts that go from one layer to another
 _HALT = 0.25  # probability that a swap by worth exchanges no further expert
 
 Places = npt.NDArray[np.int64]
@@ -38,13 +41,16 @@ def proposals(
     made: list[tuple[str, Masks, list[Places]]] = []
 
     chosen = rng.choice(elites, swaps)
-    made.append(("swap_mutation", space.swapped(known[chosen], rng.integers(1, _MOST_BLIND + 1, swaps), rng), [chosen]))
+    swapped = space.swapped(known[chosen], rng.integers(1, _MOST_BLIND + 1, swaps), rng)
+    made.append(("swap_mutation", _moved(space, swapped, rng), [chosen]))
 
     chosen = rng.choice(elites, guided)
     exchanged = np.minimum(rng.geometric(_HALT, guided), max(space.num_changes // 2, 1))
     worths = posterior.worths(guided + drawn, rng).reshape(-1, *space.exists.shape)
-    made.append(("guided_mutation", space.swapped(known[chosen], exchanged, rng, worths[:guided]), [chosen]))
-    made.append(("most_worth", space.keep_highest(worths[guided:]), []))
+    swapped = space.swapped(known[chosen], exchanged, rng, worths[:guided])
+    made.append(("guided_mutation", _moved(space, swapped, rng, worths[:guided]), [chosen]))
+    for some, even in zip(np.array_split(worths[guided:], 2), (True, False), strict=True):
+        made.append(("most_worth", space.best(some, rng, even=even), []))
 
     pairs = [rng.choice(elites, crossings) for _ in range(2)]
     crossed = space.crossed(known[pairs[0]], known[pairs[1]], rng)
@@ -53,6 +59,16 @@ def proposals(
     random = space.drawn(size - swaps - guided - crossings - drawn, rng)
     made.append(("random_pruning", random, []))
     return _different(made, known)
+
+
+def _moved(space: MaskSpace, masks: Masks, rng: np.random.Generator, worths: Numbers | None = None) -> Masks:
+    """The prunings with some numbers changed, where layer groups need not keep as many or have one top_k."""
+    for steps in space.varying:
+        added, removed = rng.integers(0, _MOST_MOVES + 1, (2, len(masks)))
+        if steps.bounds.taken is not None:
+            removed = added = np.minimum(added, min(steps.bounds.taken, steps.bounds.steps.sum() - steps.bounds.taken))
+        masks = space.moved(masks, steps, added, removed, rng, worths)
+    return masks
 
 
 def _different(made: Sequence[tuple[str, Masks, list[Places]]], known: Masks) -> Pool:

@@ -17,6 +17,8 @@ _TRIES = 32
 class RandomSearch(ArchiveSearch):
     """Best of N: every candidate is a random pruning, until the space holds no other."""
 
+    varies_num_kept = True
+
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         super().__init__()
         self.space = space

@@ -62,6 +62,11 @@ def check_search(config: SearchConfig, space: SearchSpace | None = None) -> None
         raise ConfigError(
             f"search.warm_start: got {config.warm_start!r}, expected none: {config.algorithm} begins from no prunings"
         )
+    if isinstance(config.num_kept, dict) and not has(config.algorithm, "varies_num_kept"):
+        raise ConfigError(
+            f"search.num_kept: got {config.num_kept!r}, expected a number or a list: {config.algorithm} moves no "
+            f"experts between layers; use one of {_those_that('varies_num_kept')}"
+        )
     if space is not None:
         problem = lacking(build_search(space, config), _MEMBERS, "moe_evo.searches.base.Search")
         if problem is not None:
@@ -89,6 +94,16 @@ def build_search(
 def begins_from(algorithm: str, given: str) -> bool:
     """Whether a search takes the argument `given` of `build_search`: 'wider', 'seeds' or 'priors'."""
     return given in signature(SEARCHES[algorithm]).parameters
+
+
+def has(algorithm: str, ability: str) -> bool:
+    """Whether a search has an optional ability, which is an attribute of it that is true."""
+    return getattr(SEARCHES[algorithm], ability, False) is True
+
+
+def _those_that(ability: str) -> str:
+    """The searches of this package that have an ability."""
+    return ", ".join(f"search.algorithm {name}" for name in SEARCHES if has(name, ability))
 
 
 def planned_phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.config.search import SearchConfig
+from moe_evo.genomes.bounds import Numbers
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning, swap_mutation
 from moe_evo.genomes.population import Candidate, Individual, Population
@@ -24,7 +25,7 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.enumeration import unseen_pruning
-from moe_evo.searches.masks import MaskSpace, Numbers
+from moe_evo.searches.masks import MaskSpace
 from moe_evo.searches.posterior import FeatureMaker, Features, Posterior, centre_and_scale, fit_weights
 from moe_evo.searches.proposals import Places, Pool, proposals
 
@@ -102,6 +103,8 @@ class SurrogateSearch(ArchiveSearch):
     The batch of candidate n begins with candidate f <= n; n depends on the outcomes of the candidates before f.
     """
 
+    varies_num_kept = True
+
     def __init__(
         self,
         space: SearchSpace,
@@ -148,7 +151,8 @@ class SurrogateSearch(ArchiveSearch):
             return proposed
         for _ in range(_TRIES):
             candidate = self._beginning.candidate(number, self._archive, rng, partial(self._mutant, rng=rng))
-            candidate = candidate or Candidate(number, random_pruning(self.space, rng), "random_pruning")
+            even = number % 2 == 1  # where layers may differ, what treats all alike is always among the first ones
+            candidate = candidate or Candidate(number, random_pruning(self.space, rng, even=even), "random_pruning")
             if candidate.genome not in self._archive:
                 return candidate
         genome = unseen_pruning(self.space, self._archive, rng)

@@ -116,7 +116,7 @@ def _wandb_run(
     assert run_id is not None
     search = config.search
     tasks = "+".join(map(task_name, config.tasks))[:_NAME_LENGTH]
-    kept = search.num_kept if isinstance(search.num_kept, int) else f"{np.mean(num_kept):.2f}"
+    kept = f"{np.mean(num_kept):.2f}" if isinstance(search.num_kept, list) else search.kept_label
     name = f"{tasks}-keep{kept}-{search.algorithm}-seed{search.seed}"
     hashes = {"model": journal.meta("hash/model")}
     hashes |= {task_name(task): journal.meta(f"hash/task {task_name(task)}") for task in config.tasks}

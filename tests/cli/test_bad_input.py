@@ -140,7 +140,7 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     "config is not YAML": (_file("c.yaml", b"a: [", "search", "{folder}/c.yaml"), "c.yaml"),
     "wrong type": (
         lambda _: ["search", "--search.num_kept", "few"],
-        "search.num_kept: got 'few', expected a whole number or a list of whole numbers",
+        "search.num_kept: got 'few', expected a whole number or a list of whole numbers or names with whole numbers",
     ),
     "neither true nor false": (
         lambda _: ["search", "--selection.soup", "maybe"],
@@ -217,6 +217,42 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "K above E": (lambda _: ["search", "--search.num_kept", "9"], "search.num_kept: got 9, MoE layer 0 has 8"),
     "K below top_k": (lambda _: ["search", "--search.num_kept", "1"], "set search.top_k to 1"),
+    "a budget without bounds": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4}"],
+        "search.num_kept: got {'mean': 4}, expected numbers as in {mean: 4, min: 2, max: 8}",
+    ),
+    "a budget out of its bounds": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 2, min: 3, max: 8}"],
+        "search.num_kept: got {'mean': 2, 'min': 3, 'max': 8}, expected 1 <= min <= mean <= max",
+    ),
+    "a budget above E": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4, min: 2, max: 9}"],
+        "search.num_kept.max: got 9, MoE layer 0 has 8 experts; give 1 to 8",
+    ),
+    "a budget below top_k": (
+        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4, min: 1, max: 8}"],
+        "search.num_kept.min: got 1 with top_k 2 in MoE layer 0",
+    ),
+    "a budget for EEP": (
+        lambda _: ["search", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
+        "expected a number or a list: eep moves no experts between layers; use one of search.algorithm random",
+    ),
+    "a budget for the released EEP": (
+        lambda _: ["search", "--search.algorithm", "eep_release", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
+        "eep_release moves no experts between layers; use one of search.algorithm random, search.algorithm surrogate",
+    ),
+    "a budget for unequal layer groups": (
+        lambda _: [
+            "search",
+            "--search.algorithm",
+            "random",
+            "--search.num_kept",
+            "{mean: 4, min: 2, max: 8}",
+            "--search.num_layer_groups",
+            "3",
+        ],
+        "search.num_layer_groups: got 3 for 4 MoE layers, expected groups of equal size",
+    ),
     "K list of another length": (lambda _: ["search", "--search.num_kept", "[4,4]"], "the model has 4 MoE layers"),
     "K not a multiple": (lambda _: ["search", "--search.multiple_of", "3"], "multiple of search.multiple_of 3"),
     "too many groups": (lambda _: ["search", "--search.num_layer_groups", "5"], "search.num_layer_groups: got 5"),

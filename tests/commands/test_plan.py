@@ -30,6 +30,7 @@ from moe_evo.errors import ClusterError, ConfigError, Problem
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder
+from moe_evo.report.plan import print_plan
 from moe_evo.report.planned import CheckpointPlan
 from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
 from moe_evo.runs.workload import estimate
@@ -118,6 +119,7 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
         {"evaluations": 6, "eep": EEPConfig(num_initial=3, num_pruning=6)},
         {"evaluations": 4, "num_kept": 8},
         {"evaluations": 6, "init": ["reap"]},
+        {"evaluations": 6, "algorithm": "surrogate", "num_kept": {"mean": 4, "min": 2, "max": 8}},
     ],
 )
 def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_path: Path) -> None:
@@ -144,6 +146,18 @@ def test_the_embedded_model_is_told_and_the_plan_is_json(tmp_path: Path) -> None
     assert chosen[0].device_bytes == 4 * 3_019_904
     assert told.tasks[0].examples == {"search": 4, "validation": 4, "test": 4}
     assert json.loads(json.dumps(plain(told))) == plain(told)
+
+
+def test_a_budget_that_layers_share_is_told_as_a_range_with_its_loader(tmp_path: Path) -> None:
+    told = plan(small(tmp_path, algorithm="surrogate", num_kept={"mean": 4, "min": 2, "max": 8}))
+    assert (told.search.num_kept, told.search.num_kept_range) == ((4, 4, 4, 4), (2, 8))
+    assert told.search.log10_prunings > plan(small(tmp_path)).search.log10_prunings
+    assert told.checkpoint == CheckpointPlan(1_739_904, 4 * 1_739_904, "moe_evo")
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(told, "next", console)
+    text = console.file.getvalue()
+    assert "search      surrogate, keeps 2 to 8 a layer, 4 on average, prunings only; " in text
+    assert "(loads with moe_evo.load_pruned; transformers and vLLM hold one number of experts and one top_k" in text
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:

@@ -109,3 +109,60 @@ def test_a_genome_of_another_space_or_model_is_refused():
 def test_a_space_is_plain_data_in_json():
     space = SearchSpace.build(_shape(), num_kept=4, num_layer_groups=2)
     assert json.loads(json.dumps(space.to_json()))["layer_groups"] == [[0, 1], [2, 3]]
+
+
+SHARED = {"mean": 4, "min": 2, "max": 8}
+
+
+def test_a_shared_budget_is_held_by_every_genome_with_that_sum_within_the_bounds():
+    space = SearchSpace.build(_shape(), num_kept=SHARED)
+    assert space.num_kept == (4, 4, 4, 4) and space.can_prune
+    for counts in ([4, 4, 4, 4], [2, 2, 4, 8], [2, 6, 2, 6]):
+        space.check(Genome.from_kept([range(count) for count in counts], 8, 2))
+    for counts in ([4, 4, 4, 5], [1, 5, 5, 5]):
+        with pytest.raises(GenomeError, match=r"the space allows 2 to 8, 4 on average, with \[2, 2, 2, 2\]"):
+            space.check(Genome.from_kept([range(count) for count in counts], 8, 1 if 1 in counts else 2))
+
+
+def test_layers_that_share_genes_keep_as_many():
+    space = SearchSpace.build(_shape(), num_kept=SHARED, num_layer_groups=2)
+    space.check(Genome.from_kept([range(2), range(2), range(6), range(6)], 8, 2))
+    with pytest.raises(GenomeError, match="2 to 8"):
+        space.check(Genome.from_kept([range(2), range(4), range(4), range(6)], 8, 2))
+
+
+def test_without_a_mean_any_sum_within_the_bounds_is_allowed():
+    space = SearchSpace.build(_shape(), num_kept={"min": 2, "max": 8}, multiple_of=2, varies_top_k=True)
+    assert space.num_kept == (4, 4, 4, 4)
+    space.check(Genome.from_kept([range(2), range(8), range(8), range(6)], 8, [1, 2, 2, 1]))
+    with pytest.raises(GenomeError, match="the space allows 2 to 8 with 1 to 2"):
+        space.check(Genome.from_kept([range(3), range(8), range(8), range(6)], 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kept": {"mean": 4, "min": 3, "max": 8}, "multiple_of": 2}, "num_kept.min: got 3, expected a multiple"),
+        ({"num_kept": {"mean": 4, "min": 2, "max": 9}}, "num_kept.max: got 9, MoE layer 0 has 8 experts"),
+        ({"num_kept": {"mean": 4, "min": 1, "max": 8}}, "num_kept.min: got 1 with top_k 2"),
+        (
+            {"num_kept": SHARED, "num_layer_groups": 3},
+            "num_layer_groups: got 3 for 4 MoE layers, expected groups of eq",
+        ),
+    ],
+)
+def test_bounds_that_cannot_be_are_a_config_error(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SearchSpace.build(_shape(), **options)
+
+
+def test_bounds_of_a_group_limited_router_leave_enough_in_each_group():
+    shape = _shape(num_experts=16, **LIMITED)
+    assert SearchSpace.build(shape, num_kept={"mean": 12, "min": 8, "max": 16}).kept.step == 4
+    with pytest.raises(ConfigError, match=r"num_kept.mean: got 10, the router .* give a multiple of 4"):
+        SearchSpace.build(shape, num_kept={"min": 8, "mean": 10, "max": 16})
+
+
+def test_a_space_with_bounds_is_plain_data_in_json():
+    space = SearchSpace.build(_shape(), num_kept=SHARED)
+    assert json.loads(json.dumps(space.to_json()))["kept_bounds"]["total"] == 16
