@@ -18,7 +18,8 @@ from moe_evo.errors import ConfigError
 Config = TypeVar("Config", bound=ScoringConfig)
 
 _LISTS = (
-    "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "selection.baselines",
+    "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "search.objectives",
+    "selection.baselines",
 )  # fmt: skip
 """Options whose value is a list: a single value means a list of one, and a flag takes values separated by commas."""
 

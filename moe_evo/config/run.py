@@ -14,8 +14,10 @@ from moe_evo.config.check import require
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
-from moe_evo.config.search import SearchConfig
+from moe_evo.config.search import TASKS, SearchConfig
 from moe_evo.config.task import TaskConfig
+
+_MOST_OBJECTIVES = 6  # hypervolumes of more take long
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -127,6 +129,23 @@ class RunConfig(ScoringConfig):
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     folder: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        objectives, by_task = self.search.objectives, TASKS in self.search.objectives
+        require(
+            not by_task or len(self.tasks) > 1, "search.objectives", objectives,
+            "'quality', as there is one task; give two or more tasks, each of which is an objective",
+        )  # fmt: skip
+        number = len(objectives) + by_task * (len(self.tasks) - 1)
+        require(
+            number <= _MOST_OBJECTIVES, "search.objectives", objectives,
+            f"at most {_MOST_OBJECTIVES} objectives with one for each of the {len(self.tasks)} tasks; give fewer tasks",
+        )  # fmt: skip
+        require(
+            not self.search.has_front or self.evaluation.race is None, "evaluation.race", self.evaluation.race,
+            "none, as search.objectives has several: what is worse in one may be better in another",
+        )  # fmt: skip
 
 
 def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:

@@ -10,6 +10,9 @@ from moe_evo.config.check import require
 RANDOM = "random"
 """The origin of initial candidates that are drawn at random, not made by a one-shot method."""
 
+QUALITY, TASKS, PARAMETERS, ACTIVE = "quality", "tasks", "parameters", "active"
+"""Names of objectives: the fitness over all tasks, that of every task, experts kept, and experts active a token."""
+
 
 @dataclass(frozen=True)
 class EEPConfig:
@@ -123,6 +126,10 @@ class SearchConfig:
         num_kept: Experts kept in every MoE layer, or a list with one number a layer. Or a budget that layers share,
             as in {mean: 4, min: 2, max: 8}: each layer keeps its own number between min and max, mean on average.
             Layers that differ load with moe_evo.load_pruned, not with stock transformers or vLLM.
+        objectives: What is maximised: 'quality' alone, or a front of several: [quality, parameters] also keeps few
+            experts, between the bounds of num_kept, as in {min: 2, max: 8}; [quality, active] also makes few experts
+            active a token, from 1 to top_k in each layer; 'tasks' in place of 'quality' makes every task an objective
+            of its own. Not for EEP. moe-evo export RUN --which front-2 takes a point of the front.
         top_k: Experts active a token; default: the model's.
         num_layer_groups: Consecutive layers share genes in so many groups; default: none are shared.
         multiple_of: num_kept must be a multiple of this (for expert-parallel serving).
@@ -139,6 +146,7 @@ class SearchConfig:
 
     algorithm: str = "eep"
     num_kept: int | list[int] | dict[str, int] = 4
+    objectives: list[str] = field(default_factory=lambda: [QUALITY])
     top_k: int | None = None
     num_layer_groups: int | None = None
     multiple_of: int = 1
@@ -150,6 +158,7 @@ class SearchConfig:
     init: list[str] | dict[str, float] = field(default_factory=lambda: [RANDOM])
 
     def __post_init__(self) -> None:
+        self._check_objectives()
         if isinstance(self.num_kept, dict):
             self._check_range(self.num_kept)
         else:
@@ -183,10 +192,28 @@ class SearchConfig:
 
     def _check_range(self, given: dict[str, int]) -> None:
         """Raise ConfigError where num_kept is no range."""
-        wanted = "numbers as in {mean: 4, min: 2, max: 8}"
-        require(set(given) == {"mean", "min", "max"}, "search.num_kept", given, wanted)
-        in_order = [1, given["min"], given["mean"], given["max"]]
-        require(in_order == sorted(in_order), "search.num_kept", given, "1 <= min <= mean <= max")
+        is_free = PARAMETERS in self.objectives
+        keys = ["min", "max"] if is_free else ["min", "mean", "max"]
+        wanted = "{min: 2, max: 8}, as 'parameters' is an objective" if is_free else "{mean: 4, min: 2, max: 8}"
+        require(set(given) == set(keys), "search.num_kept", given, f"numbers as in {wanted}")
+        in_order = [1, given["min"], given.get("mean", given["min"]), given["max"]]
+        require(in_order == sorted(in_order), "search.num_kept", given, f"1 <= {' <= '.join(keys)}")
+
+    def _check_objectives(self) -> None:
+        """Raise ConfigError where the objectives do not go together, or with the number of experts."""
+        given, known = self.objectives, [QUALITY, TASKS, PARAMETERS, ACTIVE]
+        require(set(given) <= set(known), "search.objectives", given, f"some of {', '.join(known)}")
+        require(len(set(given)) == len(given), "search.objectives", given, "each objective once")
+        require((QUALITY in given) != (TASKS in given), "search.objectives", given, "'quality' or 'tasks' among them")
+        require(
+            PARAMETERS not in given or isinstance(self.num_kept, dict), "search.num_kept", self.num_kept,
+            "bounds such as {min: 2, max: 8}, as 'parameters' is an objective",
+        )  # fmt: skip
+
+    @property
+    def has_front(self) -> bool:
+        """Whether there is more than one objective, so that a front of individuals is found."""
+        return self.objectives != [QUALITY]
 
     @property
     def kept_label(self) -> str:

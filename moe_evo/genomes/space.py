@@ -97,6 +97,8 @@ class SearchSpace:
                     "experts, num_kept or top_k; use more groups or one num_kept for all"
                 )
         largest = tuple(active[group[0]] for group in groups)
+        if varies_top_k and max(largest) == 1:
+            raise ConfigError("search.objectives: got 'active', but top_k is 1 in every layer; leave it out")
         top_ks = Bounds((1,) * len(groups), largest) if varies_top_k else None
         return cls(shape, kept, active, groups, bounds, top_ks)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_evo.config.cluster import num_ranks
 from moe_evo.config.run import RunConfig, ScoringConfig
-from moe_evo.config.search import RANDOM, SearchConfig
+from moe_evo.config.search import QUALITY, RANDOM, SearchConfig
 from moe_evo.errors import ConfigError, Problem, Problems, RunError, raise_first
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Population
@@ -194,7 +194,10 @@ def _space(shape: ModelShape, config: SearchConfig, problems: Problems) -> Searc
         space = build_space(shape, config)
     if space is None:  # its problem is noted already; layer groups can have another one
         with problems.noted():
-            build_space(shape, replace(config, num_kept=list(shape.num_experts), top_k=None, multiple_of=1))
+            build_space(
+                shape,
+                replace(config, num_kept=list(shape.num_experts), top_k=None, multiple_of=1, objectives=[QUALITY]),
+            )
         with problems.noted():
             build_space(shape, replace(config, num_layer_groups=None))
     return space

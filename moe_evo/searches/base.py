@@ -25,8 +25,9 @@ class Search(Protocol):
     A search is constructed from a space and a `SearchConfig`. One that can begin from given genomes, or with opinions
     about experts, also takes `wider`, `seeds` or `priors`, see `build_search`. Two static methods are optional:
     `phases(config, *, can_prune)` returns the plan as a list of `Phase`, and `parameters(config)` what a tracker
-    records. One that can choose how many experts each layer keeps says so by `varies_num_kept = True`. `ArchiveSearch`
-    has most of a search, and `moe_evo.testing.searches.SearchContract` tests a new one.
+    records. Two attributes say what else it can do: `varies_num_kept = True`, choose how many experts each layer keeps;
+    `has_objectives = True`, search a front of several objectives. `ArchiveSearch` has most of a search, and
+    `moe_evo.testing.searches.SearchContract` tests a new one.
 
     >>> import numpy as np
     >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.genomes.bounds import Numbers
+from moe_evo.searches.beliefs import Beliefs
 from moe_evo.searches.masks import MaskSpace
-from moe_evo.searches.posterior import Posterior
 from moe_evo.searches.steps import Masks
 
 _SHARES = (0.3, 0.3, 0.3, 0.05)  # of a pool: swaps, swaps by worth, crossings, the most worth; the rest is random
@@ -31,7 +31,7 @@ class Pool:
 
 
 def proposals(
-    space: MaskSpace, posterior: Posterior, known: Masks, elites: Places, size: int, rng: np.random.Generator
+    space: MaskSpace, beliefs: Beliefs, known: Masks, elites: Places, size: int, rng: np.random.Generator
 ) -> Pool:
     """Up to `size` prunings that are not among the known ones.
 
@@ -46,7 +46,7 @@ def proposals(
 
     chosen = rng.choice(elites, guided)
     exchanged = np.minimum(rng.geometric(_HALT, guided), max(space.num_changes // 2, 1))
-    worths = posterior.worths(guided + drawn, rng).reshape(-1, *space.exists.shape)
+    worths = beliefs.worths(guided + drawn, rng).reshape(-1, *space.exists.shape)
     swapped = space.swapped(known[chosen], exchanged, rng, worths[:guided])
     made.append(("guided_mutation", _moved(space, swapped, rng, worths[:guided]), [chosen]))
     for some, even in zip(np.array_split(worths[guided:], 2), (True, False), strict=True):

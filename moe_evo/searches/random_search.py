@@ -18,6 +18,7 @@ class RandomSearch(ArchiveSearch):
     """Best of N: every candidate is a random pruning, until the space holds no other."""
 
     varies_num_kept = True
+    has_objectives = True
 
     def __init__(self, space: SearchSpace, config: SearchConfig) -> None:
         super().__init__()

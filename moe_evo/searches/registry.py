@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_evo.config.search import RANDOM, SearchConfig
+from moe_evo.config.search import ACTIVE, RANDOM, SearchConfig
 from moe_evo.errors import ConfigError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.space import ModelShape, SearchSpace
@@ -66,6 +66,11 @@ def check_search(config: SearchConfig, space: SearchSpace | None = None) -> None
         raise ConfigError(
             f"search.num_kept: got {config.num_kept!r}, expected a number or a list: {config.algorithm} moves no "
             f"experts between layers; use one of {_those_that('varies_num_kept')}"
+        )
+    if config.has_front and not has(config.algorithm, "has_objectives"):
+        raise ConfigError(
+            f"search.objectives: got {config.objectives!r}, expected [quality]: {config.algorithm} has one objective; "
+            f"use one of {_those_that('has_objectives')}"
         )
     if space is not None:
         problem = lacking(build_search(space, config), _MEMBERS, "moe_evo.searches.base.Search")
@@ -140,4 +145,5 @@ def build_space(shape: ModelShape, config: SearchConfig) -> SearchSpace:
         top_k=config.top_k,
         num_layer_groups=config.num_layer_groups,
         multiple_of=config.multiple_of,
+        varies_top_k=ACTIVE in config.objectives,
     )

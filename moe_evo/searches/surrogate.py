@@ -2,7 +2,8 @@
 
 Candidates come in batches. Before each, a posterior is fitted to all that was scored (posterior.py) and a pool of
 prunings is made around those with the best expected scores (proposals.py). Each candidate is the best of the pool in a
-draw from the posterior (Thompson sampling), so that what is not known well is tried, too.
+draw from the posterior (Thompson sampling), so that what is not known well is tried, too. With several objectives it is
+the one that improves their front most (beliefs.py).
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from moe_evo.genomes.population import Candidate, Individual, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
+from moe_evo.searches.beliefs import Beliefs, Ranking
 from moe_evo.searches.enumeration import unseen_pruning
+from moe_evo.searches.fronts import survivors
 from moe_evo.searches.masks import MaskSpace
+from moe_evo.searches.objectives import Objectives
 from moe_evo.searches.posterior import FeatureMaker, Features, Posterior, centre_and_scale, fit_weights
 from moe_evo.searches.proposals import Places, Pool, proposals
 
 _TRIES = 32
 _FEWEST_KNOWN = 8
-_NUM_ELITES = 15
+_NUM_ELITES, _NUM_ON_FRONT = 15, 30  # from which a pool is made: with one objective, and with several
 _MOST_FITTED = 400  # scores by which the posterior's weights are fitted
 _GROWTH = 1.25  # they are fitted anew when so many times as many scores are known
 
@@ -39,19 +43,20 @@ _GROWTH = 1.25  # they are fitted anew when so many times as many scores are kno
 class _Scored:
     """The prunings that were scored, in the order in which they were told, with all that a fit needs of them.
 
-    numbers: of the candidates, all that were noticed. inner: (N, N), see posterior.py. scores, examples: (N,), and on
-    how many examples each score rests. All but the numbers are brought up to date by `before`.
+    numbers: of the candidates, all that were noticed. inner: (N, N), see posterior.py. scores: (N, T) of the learned
+    objectives. examples: (N,) on how many each score rests. All but the numbers are brought up to date by `before`.
     """
 
-    def __init__(self, masks: MaskSpace, features: FeatureMaker) -> None:
+    def __init__(self, masks: MaskSpace, features: FeatureMaker, objectives: Objectives) -> None:
         self._masks = masks
         self._features = features
+        self._objectives = objectives
         self._given = 0
         self._waiting: list[Individual] = []
         self.numbers = np.zeros(0, dtype=np.int64)
         self.masks = masks.masks([])
         self.inner = np.zeros((0, 0))
-        self.scores = np.zeros(0)
+        self.scores = np.zeros((0, 0))
         self.examples = np.zeros(0)
 
     def notice(self, population: Population) -> None:
@@ -75,7 +80,8 @@ class _Scored:
         rows = features[-len(new) :].inner(features)
         old = len(self.inner)
         self.inner = np.block([[self.inner, rows[:, :old].T], [rows[:, :old], rows[:, old:]]])
-        self.scores = np.append(self.scores, [one.evaluation.fitness for one in new])
+        scores = np.array([self._objectives.learned(one.evaluation) for one in new])
+        self.scores = np.concatenate([self.scores.reshape(-1, scores.shape[1]), scores])
         self.examples = np.append(self.examples, [max(one.evaluation.num_examples, 1) for one in new])
 
 
@@ -83,12 +89,11 @@ class _Scored:
 class _Batch:
     """What a batch of candidates is drawn from.
 
-    mean, root: moments of the pool's scores. parents: by number. genomes: of the pool, as far as they are made.
+    parents: by number. genomes: of the pool, as far as they are made.
     """
 
     pool: Pool
-    mean: Numbers
-    root: Numbers
+    ranking: Ranking
     parents: Sequence[tuple[int, ...]]
     genomes: dict[int, Genome]
 
@@ -104,6 +109,7 @@ class SurrogateSearch(ArchiveSearch):
     """
 
     varies_num_kept = True
+    has_objectives = True
 
     def __init__(
         self,
@@ -120,10 +126,11 @@ class SurrogateSearch(ArchiveSearch):
         self._seed = config.seed
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
+        self._objectives = Objectives(config.objectives)
         self._beginning = Beginning(space, self.num_warmup, config.init_shares, wider, seeds)
-        self._scored = _Scored(self._masks, self._features)
+        self._scored = _Scored(self._masks, self._features, self._objectives)
         self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
-        self._weights: dict[tuple[int, ...], Numbers] = {}  # by the candidates to which they were fitted
+        self._weights: dict[tuple[int, ...], list[Numbers]] = {}  # by the candidates to which they were fitted
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
@@ -146,7 +153,7 @@ class SurrogateSearch(ArchiveSearch):
     def _next(self) -> Candidate | None:
         number = self._archive.next_number
         rng = np.random.default_rng([self._seed, number])
-        proposed = self._proposed(number, rng) if self.phase == "proposed" else None
+        proposed = self._proposed(number) if self.phase == "proposed" else None
         if proposed is not None:
             return proposed
         for _ in range(_TRIES):
@@ -161,7 +168,7 @@ class SurrogateSearch(ArchiveSearch):
     def _mutant(self, genome: Genome, rng: np.random.Generator) -> Genome:
         return swap_mutation(genome, self.space, rng, layer_rate=0.25, swap_rate=0.15)
 
-    def _proposed(self, number: int, rng: np.random.Generator) -> Candidate | None:
+    def _proposed(self, number: int) -> Candidate | None:
         """The best of the pool in a draw from the posterior; None where too little is known, or all was asked."""
         first = number - (number - self.num_warmup) % self.options.batch
         self._scored.notice(self.population)
@@ -172,8 +179,8 @@ class SurrogateSearch(ArchiveSearch):
         if self._batch is None or self._batch[0] != key:
             self._batch = key, self._new_batch(first, self._scored.before(first))
         batch = self._batch[1]
-        drawn = batch.mean + batch.root @ rng.standard_normal(len(batch.mean))
-        for place in np.argsort(-drawn, kind="stable").tolist():
+        seeds = [[self._seed, one] for one in range(first, number + 1)]
+        for place in batch.ranking.order(number - first, seeds).tolist():
             if place not in batch.genomes:
                 batch.genomes[place] = self._masks.genome(batch.pool.masks[place])
             if batch.genomes[place] not in self._archive:
@@ -186,25 +193,29 @@ class SurrogateSearch(ArchiveSearch):
         features = self._features(masks)
         noise = scored.examples[known].max() / scored.examples[known]
         weights = self._fitted(scored.numbers[known], inner, features, scores, noise)
-        posterior = Posterior(inner, features, scores, noise, weights)
-        elites = np.argsort(-posterior.of_known, kind="stable")[:_NUM_ELITES]
+        posteriors = [Posterior(inner, features, one, noise, own) for one, own in zip(scores.T, weights, strict=True)]
+        beliefs = Beliefs(posteriors, self._objectives.known(self._masks, masks))
+        elites = survivors(beliefs.expected, _NUM_ELITES if self._objectives.is_single else _NUM_ON_FRONT)
         rng = np.random.default_rng([self._seed, first, 1])
-        pool = proposals(self._masks, posterior, masks, elites, self.options.pool, rng)
-        mean, root = posterior.moments(self._features(pool.masks))
+        pool = proposals(self._masks, beliefs, masks, elites, self.options.pool, rng)
+        ranking = beliefs.ranking(self._features(pool.masks), self._objectives.known(self._masks, pool.masks))
         numbers = scored.numbers[known].tolist()
-        return _Batch(pool, mean, root, [tuple(numbers[place] for place in places) for places in pool.parents], {})
+        return _Batch(pool, ranking, [tuple(numbers[place] for place in places) for places in pool.parents], {})
 
-    def _fitted(self, numbers: Places, inner: Numbers, features: Features, scores: Numbers, noise: Numbers) -> Numbers:
-        """The posterior's weights, found from a part of the scores: the first so many, which seldom changes."""
+    def _fitted(
+        self, numbers: Places, inner: Numbers, features: Features, scores: Numbers, noise: Numbers
+    ) -> list[Numbers]:
+        """Each posterior's weights, found from a part of the scores: the first so many, which seldom changes."""
         size = _FEWEST_KNOWN
         while size * _GROWTH <= min(len(scores), _MOST_FITTED):
             size = int(size * _GROWTH)
         key = tuple(numbers[:size].tolist())
         if key not in self._weights:
-            centre, scale = centre_and_scale(scores[:size])
-            part = slice(size)
-            scaled = (scores[part] - centre) / scale
-            self._weights[key] = fit_weights(inner[part, part], features[part], scaled, noise[part])
+            part, self._weights[key] = slice(size), []
+            for one in scores[part].T:
+                centre, scale = centre_and_scale(one)
+                found = fit_weights(inner[part, part], features[part], (one - centre) / scale, noise[part])
+                self._weights[key].append(found)
         return self._weights[key]
 
 
