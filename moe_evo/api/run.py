@@ -20,10 +20,12 @@ from moe_evo.records.journal import MAIN, REFERENCE
 from moe_evo.records.result import RunResult
 from moe_evo.records.sweep import SweepFolder, SweepResult
 from moe_evo.report.answers import ExportedRun, Progress, ScoredGenome, WrittenReport
+from moe_evo.report.front import front_picture
 from moe_evo.report.html import kept_map, learning_curve, result_table, sweep_table, table
 
 Split = Literal["search", "validation", "test"]
-Which = Literal["best", "best_pruning", "soup"]
+Which: TypeAlias = str
+"""'best', 'best_pruning', 'soup', or a point of the front, such as 'front-3'."""
 
 
 class Run:
@@ -84,8 +86,8 @@ class Run:
     ) -> ExportedRun:  # fmt: skip
         """Write the checkpoint of a finished run into the folder `to`, and check that it computes the evaluated logits.
 
-        which: the winner, the best that only prunes, or the soup. device: where the model is loaded. overwrite:
-        replace an older export.
+        which: the winner, the best that only prunes, the soup, or a point of the front. device: where the model is
+        loaded. overwrite: replace an older export.
         """
         from moe_evo.commands.export import export
 
@@ -124,7 +126,8 @@ class Run:
             rows = [[f"{told.evaluations} of {told.budget}", str(told.failed.failures), best]]
             headings = ["evaluations", "failed", f"best {fitness_label(told.config.tasks)}"]
             return table(f"{self.folder}: not finished", headings, rows) + self._curve()
-        return result_table(self.result) + f"<div>{kept_map(self.genome())}</div>" + self._curve()
+        front = f"<div>{front_picture(self.result)}</div>" if self.result.front else ""
+        return result_table(self.result) + front + f"<div>{kept_map(self.genome())}</div>" + self._curve()
 
     def _curve(self) -> str:
         if not self._folder.journal.is_file():  # a result that was kept without its journal

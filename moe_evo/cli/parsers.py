@@ -221,9 +221,10 @@ def export_parser() -> CommandParser:
     parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--which",
-        choices=("best", "best_pruning", "soup"),
+        type=str,
         default="best",
-        help="the winner, the best that only prunes, or the soup (selection.soup)",
+        help="the winner ('best'), the best that only prunes ('best_pruning'), the soup (selection.soup), or a point "
+        "of the front (search.objectives), such as front-3; moe-evo show lists them",
     )
     parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")

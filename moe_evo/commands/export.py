@@ -21,8 +21,8 @@ def export(
 ) -> ExportedRun:
     """Write a finished run's genome as a checkpoint, and check its logits against those of the evaluated model."""
     result = folder.read_result()
-    genome_file = folder.winners[which]
-    if not genome_file.is_file():
+    genome_file = folder.genome_file(which)
+    if which not in folder.winners or not genome_file.is_file():
         found = ", ".join(name for name, path in folder.winners.items() if path.is_file())
         raise RunError(f"{folder.path}: has no {genome_file.name}; --which: got {which!r}, expected one of {found}")
     genome = load_genome(genome_file)

@@ -33,6 +33,7 @@ from moe_evo.tracking.start import tracked, winner_files
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
+    from moe_evo.runs.front import FrontRow
 
 
 def search(
@@ -58,9 +59,9 @@ def search(
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
         with tracked(config, found.space, journal, folder, tracker) as trackers:
             here = replace(config, cluster=cluster or config.cluster)
-            rows = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
-            result = run_result(config, found.source, journal, found.data, rows)
-            _save_winners(found.source, found.space, journal, folder, result, rows)
+            rows, front = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
+            result = run_result(config, found.source, journal, found.data, rows, front)
+            _save_winners(found.source, found.space, journal, folder, result, [*rows, *(row for row, _ in front)])
             _draw(config, folder, journal, rows)
             folder.write_result(result)  # last: a run with a result is finished
             trackers.finished(result, winner_files(folder))
@@ -76,9 +77,10 @@ def _rows(
     folder: RunFolder,
     tracker: Tracker,
     model: MoEModel | None,
-) -> list[TableRow]:
-    """Make all evaluations that the journal does not have yet, and return the final table."""
+) -> tuple[list[TableRow], list[FrontRow]]:
+    """Make all evaluations that the journal does not have yet, and return the final table and the front."""
     from moe_evo.criteria.observer import Observer
+    from moe_evo.runs.front import scored_front
     from moe_evo.runs.selection import run_search
 
     phases = planned_phases(config.search, can_prune=space.can_prune)
@@ -89,7 +91,8 @@ def _rows(
     with open_pool(config, source, found.data, tracker, space, model, found.tasks) as pool:
         names = observed_names(config.model, found.data)
         observer = Observer(pool.ask, names, source.hash, folder.observations, tracker.message)
-        return run_search(config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider)
+        rows = run_search(config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider)
+        return rows, scored_front(config, journal, pool, tracker, found.data)
 
 
 def _save_winners(
@@ -103,12 +106,12 @@ def _save_winners(
     """Write the genomes that can be exported, each with its provenance."""
 
     for row in rows:
-        if row.key in folder.winners:
+        if row.key in folder.winners or result.is_on_front(row.key):
             outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
             individual = Individual(row.candidate, outcome)
             provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
             provenance |= {"alignment": source.alignment_digest, "row": plain(row.to_row())}
-            save_individual(folder.winners[row.key], individual, space, provenance)
+            save_individual(folder.genome_file(row.key), individual, space, provenance)
 
 
 def _draw(config: RunConfig, folder: RunFolder, journal: Journal, rows: Sequence[TableRow]) -> None:

@@ -42,15 +42,25 @@ class RunFolder:
         self.journal = path / "journal.sqlite"
         self.best = path / "best.safetensors"
         self.best_pruning = path / "best_pruning.safetensors"
-        self.winners = {
-            "best": self.best,
-            "best_pruning": self.best_pruning,
-            "soup": path / "soup.safetensors",
-        }
         self.observations = path / "observations.safetensors"
         self.result = path / "result.json"
         self.figure = path / "search.png"
         self.kept_figure = path / "kept_experts.png"
+
+    @property
+    def winners(self) -> dict[str, Path]:
+        """The files of genomes that can be exported, by the keys of their rows; of the front those that there are."""
+        front = sorted(self.path.glob("front-*.safetensors"), key=lambda one: (len(one.name), one.name))
+        return {
+            "best": self.best,
+            "best_pruning": self.best_pruning,
+            "soup": self.genome_file("soup"),
+            **{one.stem: one for one in front},
+        }
+
+    def genome_file(self, key: str) -> Path:
+        """The file of the genome in the row with this key."""
+        return self.path / f"{key}.safetensors"
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:

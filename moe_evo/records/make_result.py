@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleSco
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.records.result import (
     FailureFacts,
+    FrontPoint,
     GangFacts,
     ModelFacts,
     RunResult,
@@ -35,9 +36,17 @@ def software_versions() -> dict[str, str]:
 
 
 def run_result(
-    config: RunConfig, source: ModelSource, journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]
+    config: RunConfig,
+    source: ModelSource,
+    journal: Journal,
+    data: Sequence[TaskData],
+    rows: Sequence[TableRow],
+    front: Sequence[tuple[TableRow, Mapping[str, Mapping[str, float]]]] = (),
 ) -> RunResult:
-    """The result of a run whose evaluations are all in its journal; rows: its final table."""
+    """The result of a run whose evaluations are all in its journal.
+
+    rows: its final table. front: as rows with their objectives by split and name.
+    """
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
 
@@ -56,6 +65,9 @@ def run_result(
         winners_curse=_winners_curse(journal, data, rows),
         gangs=gang_facts(journal.gang_events()),
         rows=tuple(row.to_row(*one) for row, one in zip(rows, sizes, strict=True)),
+        front=tuple(
+            FrontPoint(row.to_row(*exported_size(size, row.candidate.genome.num_kept)), values) for row, values in front
+        ),
     )
 
 

@@ -114,6 +114,22 @@ class Row:
         scores = ", ".join(f"{split} {score}" for split, score in self.scores.items())
         return f"{self.title}: {scores or 'no scores'}"
 
+    @property
+    def loader(self) -> str:
+        """Who loads its checkpoint: 'transformers', or 'moe_evo' where layers differ in experts or in top_k."""
+        return "transformers" if len(set(self.num_kept)) == 1 and len(set(self.top_k)) == 1 else "moe_evo"
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A genome that no other one of its search beats in all objectives.
+
+    row: with the key front-1, front-2, ... values: its objectives by split and name, such as quality or experts.
+    """
+
+    row: Row
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -232,7 +248,7 @@ class RunResult:
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
     router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
     full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
-    full model first and the winner last.
+    full model first and the winner last. front: of a search with several objectives, best quality first.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -246,10 +262,16 @@ class RunResult:
     winners_curse: WinnersCurse | None = None
     gangs: GangFacts | None = None
     rows: tuple[Row, ...]
+    front: tuple[FrontPoint, ...] = ()
 
     def row(self, key: str) -> Row | None:
-        """The line of the final table with this key, such as 'full' or 'best_pruning'; None where there is none."""
-        return next((row for row in self.rows if row.key == key), None)
+        """The line with this key, such as 'full', 'best_pruning' or 'front-1'; None where there is none."""
+        lines = (*self.rows, *(point.row for point in self.front))
+        return next((row for row in lines if row.key == key), None)
+
+    def is_on_front(self, key: str) -> bool:
+        """Whether this is the key of a point of the front."""
+        return any(point.row.key == key for point in self.front)
 
     @property
     def best(self) -> Row:
@@ -286,8 +308,9 @@ class RunResult:
         return self.experts == "own" and self.dynamic_skipping is None
 
     def to_plain(self) -> Plain:
-        """The content of result.json."""
-        return {"version": RESULT_VERSION, **plain_fields(self)}
+        """The content of result.json, without a front where there is none."""
+        told = {"version": RESULT_VERSION, **plain_fields(self)}
+        return told if self.front else {name: told[name] for name in told if name != "front"}
 
     @classmethod
     def from_plain(cls, data: object, where: str = "") -> RunResult:

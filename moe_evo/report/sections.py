@@ -15,6 +15,7 @@ from moe_evo.config.task import fitness_label
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import Row, Score, TaskFacts
+from moe_evo.report.front import FrontTable, export_line, front_cells, front_picture
 from moe_evo.report.lines import Line, kept_label, lines_of, parameters_label
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import GangNow, Record
@@ -74,7 +75,10 @@ class GangTable:
 
 @dataclass(frozen=True)
 class Section:
-    """Everything that the template shows of one run. note: see `RunResult.search_note`."""
+    """Everything that the template shows of one run.
+
+    note: see `RunResult.search_note`. front, picture: of a run with several objectives; the picture is an SVG.
+    """
 
     number: int
     label: str
@@ -87,6 +91,8 @@ class Section:
     facts: Facts
     versions: Facts
     tasks: TaskTable | None
+    front: FrontTable | None
+    picture: str
     failures: Sequence[FailureGroup]
     gangs: GangTable | None
     commands: Sequence[tuple[str, str]]
@@ -108,6 +114,8 @@ def section(record: Record, number: int) -> Section:
         facts=_facts(record),
         versions=_versions(record),
         tasks=task_table(record),
+        front=front_cells(record.result) if record.result is not None and record.result.front else None,
+        picture=front_picture(record.result) if record.result is not None else "",
         failures=_failures(record),
         gangs=_gangs(record),
         commands=commands(record),
@@ -193,6 +201,7 @@ def _facts(record: Record) -> Facts:
         (fitness_label(record.config.tasks), f"{record.config.evaluation.fitness} over tasks, higher is better"),
         ("algorithm", search.algorithm),
         ("experts to keep", kept),
+        *([("objectives", ", ".join(search.objectives))] if search.has_front else []),
         ("budget", f"{search.evaluations} evaluations, seed {search.seed}"),
         ("router", model.router),
         ("number format", model.dtype),
@@ -312,6 +321,8 @@ def commands(record: Record) -> list[tuple[str, str]]:
         pruned = shlex.quote(str(record.folder / "checkpoint-pruned"))
         what = "the same of the best that only prunes"
         shown.append((what, f"moe-evo export {folder} --which best_pruning --to {pruned}"))
+    if is_stock and record.result.front:
+        shown.append(("a point of the front as a checkpoint", export_line(record.folder, record.result)))
     again = shlex.quote(f"{record.folder}-again")
     software = record.result.software
     releases = {name: version.split("+")[0] for name, version in software.items()}  # package indexes have no '+cpu'

@@ -22,6 +22,7 @@ from moe_evo.report.answers import (
     ScoredGenome,
     WrittenReport,
 )
+from moe_evo.report.front import export_line, front_table
 from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
 from moe_evo.tasks.data import SPLITS
 
@@ -49,6 +50,8 @@ def _print_progress(folder: RunFolder, progress: Progress) -> None:
 def _print_result(folder: RunFolder, result: RunResult) -> None:
     console = Console()
     print_whole(console, final_table(result))
+    if result.front:
+        print_whole(console, front_table(result))
     winner = load_genome(folder.best)
     console.print(kept_picture(winner, result.model.decoder_layers))
     search = result.search
@@ -57,6 +60,7 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
         f"{search.evaluations} evaluations ({search.failures} failed{stopped}), seed {search.seed}, "
         f"{search.evaluation_s:.0f} s of evaluation\n"
         f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}{_luck(result)}{_soup(result)}"
+        f"{_front(folder, result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -89,6 +93,12 @@ def _soup(result: RunResult) -> str:
     if soup is None:
         return ""
     return f"exported is {result.best.title}, the last row; with --which soup it is the {soup.title}\n"
+
+
+def _front(folder: RunFolder, result: RunResult) -> str:
+    """How a point of the front is exported."""
+    can_be = result.front and result.runs_stock_experts
+    return f"a point  {export_line(folder.path, result)}\n" if can_be else ""
 
 
 def _gangs(gangs: GangFacts | None) -> str:

@@ -9,6 +9,9 @@ from moe_evo.config.search import SearchConfig
 from moe_evo.report.planned import Estimate
 from moe_evo.searches.registry import planned_phases
 
+MOST_ON_FRONT = 10
+"""Of a longer front, those points are scored without which its hypervolume would shrink most."""
+
 
 def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:
     """The most evaluations that a run makes on each split; equal genomes are not evaluated twice."""
@@ -26,13 +29,14 @@ def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int
     # only merged individuals are averaged: each in turn is added to the average that starts with the best
     averages = (1 + prunes_first) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
     soups = int(averages > 0)
+    front = min(MOST_ON_FRONT, budget) if config.search.has_front else 0
     rows = populations + references + soups
     # the rows of the table that no search proposed; by another metric, all of them and the full model's fitness
-    reported = rows + 1 if any(task.sets_search_metric for task in config.tasks) else references + soups
+    reported = rows + front + 1 if any(task.sets_search_metric for task in config.tasks) else references + soups
     return {
         "search": budget * (1 + compares_random) + observes + reported,
-        "validation": populations * min(finalists, budget) + references + averages,
-        "test": rows,
+        "validation": populations * min(finalists, budget) + references + averages + front,
+        "test": rows + front,
     }
 
 

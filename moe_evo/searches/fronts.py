@@ -17,7 +17,7 @@ _MARGIN = 0.1  # by which the reference point is below a front, as a share of th
 def front_of(points: Numbers) -> Counts:
     """Places of the points (N, M) that no other one dominates, by the first objective; of equal points the first."""
     if points.shape[1] == 1:
-        return points.argmax(axis=0)
+        return np.array([points[:, 0].argmax()])
     from moocore import is_nondominated
 
     places = np.flatnonzero(is_nondominated(-points))

@@ -16,6 +16,9 @@ from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.searches.masks import MaskSpace
 from moe_evo.searches.steps import Masks
 
+NAMES = {PARAMETERS: "experts", ACTIVE: "top_k"}
+"""What a table calls the objectives of which less is better."""
+
 
 class Objectives:
     """The objectives of a search, by the names in its config: first what is learned (T), then what is known (K)."""
@@ -48,10 +51,14 @@ class Objectives:
         found = [[*self.learned(one.evaluation), *self._known_of(one.genome)] for one in individuals]
         return np.array(found, dtype=np.float64)
 
-    def names(self, evaluation: Evaluation) -> list[str]:
-        """The T + K names: 'quality' or 'quality TASK', 'experts' and 'top_k', the means over layers."""
-        tasks = [f"quality {name}" for name in sorted(evaluation.scores or {})] if self._by_task else ["quality"]
-        return tasks + [{PARAMETERS: "experts", ACTIVE: "top_k"}[name] for name in self._known]
+    def values(self, individual: Individual) -> dict[str, float]:
+        """The T + K objectives by name: 'quality' or 'quality TASK', and 'experts' and 'top_k', means over layers."""
+        scores = individual.evaluation.scores or {}
+        names = [f"quality {name}" for name in sorted(scores)] if self._by_task else ["quality"]
+        known = {
+            NAMES[name]: -value for name, value in zip(self._known, self._known_of(individual.genome), strict=True)
+        }
+        return dict(zip(names, self.learned(individual.evaluation), strict=True)) | known
 
     def _known_of(self, genome: Genome) -> list[float]:
         numbers = {PARAMETERS: genome.num_kept, ACTIVE: genome.top_k}

@@ -26,6 +26,7 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
 from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
 from moe_evo.records.result import RunResult
+from moe_evo.report.front import names_of
 from moe_evo.tasks.data import REPORTED
 from moe_evo.tracking.curves import SearchStatistics
 from moe_evo.versions import ADVICE
@@ -171,6 +172,8 @@ class SearchLog:
         self._result = result
         self._run.summary.update(_summary(result))
         self._run.log({"final": _final_table(result), **self._here()})
+        if result.front:
+            self._run.log({"front": _front_table(result), **self._here()})
         artifact = wandb.Artifact(f"result-{self._run.id}", type="result")
         path = result.model.path
         name = Path(path).name if Path(path).is_absolute() else path
@@ -295,6 +298,18 @@ def _final_table(result: RunResult) -> wandb.Table:
         found = (row.scores.get(split) for split in splits)
         scores = [part for one in found for part in ((one.fitness, one.low, one.high) if one else (None, None, None))]
         table.add_data(row.key, row.title, float(np.mean(row.num_kept)), row.evaluations, *scores)
+    return table
+
+
+def _front_table(result: RunResult) -> wandb.Table:
+    """One row a point of the front: its objectives on every split, its size, and what loads its checkpoint."""
+    names = [f"{split}/{name}" for split in ("search", "validation", "test") for name in names_of(result)]
+    table = wandb.Table(columns=["key", "candidate", "num_kept", "top_k", "parameters", "loader", *names])
+    for point in result.front:
+        row = point.row
+        told = {f"{split}/{name}": one for split, values in point.values.items() for name, one in values.items()}
+        means = (float(np.mean(row.num_kept)), float(np.mean(row.top_k)))
+        table.add_data(row.key, row.candidate, *means, row.parameters, row.loader, *(told.get(name) for name in names))
     return table
 
 

@@ -90,14 +90,15 @@ def test_objectives_of_masks_and_of_individuals_are_the_same(kind: str) -> None:
     num_learned = 2 if kind == "tasks" else 1
     np.testing.assert_array_equal(points[:, num_learned:], objectives.known(masks, drawn))
     assert points[0, :num_learned].tolist() == ([0.25, 0.5] if kind == "tasks" else [0.375])
-    assert len(objectives.names(told[0].evaluation)) == points.shape[1]
+    assert [abs(one) for one in points[0]] == list(objectives.values(told[0]).values())
 
 
 def test_names_of_objectives_say_what_their_numbers_are() -> None:
-    scores = {"b": np.zeros(2), "a": np.zeros(2)}
-    told = Evaluation(0.5, scores=scores)
-    assert Objectives(["tasks", "active"]).names(told) == ["quality a", "quality b", "top_k"]
-    assert Objectives(["quality", "parameters"]).names(told) == ["quality", "experts"]
+    genome = Genome.from_kept([range(4), range(3)], 8, [2, 1])
+    told = Evaluation(0.5, scores={"b": np.ones(2), "a": np.zeros(2)})
+    one = Individual(Candidate(0, genome, "random_pruning"), told)
+    assert Objectives(["tasks", "active"]).values(one) == {"quality a": 0.0, "quality b": 1.0, "top_k": 1.5}
+    assert Objectives(["quality", "parameters"]).values(one) == {"quality": 0.5, "experts": 3.5}
 
 
 def test_a_batch_is_spread_over_the_front() -> None:
