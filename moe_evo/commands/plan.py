@@ -17,6 +17,7 @@ from moe_evo.commands.memory import planned_memory
 from moe_evo.config.run import RunConfig
 from moe_evo.errors import ClusterError, ConfigError, Problem, Problems
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
+from moe_evo.genomes.bounds import Bounds
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.folder import default_folder
@@ -179,7 +180,6 @@ def _task_plan(data: TaskData) -> TaskPlan:
 
 
 def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
-    bounds = space.kept_bounds
     return SearchPlan(
         algorithm=config.search.algorithm,
         num_kept=space.num_kept,
@@ -187,16 +187,27 @@ def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
         log10_prunings=math.log10(num_prunings(space)),  # the number itself can have thousands of digits
         merges=merges(config.search, can_prune=space.can_prune),
         evaluations=evaluations_by_split(config, can_prune=space.can_prune),
-        num_kept_range=None if bounds is None else (min(bounds.fewest), max(bounds.most)),
+        num_kept_range=_range(space.kept_bounds),
+        top_k_range=_range(space.top_k_bounds),
+        objectives=tuple(config.search.objectives),
     )
+
+
+def _range(bounds: Bounds | None) -> tuple[int, int] | None:
+    return None if bounds is None else (min(bounds.fewest), max(bounds.most))
 
 
 def _checkpoint(size: ModelSize, space: SearchSpace) -> CheckpointPlan:
     from moe_evo.models.size.memory import exported_size
 
-    parameters, total = exported_size(size, space.num_kept)
-    is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1 and not space.kept.varies
-    return CheckpointPlan(parameters, total, "transformers" if is_uniform else "moe_evo")
+    is_uniform = len(set(space.num_kept)) == 1 and len(set(space.top_k)) == 1
+    may_differ = space.kept.varies or space.active.varies
+    loader = "transformers" if is_uniform and not may_differ else "moe_evo"
+    if space.kept_bounds is None or space.kept_bounds.total is not None:
+        return CheckpointPlan(*exported_size(size, space.num_kept), loader)
+    layers = space.shape.num_layers
+    smallest, largest = (exported_size(size, [one] * layers) for one in _range(space.kept_bounds) or ())
+    return CheckpointPlan(*smallest, loader, largest[0])
 
 
 def _cluster(config: RunConfig, capacity: ClusterCapacity, problems: Problems, notes: list[str]) -> ClusterPlan:

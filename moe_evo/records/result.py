@@ -248,7 +248,7 @@ class RunResult:
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
     router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
     full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
-    full model first and the winner last. front: of a search with several objectives, best quality first.
+    full model first and the winner last. front: of a search with several objectives.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)

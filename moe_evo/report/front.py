@@ -47,7 +47,8 @@ def front_cells(result: RunResult) -> FrontTable:
 def front_table(result: RunResult) -> Table:
     """The front for a terminal."""
     cells = front_cells(result)
-    table = plain_table(f"front of {_list_of(names_of(result))} on the search split, best quality first")
+    names = names_of(result)
+    table = plain_table(f"front of {_list_of(names)} on the search split, best {names[0]} first")
     for number, heading in enumerate(cells.headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in cells.rows:

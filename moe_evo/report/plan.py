@@ -125,15 +125,24 @@ def _search(search: SearchPlan | None) -> list[str]:
     return [
         f"search      {search.algorithm}, keeps {_kept_label(search)}, {kind}; "
         f"{_number_label(search.log10_prunings)} prunings to choose from",
+        *_front(search),
         "evaluations at most " + ", ".join(f"{number} {split}" for split, number in search.evaluations.items()),
     ]
+
+
+def _front(search: SearchPlan) -> list[str]:
+    if len(search.objectives) == 1 and search.objectives != ("tasks",):
+        return []
+    top_k = "" if search.top_k_range is None else f"; top_k {search.top_k_range[0]} to {search.top_k_range[1]} a layer"
+    return [f"objectives  {', '.join(search.objectives)}{top_k}; the result is a front"]
 
 
 def _kept_label(search: SearchPlan) -> str:
     if search.num_kept_range is None:
         return experts_label(search.num_kept)
     fewest, most = search.num_kept_range
-    return f"{fewest} to {most} a layer, {experts_label(search.num_kept)} on average"
+    mean = "" if "parameters" in search.objectives else f", {experts_label(search.num_kept)} on average"
+    return f"{fewest} to {most} a layer{mean}"
 
 
 def _number_label(log10: float) -> str:
@@ -159,8 +168,13 @@ def _checkpoint(checkpoint: CheckpointPlan | None) -> list[str]:
         return []
     return [
         f"export      {count_label(checkpoint.parameters)} parameters, {size_label(checkpoint.bytes)} "
-        f"({loader_label(checkpoint.loader)})"
+        f"{_most(checkpoint)}({loader_label(checkpoint.loader)})"
     ]
+
+
+def _most(checkpoint: CheckpointPlan) -> str:
+    most = checkpoint.most_parameters
+    return "" if most is None else f"at the least and {count_label(most)} parameters at the most "
 
 
 def _cluster(cluster: ClusterPlan | None) -> list[str]:

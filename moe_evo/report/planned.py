@@ -46,7 +46,8 @@ class SearchPlan:
     """The search. log10_prunings: logarithm of the number of prunings in the space. evaluations: at most, by split.
 
     num_kept, top_k: one number a MoE layer. num_kept_range: the fewest and the most experts that a layer may keep,
-    where the search chooses; then `num_kept` is what each keeps where all keep as many.
+    where the search chooses; then `num_kept` is what each keeps where all keep as many. top_k_range: the same of top_k.
+    objectives: what is maximised.
     """
 
     algorithm: str
@@ -56,6 +57,8 @@ class SearchPlan:
     merges: bool
     evaluations: Mapping[str, int] = field(hash=False)
     num_kept_range: tuple[int, int] | None = None
+    top_k_range: tuple[int, int] | None = None
+    objectives: tuple[str, ...] = ("quality",)
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,15 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What the exported checkpoint will be; loader: 'transformers', or 'moe_evo' where layers differ."""
+    """What the exported checkpoint will be; loader: 'transformers', or 'moe_evo' where layers differ.
+
+    most_parameters: of the largest point of a front, where sizes differ; `parameters` and `bytes` are the smallest's.
+    """
 
     parameters: int
     bytes: int
     loader: str
+    most_parameters: int | None = None
 
 
 @dataclass(frozen=True)

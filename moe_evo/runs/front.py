@@ -23,7 +23,7 @@ FrontRow = tuple[TableRow, Mapping[str, Mapping[str, float]]]
 def scored_front(
     config: RunConfig, journal: Journal, pool: Pool, tracker: Tracker, data: Sequence[TaskData]
 ) -> list[FrontRow]:
-    """The front on the search split, best quality first, with scores on all splits; empty with one objective.
+    """The front on the search split, best first objective first, with scores on all splits; empty with one objective.
 
     journal: with all evaluations of the search. data: of the pool's tasks.
     """

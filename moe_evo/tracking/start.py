@@ -152,6 +152,7 @@ def _settings(
         "top_k": search.top_k,
         "num_layer_groups": search.num_layer_groups,
         "multiple_of": search.multiple_of,
+        "objectives": "+".join(search.objectives),
         "algorithm": search.algorithm,
         "seed": search.seed,
         "budget": search.evaluations,

@@ -19,6 +19,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, Individual
 from moe_evo.genomes.space import ModelShape, SearchSpace
 
+SURROGATE = ["search", "--search.algorithm", "surrogate"]
 BadInput = Callable[[Path], list[str]]
 
 
@@ -252,6 +253,52 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
             "3",
         ],
         "search.num_layer_groups: got 3 for 4 MoE layers, expected groups of equal size",
+    ),
+    "an unknown objective": (
+        lambda _: ["search", "--search.objectives", "[quality,speed]"],
+        "search.objectives: got ['quality', 'speed'], expected some of quality, tasks, parameters, active",
+    ),
+    "an objective twice": (
+        lambda _: ["search", "--search.objectives", "[quality,quality]"],
+        "search.objectives: got ['quality', 'quality'], expected each objective once",
+    ),
+    "objectives without quality": (
+        lambda _: ["search", "--search.objectives", "active"],
+        "search.objectives: got ['active'], expected 'quality' or 'tasks' among them",
+    ),
+    "objectives for EEP": (
+        lambda _: ["search", "--search.objectives", "[quality,active]"],
+        "search.objectives: got ['quality', 'active'], expected [quality]: eep has one objective; use one of",
+    ),
+    "parameters as an objective with one K": (
+        lambda _: [*SURROGATE, "--search.objectives", "[quality,parameters]", "--search.num_kept", "4"],
+        "search.num_kept: got 4, expected bounds such as {min: 2, max: 8}, as 'parameters' is an objective",
+    ),
+    "parameters as an objective with a mean": (
+        lambda _: [
+            *SURROGATE,
+            "--search.objectives",
+            "[quality,parameters]",
+            "--search.num_kept",
+            "{mean: 4, min: 2, max: 8}",
+        ],
+        "expected numbers as in {min: 2, max: 8}, as 'parameters' is an objective",
+    ),
+    "active as an objective with one active expert": (
+        lambda _: [*SURROGATE, "--search.objectives", "[quality,active]", "--search.top_k", "1"],
+        "search.objectives: got 'active', but top_k is 1 in every layer; leave it out",
+    ),
+    "tasks as objectives with one task": (
+        lambda _: [*SURROGATE, "--search.objectives", "tasks"],
+        "search.objectives: got ['tasks'], expected 'quality', as there is one task; give two or more tasks",
+    ),
+    "more tasks than objectives": (
+        lambda _: [*SURROGATE, "--search.objectives", "tasks", "--tasks", "[syll,nli,city,arith,infl,gloss,langid]"],
+        "search.objectives: got ['tasks'], expected at most 6 objectives with one for each of the 7 tasks",
+    ),
+    "a race with objectives": (
+        lambda _: [*SURROGATE, "--search.objectives", "[quality,active]", "--evaluation.race", "0.95"],
+        "evaluation.race: got 0.95, expected none, as search.objectives has several",
     ),
     "K list of another length": (lambda _: ["search", "--search.num_kept", "[4,4]"], "the model has 4 MoE layers"),
     "K not a multiple": (lambda _: ["search", "--search.multiple_of", "3"], "multiple of search.multiple_of 3"),

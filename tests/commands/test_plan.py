@@ -120,6 +120,7 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
         {"evaluations": 4, "num_kept": 8},
         {"evaluations": 6, "init": ["reap"]},
         {"evaluations": 6, "algorithm": "surrogate", "num_kept": {"mean": 4, "min": 2, "max": 8}},
+        {"evaluations": 6, "algorithm": "random", "objectives": ["quality", "active"]},
     ],
 )
 def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_path: Path) -> None:
@@ -158,6 +159,21 @@ def test_a_budget_that_layers_share_is_told_as_a_range_with_its_loader(tmp_path:
     text = console.file.getvalue()
     assert "search      surrogate, keeps 2 to 8 a layer, 4 on average, prunings only; " in text
     assert "(loads with moe_evo.load_pruned; transformers and vLLM hold one number of experts and one top_k" in text
+
+
+def test_several_objectives_are_told_with_the_sizes_of_the_front(tmp_path: Path) -> None:
+    objectives = ["quality", "parameters", "active"]
+    told = plan(small(tmp_path, algorithm="surrogate", objectives=objectives, num_kept={"min": 2, "max": 8}))
+    assert (told.search.num_kept_range, told.search.top_k_range) == ((2, 8), (1, 2))
+    assert told.checkpoint == CheckpointPlan(1_099_904, 4 * 1_099_904, "moe_evo", 3_019_904)
+    one = plan(small(tmp_path, algorithm="surrogate", num_kept={"mean": 5, "min": 2, "max": 8}))
+    assert told.search.evaluations["test"] == one.search.evaluations["test"] + 6
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(told, "next", console)
+    text = console.file.getvalue()
+    assert "surrogate, keeps 2 to 8 a layer, prunings only" in text
+    assert "objectives  quality, parameters, active; top_k 1 to 2 a layer; the result is a front" in text
+    assert "export      1.10 M parameters, 4.2 MiB at the least and 3.02 M parameters at the most (loads with" in text
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:

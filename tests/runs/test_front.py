@@ -106,7 +106,7 @@ def test_the_front_is_shown_in_the_terminal_in_json_and_on_the_page(
     folder, result = runs[kind].folder, runs[kind].result
     assert main(["show", str(folder)]) == 0
     told = capsys.readouterr().out
-    assert "on the search split, best quality first" in told and "front-1 " in told
+    assert f"on the search split, best {names_of(result)[0]} first" in told and "front-1 " in told
     assert f"a point  moe-evo export {folder} --which front-1 --to {folder}/front-1" in told
     needs_loader = any(point.row.loader == "moe_evo" for point in result.front)
     assert ("moe_evo: loads with moe_evo.load_pruned; transformers and vLLM" in " ".join(told.split())) == needs_loader
