@@ -167,7 +167,8 @@ def expert_maps(record: Record) -> list[dict[str, Any]]:
         return [] if genome is None else [_map("best", "best so far", genome, list(range(len(genome.layers))))]
     model = record.result.model
     maps = []
-    for row in reversed(record.result.rows):  # the winner first
+    front = [point.row for point in record.result.front]
+    for row in [*reversed(record.result.rows), *front]:  # the winner first
         if row.key == "full":
             continue
         genome = record.genomes.get(row.key)

@@ -19,8 +19,8 @@ from moe_evo.report.table import experts_label, plain_table, print_whole
 _COLOURS = {"best": "#1f6f8b", "best_pruning": "#58a4b0", "random_search": "#d98e04", "frequency": "#a23e48"}
 
 
-_Groups = dict[tuple[tuple[str, ...], str, str, tuple[int, ...]], list[SweepLine]]
-"""Lines that differ only in their seed, by tasks, key, algorithm and experts kept."""
+_Groups = dict[tuple[tuple[str, ...], str, str, int], list[SweepLine]]
+"""Lines that differ only in their seed, by tasks, key, algorithm and experts kept in all."""
 
 
 def sweep_result(results: Mapping[str, RunResult], unfinished: Sequence[str] = ()) -> SweepResult:
@@ -73,7 +73,8 @@ def _groups(result: SweepResult) -> _Groups:
         if line.test is None:
             continue
         seeded = line.algorithm if line.key in ("best", "best_pruning", "random_search", "soup") else ""
-        groups.setdefault((line.tasks, line.key, seeded, line.num_kept), []).append(line)
+        # layers may share a budget, in every run in another way
+        groups.setdefault((line.tasks, line.key, seeded, sum(line.num_kept)), []).append(line)
     return groups
 
 
@@ -92,7 +93,7 @@ def print_sweep(result: SweepResult, console: Console | None = None) -> None:
         table.add_row(
             _title(lines[0]),
             _tasks_label(tasks),
-            experts_label(lines[0].num_kept),
+            experts_label([number for line in lines for number in line.num_kept]),
             f"{lines[0].parameters:,}",
             f"{lines[0].bytes / 2**20:.1f}",
             str(len({line.seed for line in lines})),
@@ -130,7 +131,7 @@ def sweep_figure(path: Path, result: SweepResult) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_panel(axis: Axes, groups: Mapping[tuple[str, str, tuple[int, ...]], list[SweepLine]]) -> None:
+def _draw_panel(axis: Axes, groups: Mapping[tuple[str, str, int], list[SweepLine]]) -> None:
     series: dict[tuple[str, str], list[list[SweepLine]]] = {}
     for (key, algorithm, _), lines in groups.items():
         series.setdefault((key, algorithm), []).append(lines)

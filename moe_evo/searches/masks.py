@@ -17,7 +17,7 @@ from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.steps import Masks, Steps
 
-_NUM_DRAWN = 4000  # prunings from which shares are computed where numbers vary
+_NUM_DRAWN = 1000  # prunings from which shares are computed where numbers vary
 
 
 class MaskSpace:
@@ -50,12 +50,11 @@ class MaskSpace:
     @cached_property
     def shares(self) -> Numbers:
         """(S, W): how often a bit is set in a random pruning; the same for all experts of a segment."""
-        if not self.varying:
-            return np.where(self.exists, (self._counts / self.sizes)[:, None], 0.0)
-        shares = self.drawn(_NUM_DRAWN, np.random.default_rng(0)).mean(axis=0)
-        own = self.kept.segments
-        shares[own] = shares[own].sum(axis=-1, keepdims=True) / self.sizes[own, None]
-        return np.where(self.exists, shares, 0.0)
+        counts = self._drawn_counts(_NUM_DRAWN, np.random.default_rng(0), even=False)
+        shares = np.where(self.exists, (counts.mean(axis=0) / self.sizes)[:, None], 0.0)
+        own = self.active.segments
+        shares[own] = (np.arange(self.exists.shape[-1]) < counts[:, own, None]).mean(axis=0)
+        return shares
 
     def masks(self, genomes: Sequence[Genome]) -> Masks:
         """(N, S, W) of prunings of this space."""

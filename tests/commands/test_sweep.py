@@ -223,6 +223,18 @@ def test_soups_of_two_algorithms_are_two_lines_of_the_table() -> None:
     assert len(lines) == 2 and not any(line.startswith("soup of") for line in lines)
 
 
+def test_seeds_that_share_a_budget_in_other_ways_are_one_line_of_the_table() -> None:
+    row = made_row("best", "surrogate", 1, Score(0.5, 0.4, 0.6))
+    runs = {
+        str(seed): made_result(replace(row, num_kept=kept), "surrogate", seed)
+        for seed, kept in enumerate([(2, 6), (4, 4), (5, 3)])
+    }
+    printed = io.StringIO()
+    print_sweep(sweep_result(runs), Console(file=printed, width=200))
+    (line,) = [line for line in printed.getvalue().splitlines() if line.startswith("surrogate ")]
+    assert "4.0 (2-6)" in line and line.split()[6] == "3"
+
+
 def content(folder: SweepFolder) -> dict[str, set[tuple[object, ...]]]:
     """Scores by digest and split of every run."""
     found = {}

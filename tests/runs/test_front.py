@@ -20,6 +20,8 @@ from moe_evo.errors import RunError
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import RunResult
 from moe_evo.report.front import front_picture, names_of
+from moe_evo.report.payload import run_payload
+from moe_evo.report.record import read_records
 
 MakeRun = Callable[..., Path]
 
@@ -113,6 +115,10 @@ def test_the_front_is_shown_in_the_terminal_in_json_and_on_the_page(
     assert main(["show", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "result.json").read_text())
     assert main(["report", str(folder), "--overwrite"]) == 0
+    maps = run_payload(read_records([folder])[0])["maps"]
+    assert [one["top_k"] for one in maps if one["key"].startswith("front")] == [
+        list(one.row.top_k) for one in result.front
+    ]
     page = (folder / "report.html").read_text()
     assert "<h3>Front</h3>" in page and front_picture(result) in page and "--which front-1" in page
     capsys.readouterr()
