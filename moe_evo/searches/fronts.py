@@ -35,7 +35,7 @@ def survivors(points: Numbers, number: int) -> Counts:
 
     ranks = pareto_rank(-points)
     distances = np.zeros(len(points))
-    for rank in range(int(ranks.max()) + 1):
+    for rank in np.unique(ranks):  # moocore counts from 0, its first versions from 1
         distances[ranks == rank] = crowding_distances(points[ranks == rank])
     return np.lexsort((-distances, ranks))[:number]
 
