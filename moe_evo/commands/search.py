@@ -27,12 +27,14 @@ from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import merges
 from moe_evo.searches.registry import planned_phases
+from moe_evo.tasks.data import reported
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
+    from moe_evo.runs.selection import Chosen
 
 
 def search(
@@ -58,16 +60,17 @@ def search(
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
         with tracked(config, found.space, journal, folder, tracker) as trackers:
             here = replace(config, cluster=cluster or config.cluster)
-            rows = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
-            result = run_result(config, found.source, journal, found.data, rows)
-            _save_winners(found.source, found.space, journal, folder, result, rows)
+            chosen = _chosen(here, found, found.source, found.space, journal, folder, trackers, model)
+            rows, split = chosen.rows, reported("search", found.data, is_fresh=config.evaluation.is_fresh)
+            result = run_result(config, found.source, journal, found.data, rows, chosen.expected)
+            _save_winners(found.source, found.space, journal, folder, result, rows, split)
             _draw(config, folder, journal, rows)
             folder.write_result(result)  # last: a run with a result is finished
             trackers.finished(result, winner_files(folder))
     return folder
 
 
-def _rows(
+def _chosen(
     config: RunConfig,
     found: Inspection,
     source: ModelSource,
@@ -76,7 +79,7 @@ def _rows(
     folder: RunFolder,
     tracker: Tracker,
     model: MoEModel | None,
-) -> list[TableRow]:
+) -> Chosen:
     """Make all evaluations that the journal does not have yet, and return the final table."""
     from moe_evo.criteria.observer import Observer
     from moe_evo.runs.selection import run_search
@@ -99,12 +102,14 @@ def _save_winners(
     folder: RunFolder,
     result: RunResult,
     rows: Sequence[TableRow],
+    split: str,
 ) -> None:
-    """Write the genomes that can be exported, each with its provenance."""
+    """Write the genomes that can be exported, each with its provenance. split: on which a soup has an outcome."""
 
     for row in rows:
         if row.key in folder.winners:
-            outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
+            outcomes = journal.outcomes(REFERENCE, split) if row.key == "soup" else journal.told(MAIN)
+            outcome = outcomes[row.candidate.number]
             individual = Individual(row.candidate, outcome)
             provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
             provenance |= {"alignment": source.alignment_digest, "row": plain(row.to_row())}

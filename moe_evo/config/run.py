@@ -25,8 +25,8 @@ class SelectionConfig:
     """What happens when the budget is spent.
 
     Args:
-        finalists: The best so many by search fitness are scored on the validation split; the best
-            there is scored on the test split.
+        finalists: So many of which most is expected after the search are scored on a quarter of the validation split,
+            half of them on more of it, a quarter on all; the best there is scored on the test split.
         random_search: Also spend the same number of evaluations on random prunings (best of N).
         soup: Also average finalists that keep the same experts, for as long as it helps on the validation split;
             moe-evo export takes the winner, or this with --which soup.

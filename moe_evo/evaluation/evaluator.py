@@ -34,12 +34,15 @@ from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.rank_share import rank_share
+from moe_evo.tasks.samples import Sample
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 
 Indices = Mapping[str, Sequence[int]]
 """Example numbers by task name; a task that is not named is used whole."""
 
+
+_LATEST_SAMPLES = 3
 
 T = TypeVar("T")
 
@@ -97,7 +100,7 @@ class Evaluator:
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config
-        self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
+        self._kept: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
         sharing = sharing_for(model, config, states)
         self._engine = sharing.engine
@@ -131,7 +134,7 @@ class Evaluator:
         indices: Indices | None = None,
         rivals: Sequence[ExampleScores | None] | None = None,
     ) -> list[Outcome]:
-        """One outcome a genome, in order; None is the untouched model. split: one of `SCORINGS`.
+        """One outcome a genome, in order; None is the untouched model. split: one of `SCORINGS`, or a `Sample` of it.
 
         rivals: for each genome the scores of an individual; where the genome is surely worse it is stopped
         before it has seen all examples (`EvaluationConfig.race`). Raises GenomeError, before anything is
@@ -212,7 +215,7 @@ class Evaluator:
             except MEMORY_ERRORS as error:
                 self._memory.lower_after(error)
             # outside of `except`: the error keeps the tensors of its stack frames alive
-            self._whole.clear()  # references and states belong to the old batches
+            self._kept.clear()  # references and states belong to the old batches
             if self._engine is not None:
                 self._engine.forget()
             self._memory.free()
@@ -322,14 +325,22 @@ class Evaluator:
         """Every task's batches, part by part."""
         if indices is not None:
             return (tuple(self._prepare(task, split, indices.get(task.name)) for task in self.tasks),)
-        if split not in self._whole:
+        if split not in self._kept:
+            if Sample.read(split) is not None:
+                self._forget_samples()
             races = self._races(split, indices)
             of_tasks = [parts_of(task.num_examples(split)) if races else [None] for task in self.tasks]
-            self._whole[split] = tuple(
+            self._kept[split] = tuple(
                 tuple(self._prepare(task, split, numbers) for task, numbers in zip(self.tasks, part, strict=True))
                 for part in zip(*of_tasks, strict=True)
             )
-        return self._whole[split]
+        return self._kept[split]
+
+    def _forget_samples(self) -> None:
+        """Drop the batches of all samples but the latest few, which other genomes may still be scored on."""
+        samples = [name for name in self._kept if Sample.read(name) is not None]
+        for name in samples[: len(samples) - _LATEST_SAMPLES + 1]:
+            del self._kept[name]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
         ranks = self.model.example_ranks
@@ -364,7 +375,14 @@ class Evaluator:
             len(examined[task.name].examples) == len(task.numbers(split, (indices or {}).get(task.name)))
             for task in self.tasks
         )
-        return evaluation_of(examined, self._config.fitness, is_complete=is_complete, duration_s=duration_s)
+        sample = Sample.read(split)
+        return evaluation_of(
+            examined,
+            self._config.fitness,
+            is_complete=is_complete,
+            duration_s=duration_s,
+            sample=None if sample is None else sample.number,
+        )
 
 
 def _add_scored(

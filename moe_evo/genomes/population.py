@@ -44,7 +44,8 @@ class Evaluation:
     fitness: the score that is searched for. tie_break: orders equal fitness (mean log-likelihood of
     the right answers). standard_error: of the fitness over examples. num_examples: on which the fitness
     rests. metrics: `task/metric` -> value. scores: of every example by task, (N,) each; None where the
-    evaluation was stopped before it had seen all, as it was worse than a rival.
+    evaluation was stopped before it had seen all, as it was worse than a rival. sample: number of the sample of the
+    search split on which it rests; None for all of a split.
     """
 
     fitness: float
@@ -54,6 +55,7 @@ class Evaluation:
     duration_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     scores: ExampleScores | None = field(default_factory=dict, hash=False, compare=False)
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         assert math.isfinite(self.fitness), "a fitness that is not finite is an EvaluationFailure"
@@ -71,7 +73,7 @@ class Evaluation:
 
     def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:
         numbers = (self.fitness, self.tie_break, self.standard_error, self.num_examples, self.duration_s)
-        return (Evaluation, (*numbers, dict(self.metrics), self.scores))
+        return (Evaluation, (*numbers, dict(self.metrics), self.scores, self.sample))
 
 
 @dataclass(frozen=True)

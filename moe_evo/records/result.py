@@ -231,8 +231,9 @@ class RunResult:
 
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
     router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
-    full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
-    full model first and the winner last.
+    full model is lost from one split to the next. expected: what the winner can be expected to score on new examples of
+    the validation split's kind, as the best of several validation scores is partly luck; None in older results.
+    gangs: None for a run in one process. rows: the final table, the full model first and the winner last.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -244,6 +245,7 @@ class RunResult:
     dynamic_skipping: float | tuple[float, ...] | None = None
     search: SearchFacts
     winners_curse: WinnersCurse | None = None
+    expected: float | None = None
     gangs: GangFacts | None = None
     rows: tuple[Row, ...]
 
@@ -286,8 +288,9 @@ class RunResult:
         return self.experts == "own" and self.dynamic_skipping is None
 
     def to_plain(self) -> Plain:
-        """The content of result.json."""
-        return {"version": RESULT_VERSION, **plain_fields(self)}
+        """The content of result.json, without `expected` where it is not known."""
+        told = {"version": RESULT_VERSION, **plain_fields(self)}
+        return told if self.expected is not None else {name: told[name] for name in told if name != "expected"}
 
     @classmethod
     def from_plain(cls, data: object, where: str = "") -> RunResult:

@@ -141,6 +141,9 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
         lost = record.result.winners_curse.search_test
         remark = f"of its lead over the full model, 95 % interval {lost.low:.3f} to {lost.high:.3f}"
         shown.append(("lost from search to test", f"{lost.value:.3f}", remark))
+    if record.result.expected is not None:
+        remark = "the best of several validation scores is partly luck"
+        shown.append(("expected of the winner on new examples", f"{record.result.expected:.3f}", remark))
     share = "" if best.kept_share is None else f"{100 * best.kept_share:.0f} % of all experts"
     shown.append(("experts kept a layer", kept_label(best), share))
     if best.parameters:

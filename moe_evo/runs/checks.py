@@ -88,7 +88,20 @@ def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
             data.append(read_task(task))
     with problems.noted():
         check_tasks([one.config for one in data])
+    for one in data:
+        _check_samples(config, one, problems)
     return data
+
+
+def _check_samples(config: RunConfig, data: TaskData, problems: Problems) -> None:
+    size, number = config.evaluation.sample_size, len(data.splits["search"])
+    if config.evaluation.is_fresh and 2 * size > number:
+        problems.add(
+            ConfigError(
+                f"evaluation.sample_size: got {size}, expected at most half of the {number} search examples of task "
+                f"{data.name}; give more examples, smaller samples, or evaluation.examples fixed"
+            )
+        )
 
 
 def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
