@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_evo.errors import RunError
-from moe_evo.genomes.population import Candidate, Evaluation
+from moe_evo.genomes.population import Candidate, Evaluation, mean_active_experts
 from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
 from moe_evo.records.statistics import WinnersCurse
 
@@ -47,6 +47,11 @@ class Score:
             num_examples=evaluation.num_examples,
             metrics=dict(evaluation.metrics),
         )
+
+    @property
+    def active_experts(self) -> float | None:
+        """Experts that a token ran, mean over MoE layers and tasks; None without dynamic routing."""
+        return mean_active_experts(self.metrics)
 
     def __str__(self) -> str:
         return f"{self.fitness:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -230,9 +235,9 @@ class RunResult:
     """The content of result.json of a finished run.
 
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
-    router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
-    full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
-    full model first and the winner last.
+    router, experts, dynamic_skipping, top_p: as in the model's config. winners_curse: how much of the winner's lead
+    over the full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table,
+    the full model first and the winner last.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -242,6 +247,7 @@ class RunResult:
     router: str = "exported"
     experts: str = "own"
     dynamic_skipping: float | tuple[float, ...] | None = None
+    top_p: float | None = None
     search: SearchFacts
     winners_curse: WinnersCurse | None = None
     gangs: GangFacts | None = None
@@ -283,11 +289,14 @@ class RunResult:
     @property
     def runs_stock_experts(self) -> bool:
         """Whether tokens ran all experts that they were routed to, as a stock architecture does."""
-        return self.experts == "own" and self.dynamic_skipping is None
+        return self.experts == "own" and self.dynamic_skipping is None and self.top_p is None
 
     def to_plain(self) -> Plain:
-        """The content of result.json."""
-        return {"version": RESULT_VERSION, **plain_fields(self)}
+        """The content of result.json, without a top_p where there is none."""
+        told = plain_fields(self)
+        return {"version": RESULT_VERSION} | {
+            name: value for name, value in told.items() if name != "top_p" or value is not None
+        }
 
     @classmethod
     def from_plain(cls, data: object, where: str = "") -> RunResult:
