@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_tasks as tiny
 import torch
 from process_groups import run_gang
 from tiny_models import CONFIGS, logits, random_merge, random_pruning, stock_model, tiny_model, tokens
@@ -167,6 +168,21 @@ def test_ranks_together_compute_what_one_process_computes(sharding: str, tmp_pat
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_on_disk_are_routed_as_those_in_memory(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")
+    places = {"sharding": "device_map", "max_memory": {"cpu": "150KB"}, "offload_folder": str(tmp_path / "off")}
+    found = []
+    for options in ({}, places):
+        config = ModelConfig(path=str(tmp_path / "mixtral"), device="cpu", top_p=0.5, **options)
+        moe = load_model(ModelSource(config))
+        assert any(weight.is_meta for weight in moe.language_model.parameters()) == bool(options)
+        for genome in (moe.shape.identity(), random_pruning(moe.shape, 4)):
+            with moe.applied(genome):
+                found.append((logits(moe.language_model, tokens()), moe.num_active))
+    for (one, num_active), (other, others) in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(one, other) and torch.equal(num_active, others)
+
+
 @pytest.mark.parametrize("family", SIGMOID)
 def test_a_router_without_probabilities_is_refused_before_weights_are_read(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
@@ -174,6 +190,20 @@ def test_a_router_without_probabilities_is_refused_before_weights_are_read(famil
     message = f"^model.top_p: got 0.7, but this {family} model scores every expert by itself with a sigmoid, so .*out$"
     with pytest.raises(ConfigError, match=message):
         load_model(ModelSource(ModelConfig(path=str(tmp_path), device="cpu", top_p=0.7)))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search", "plan"])
+def test_commands_tell_it_before_a_model_is_loaded(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("glm4_moe", vocab_size=350).save_pretrained(tmp_path / "model")
+    tiny.tiny_tokenizer(bos=True).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"unreadable")
+    folder = [] if command == "evaluate" else ["--folder", str(tmp_path / "run")]
+    words = [command, *folder, "--model.path", str(tmp_path / "model"), "--tasks", "[syll]", "--model.top_p", "0.7"]
+    assert main(words) == 2
+    assert "model.top_p: got 0.7, but this glm4_moe model scores every expert" in "".join(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
