@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 
 
 def make_task(moe: MoEModel, folder: Path, kind: str) -> Task:
-    rows: list[dict[str, Any]] = [{"prompt": f"{n} yes {'no ' * (n % 4)}"} for n in range(12)]
+    rows: list[dict[str, Any]] = [{"prompt": f"{n} yes {'no ' * (n % 4)}"} for n in range(8)]
     for n, row in enumerate(rows):
         row |= {"choices": [" yes", " no no"], "label": n % 2} if kind == "choice" else {"answers": "yes"}
     if kind == "texts":
         rows = [{"text": f"{n} one two three {'no ' * (n % 4)}"} for n in range(12)]
-    return tiny.make_task(folder / kind, rows, moe.tokenizer, batch_tokens=128, **KINDS[kind])
+    return tiny.make_task(folder / kind, rows, moe.tokenizer, batch_tokens=400, **KINDS[kind])
 
 
 def tiny_moe(rule: DynamicRouting | None) -> MoEModel:
@@ -71,20 +72,39 @@ def run_alone(moe: MoEModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Ten
     return logits, active
 
 
+def written(moe: MoEModel, tokens: list[int]) -> tuple[list[int], list[float]]:
+    """New tokens up to the stop text or an end token, and how many experts ran for each, without a cache."""
+    new: list[int] = []
+    active: list[float] = []
+    end = moe.language_model.generation_config.eos_token_id
+    while len(new) < 6 and "e" not in moe.tokenizer.decode(new, skip_special_tokens=True) and end not in new:
+        logits, found = run_alone(moe, tokens + new)
+        active.append(float(found[-1]))
+        new.append(int(logits[-1].argmax()))
+    return new, active
+
+
+def rows_of(task: Task) -> list[list[int]]:
+    examples = enumerate(task._splits["search"])
+    return [list(row.tokens) for number, example in examples for row in task.scorer.rows(number, example)]
+
+
+def end_rows_now_and_then(moe: MoEModel, task: Task) -> None:
+    """Make a token that is written before others an end token."""
+    second = Counter(token for tokens in rows_of(task) for token in written(moe, tokens)[0][1:4])
+    moe.language_model.generation_config.eos_token_id = second.most_common(1)[0][0]
+    lengths = {len(written(moe, tokens)[0]) for tokens in rows_of(task)}
+    assert len(lengths) > 1
+
+
 def expected(moe: MoEModel, task: Task, kind: str, genome: Genome | None) -> float:
     active: list[float] = []
     with moe.applied(genome or moe.shape.identity()):
         for number, example in enumerate(task._splits["search"]):
             for row in task.scorer.rows(number, example):
                 tokens = list(row.tokens)
-                if kind != "write":
-                    active += run_alone(moe, tokens)[1][row.start :].tolist()
-                    continue
-                new: list[int] = []
-                while len(new) < 6 and "e" not in moe.tokenizer.decode(new, skip_special_tokens=True) and 2 not in new:
-                    logits, found = run_alone(moe, tokens + new)
-                    active.append(float(found[-1]))
-                    new.append(int(logits[-1].argmax()))
+                is_written = kind == "write"
+                active += written(moe, tokens)[1] if is_written else run_alone(moe, tokens)[1][row.start :].tolist()
     return sum(active) / len(active) / moe.shape.num_layers
 
 
@@ -93,11 +113,13 @@ def expected(moe: MoEModel, task: Task, kind: str, genome: Genome | None) -> flo
 def test_it_is_that_of_the_scored_positions_of_rows_that_run_alone(tmp_path: Path, kind: str, rule: str) -> None:
     moe = tiny_moe(RULES[rule])
     task, genomes = make_task(moe, tmp_path, kind), population(moe)
+    if kind == "write":
+        end_rows_now_and_then(moe, task)
     wanted = [expected(moe, task, kind, genome) for genome in genomes]
     assert len(set(wanted)) > 2 and all(1 < one < 2 for one in wanted)
     fitness = {}
     for name, options in OPTIONS.items():
-        evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=128, **options))
+        evaluator = Evaluator(moe, [task], EvaluationConfig(batch_tokens=400, **options))
         assert evaluator.shares_layers == (name != "alone") and not evaluator.switched_off
         for again in range(2):  # the second time from what is kept
             outcomes = evaluator.evaluate(genomes, "search")
@@ -135,7 +157,7 @@ def outcomes_of(ranks: Ranks, folder: str, sharding: str) -> list[dict[str, floa
     config = ModelConfig(path=f"{folder}/model", device="cpu", sharding=sharding, self_check=False, top_p=0.6)
     moe = load_model(ModelSource(config), ranks)
     tasks = [make_task(moe, Path(folder) / f"of {ranks.rank} {sharding}", kind) for kind in KINDS]
-    outcomes = Evaluator(moe, tasks, EvaluationConfig(batch_tokens=128)).evaluate(population(moe), "search")
+    outcomes = Evaluator(moe, tasks, EvaluationConfig(batch_tokens=400)).evaluate(population(moe), "search")
     return [dict(outcome.metrics) for outcome in outcomes]
 
 
