@@ -58,6 +58,8 @@ def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
     print_run(folder, result)
     told = capsys.readouterr().out
     assert "moe-evo export" not in told
+    assert main(["export", str(folder.path), "--to", str(tmp_path / "small")]) != 0
+    assert f"model.{next(iter(option))}" in capsys.readouterr().err and not (tmp_path / "small").exists()
     assert main(["report", str(folder.path)]) == 0
     page = (folder.path / "report.html").read_text()
     assert "moe-evo export" not in page
