@@ -37,6 +37,16 @@ ExampleScores = Mapping[str, npt.NDArray[np.float64]]
 """Scores of a split's examples by task, (N,) each, in the order of the examples."""
 
 
+ACTIVE_EXPERTS = "active_experts"
+"""The metric of every task that is evaluated with dynamic routing: experts that a token ran, mean over MoE layers."""
+
+
+def mean_active_experts(metrics: Mapping[str, float]) -> float | None:
+    """Mean over tasks of that metric; None without dynamic routing. metrics: `task/metric` -> value."""
+    found = [value for name, value in metrics.items() if name.endswith(f"/{ACTIVE_EXPERTS}")]
+    return sum(found) / len(found) if found else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation.

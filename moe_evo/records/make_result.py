@@ -60,6 +60,7 @@ def run_result(
         router=config.model.router,
         experts=config.model.experts,
         dynamic_skipping=tuple(skipping) if isinstance(skipping, list) else skipping,
+        top_p=config.model.top_p,
         search=_search_facts(config, journal),
         winners_curse=_winners_curse(journal, data, rows, is_fresh=config.evaluation.is_fresh),
         expected=expected,

@@ -12,7 +12,7 @@ from datetime import datetime
 import yaml
 
 from moe_evo.config.task import fitness_label
-from moe_evo.genomes.population import Evaluation
+from moe_evo.genomes.population import ACTIVE_EXPERTS, Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import Row, Score, TaskFacts
 from moe_evo.report.lines import Line, kept_label, lines_of, parameters_label
@@ -257,10 +257,12 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
 
 def _is_share(task: TaskFacts, metric: str) -> bool:
     """Whether a metric is a share from 0 to 1; nothing is known of a kind that is not installed here."""
-    return task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
+    return metric != ACTIVE_EXPERTS and task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
 
 
 def _unit(task: TaskFacts, metric: str) -> str:
+    if metric == ACTIVE_EXPERTS:
+        return "a token, mean over layers"
     return "" if task.kind not in KINDS or _is_share(task, metric) else KINDS[task.kind].unit(metric)
 
 
