@@ -135,7 +135,7 @@ def run_cell(cell: Cell) -> dict[str, Found]:
         if not folder.result.is_file():
             config = cell.config(method, _best_criterion(cell) if method == "around" else "reap")
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                search(config, TerminalTracker(Console(file=nowhere)), _model(cell.model))
+                search(config, TerminalTracker(Console(file=nowhere)), loaded_model(cell.model))
         result = folder.read_result()
         found[method] = _found(folder, MAIN, result.best)
         if method == "random":
@@ -154,7 +154,7 @@ def _best_criterion(cell: Cell) -> str:
 
 
 @cache
-def _model(path: str) -> MoEModel:
+def loaded_model(path: str) -> MoEModel:
     from moe_evo.models.load import load_model
     from moe_evo.models.source import ModelSource
 
