@@ -61,7 +61,7 @@ def seconds(model: MoEModel, batch: ForwardBatch, genomes: Sequence[Genome], cop
     """Of all genomes, with nothing kept from before."""
     engine = Engine(model, StateCache(0, model.device))
     started = time.perf_counter()
-    engine.run(batch, genomes, lambda number, logits: None, copies=copies, keep=False, packing=packing)
+    engine.run(batch, genomes, lambda number, scored: None, copies=copies, keep=False, packing=packing)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - started

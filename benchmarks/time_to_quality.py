@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -46,12 +46,26 @@ SURVIVORS = 6
 CONFIDENCE = 0.9
 PREFIXES = EEPConfig(prefix_rate=1.0)
 KEEPING = "children keep a beginning"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A search of this package. search_metric: what it maximises."""
+
+    evaluation: EvaluationConfig
+    algorithm: str = "eep"
+    eep: EEPConfig = field(default_factory=EEPConfig)
+    search_metric: str = "default"
+
+
 WAYS = {
-    "plain": (EvaluationConfig(share_layers=False), EEPConfig()),
-    "layers shared": (EvaluationConfig(), EEPConfig()),
-    "and raced": (EvaluationConfig(race=CONFIDENCE), EEPConfig()),
-    f"and {KEEPING}": (EvaluationConfig(race=CONFIDENCE), PREFIXES),
-    f"not raced, {KEEPING}": (EvaluationConfig(), PREFIXES),
+    "plain": Way(EvaluationConfig(share_layers=False)),
+    "layers shared": Way(EvaluationConfig()),
+    "and raced": Way(EvaluationConfig(race=CONFIDENCE)),
+    f"and {KEEPING}": Way(EvaluationConfig(race=CONFIDENCE), eep=PREFIXES),
+    f"not raced, {KEEPING}": Way(EvaluationConfig(), eep=PREFIXES),
+    "surrogate": Way(EvaluationConfig(), "surrogate"),
+    "surrogate, on probabilities": Way(EvaluationConfig(), "surrogate", search_metric="probability"),
 }
 
 
@@ -133,16 +147,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     space = SearchSpace.build(model.shape, num_kept=options.num_kept)
     loop = PublishedLoop(model, tasks, options.num_kept, space.top_k[0])
     published: list[tuple[Found, float]] = []
-    ours: dict[str, list[Found]] = {way: [] for way in WAYS}
+    ours: dict[str, list[Found]] = {name: [] for name in WAYS}
     for seed in options.seeds:
         release = SearchConfig("eep_release", options.num_kept, evaluations=options.evaluations, seed=seed)
         goal = found_by(evaluator_of(model, tasks, EvaluationConfig()), release, space, None)
         if not published:
             loop.tune(goal.genomes[0])
         published.append((goal, published_seconds(loop, goal.genomes, sample=4)))
-        for way, (evaluation, eep) in WAYS.items():
-            config = replace(release, algorithm="eep", eep=eep)
-            ours[way].append(found_by(evaluator_of(model, tasks, evaluation), config, space, goal.quality))
+        for name, way in WAYS.items():
+            config = replace(release, algorithm=way.algorithm, eep=way.eep)
+            data = check_tasks([TaskConfig(data=options.task, search_metric=way.search_metric)])
+            ours[name].append(found_by(evaluator_of(model, data, way.evaluation), config, space, goal.quality))
     table = Table(
         "search", "evaluations to the quality", "seconds", "faster by", "all evaluations, s", "test of the winner",
         title=f"{options.task}, {options.num_kept} experts kept, {len(options.seeds)} seeds, medians",
@@ -153,17 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "published schedule and manner", str(options.evaluations), f"{base:.0f}", "1", f"{base:.0f}", told(tests)
     )
     figures: dict[str, float] = {}
-    for way, runs in ours.items():
+    for name, runs in ours.items():
         reached = [one.reached or (options.evaluations, one.seconds) for one in runs]
         missed = sum(one.reached is None for one in runs)
         evaluations = f"{np.median([number for number, _ in reached]):.0f}" + (f" ({missed} never)" if missed else "")
         seconds, total = np.median([each for _, each in reached]), np.median([one.seconds for one in runs])
         ratios = [full / each for (_, full), (_, each) in zip(published, reached, strict=True)]
         table.add_row(
-            way, evaluations, f"{seconds:.1f}", f"{np.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})",
+            name, evaluations, f"{seconds:.1f}", f"{np.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})",
             f"{total:.1f}", told([one.test for one in runs]),
         )  # fmt: skip
-        figures[way] = float(np.median(ratios))
+        figures[name] = float(np.median(ratios))
     Console().print(table)
     print_figures("time_to_quality", {"task": options.task, "seeds": options.seeds, **figures})
     return 0

@@ -80,8 +80,7 @@ def _reading_engine(model: MoEModel) -> Engine | None:
 
 
 def _generated(model: MoEModel, batch: GenerateBatch) -> Tensor:
-    new, _ = generate_greedily(model.language_model, model.tokenizer, batch)
-    return new
+    return generate_greedily(model.language_model, model.tokenizer, batch).new
 
 
 def _with_stock_experts(model: MoEModel, batch: GenerateBatch) -> Tensor:
@@ -91,8 +90,8 @@ def _with_stock_experts(model: MoEModel, batch: GenerateBatch) -> Tensor:
 
 
 def _pruning(model: MoEModel, engine: Engine | None, batch: GenerateBatch) -> Tensor:
-    ((new, _),) = generate_together(model, engine, batch, prunings(model, 1), False, ALL)
-    return new
+    (generated,) = generate_together(model, engine, batch, prunings(model, 1), False, ALL)
+    return generated.new
 
 
 @torch.inference_mode()

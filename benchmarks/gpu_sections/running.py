@@ -54,7 +54,7 @@ def engine_run(
     engine: Engine, batch: ForwardBatch, genomes: Sequence[Genome], copies: int, emit: Callable[[int, Tensor], None]
 ) -> None:
     """All genomes through the engine, `copies` of them at a time, with nothing kept."""
-    engine.run(batch, genomes, emit, copies=copies, keep=False)
+    engine.run(batch, genomes, lambda number, scored: emit(number, scored.logits), copies=copies, keep=False)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Run:
         if not self._folder.journal.is_file():  # a result that was kept without its journal
             return ""
         with self._folder.open_journal() as journal:
-            outcomes = journal.outcomes(MAIN, "search").values()
+            outcomes = journal.told(MAIN).values()
             full = journal.outcomes(REFERENCE, "search").get(0)
         fitness = [one.fitness if isinstance(one, Evaluation) else None for one in outcomes]
         level = full.fitness if isinstance(full, Evaluation) else None

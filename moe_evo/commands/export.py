@@ -29,17 +29,18 @@ def export(
     row = result.row(which)
     if row is None:
         raise RunError(f"{folder.result}: has no row {which!r}, though {genome_file.name} is there; run it anew")
-    from moe_evo.models.export.export import check_own_experts, check_router, check_skips_nothing, export_checkpoint
+    from moe_evo.models.export.export import check_fixed_top_k, check_own_experts, check_router, export_checkpoint
     from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.load import load_model, resolve_device
     from moe_evo.models.source import ModelSource
+    from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
 
     resolve_device(device)
     model = replace(resumed_config(str(folder.path)).model, device=device)
     source = ModelSource(model)
     check_target(target.absolute(), Path(model.path), overwrite=overwrite)
     check_router(genome, model.router, renormalises=source.renormalises)
-    check_skips_nothing(skips_dynamically=model.dynamic_skipping is not None)
+    check_fixed_top_k(dynamic_routing_of(model))
     check_own_experts(model.experts)
     if source.hash != result.model.hash:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")

@@ -7,7 +7,7 @@ that measures the time of an evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,12 +63,12 @@ def plan(
     if calibrate is not None and not problems.found and space is not None:
         with problems.noted():
             examples = {split: sum(len(one.splits[split]) for one in data) for split in SPLITS}
-            counts = evaluations_by_split(config, can_prune=space.can_prune)
+            counts = evaluations_by_split(config, _sizes(data), can_prune=space.can_prune)
             time = estimate(counts, examples, calibrate(), 1 if cluster is None else max(cluster.gangs, 1))
     return Plan(
         model=None if size is None else _model_plan(config, size),
         tasks=tuple(_task_plan(one) for one in data),
-        search=None if space is None else _search_plan(config, space),
+        search=None if space is None else _search_plan(config, data, space),
         memory=memory,
         checkpoint=None if size is None or space is None else _checkpoint(size, space),
         cluster=cluster,
@@ -179,14 +179,19 @@ def _task_plan(data: TaskData) -> TaskPlan:
     return TaskPlan(data.name, data.kind, data.metric, data.search_metric, examples)
 
 
-def _search_plan(config: RunConfig, space: SearchSpace) -> SearchPlan:
+def _sizes(data: Sequence[TaskData]) -> dict[str, list[int]]:
+    """By split, how many examples each task has; one where no task can be read."""
+    return {split: [len(one.splits[split]) for one in data] or [1] for split in SPLITS}
+
+
+def _search_plan(config: RunConfig, data: Sequence[TaskData], space: SearchSpace) -> SearchPlan:
     return SearchPlan(
         algorithm=config.search.algorithm,
         num_kept=space.num_kept,
         top_k=space.top_k,
         log10_prunings=math.log10(num_prunings(space)),  # the number itself can have thousands of digits
         merges=merges(config.search, can_prune=space.can_prune),
-        evaluations=evaluations_by_split(config, can_prune=space.can_prune),
+        evaluations=evaluations_by_split(config, _sizes(data), can_prune=space.can_prune),
         num_kept_range=_range(space.kept_bounds),
         top_k_range=_range(space.top_k_bounds),
         objectives=tuple(config.search.objectives),

@@ -27,6 +27,7 @@ from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import merges
 from moe_evo.searches.registry import planned_phases
+from moe_evo.tasks.data import reported
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked, winner_files
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
     from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
     from moe_evo.runs.front import FrontRow
+    from moe_evo.runs.selection import Chosen
 
 
 def search(
@@ -59,16 +61,18 @@ def search(
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
         with tracked(config, found.space, journal, folder, tracker) as trackers:
             here = replace(config, cluster=cluster or config.cluster)
-            rows, front = _rows(here, found, found.source, found.space, journal, folder, trackers, model)
-            result = run_result(config, found.source, journal, found.data, rows, front)
-            _save_winners(found.source, found.space, journal, folder, result, [*rows, *(row for row, _ in front)])
+            chosen, front = _chosen(here, found, found.source, found.space, journal, folder, trackers, model)
+            rows, split = chosen.rows, reported("search", found.data, is_fresh=config.evaluation.is_fresh)
+            result = run_result(config, found.source, journal, found.data, rows, chosen.expected, front)
+            points = [row for row, _ in front]
+            _save_winners(found.source, found.space, journal, folder, result, [*rows, *points], split)
             _draw(config, folder, journal, rows)
             folder.write_result(result)  # last: a run with a result is finished
             trackers.finished(result, winner_files(folder))
     return folder
 
 
-def _rows(
+def _chosen(
     config: RunConfig,
     found: Inspection,
     source: ModelSource,
@@ -77,7 +81,7 @@ def _rows(
     folder: RunFolder,
     tracker: Tracker,
     model: MoEModel | None,
-) -> tuple[list[TableRow], list[FrontRow]]:
+) -> tuple[Chosen, list[FrontRow]]:
     """Make all evaluations that the journal does not have yet, and return the final table and the front."""
     from moe_evo.criteria.observer import Observer
     from moe_evo.runs.front import scored_front
@@ -91,8 +95,10 @@ def _rows(
     with open_pool(config, source, found.data, tracker, space, model, found.tasks) as pool:
         names = observed_names(config.model, found.data)
         observer = Observer(pool.ask, names, source.hash, folder.observations, tracker.message)
-        rows = run_search(config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider)
-        return rows, scored_front(config, journal, pool, tracker, found.data)
+        chosen = run_search(
+            config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider
+        )
+        return chosen, scored_front(config, journal, pool, tracker, found.data)
 
 
 def _save_winners(
@@ -102,12 +108,14 @@ def _save_winners(
     folder: RunFolder,
     result: RunResult,
     rows: Sequence[TableRow],
+    split: str,
 ) -> None:
-    """Write the genomes that can be exported, each with its provenance."""
+    """Write the genomes that can be exported, each with its provenance. split: on which a soup has an outcome."""
 
     for row in rows:
         if row.key in folder.winners or result.is_on_front(row.key):
-            outcome = journal.outcomes(REFERENCE if row.key == "soup" else MAIN, "search")[row.candidate.number]
+            outcomes = journal.outcomes(REFERENCE, split) if row.key == "soup" else journal.told(MAIN)
+            outcome = outcomes[row.candidate.number]
             individual = Individual(row.candidate, outcome)
             provenance = {key: plain(getattr(result, key)) for key in ("model", "router", "tasks")}
             provenance |= {"alignment": source.alignment_digest, "row": plain(row.to_row())}

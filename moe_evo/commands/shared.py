@@ -28,13 +28,14 @@ def require_one_process(config: ScoringConfig, command: str) -> None:
     require(
         config.cluster.address is None, "cluster.address", config.cluster.address, f"none: {command} needs no cluster"
     )
-    router, skipping = config.model.router, config.model.dynamic_skipping
+    router, experts = config.model.router, config.model.experts
     require(router == "exported", "model.router", router, "'exported': a stock checkpoint is made")
-    experts = config.model.experts
     require(experts == "own", "model.experts", experts, "'own': a stock checkpoint is made, which merges no experts")
-    require(
-        skipping is None, "model.dynamic_skipping", skipping, "none: a stock checkpoint is made, which skips nothing"
-    )
+    for option in ("dynamic_skipping", "top_p"):
+        value = getattr(config.model, option)
+        require(
+            value is None, f"model.{option}", value, "none: a stock checkpoint is made, which runs all top_k experts"
+        )
 
 
 def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], data: Sequence[TaskData]) -> Scores:

@@ -29,6 +29,9 @@ class EvaluationConfig:
         state_device: Where those states are kept: on the 'model' device, or in the memory of the 'cpu'.
         race: Stop the evaluation of an individual after a fifth or a half of the examples if it is worse than the
             sixth best with this confidence, such as 0.95. Default: all individuals are scored on all examples.
+        examples: 'fixed': every candidate is scored on the whole search split. 'fresh': every ten candidates are scored
+            on another sample of it, so that a search cannot learn the examples by heart; for large search splits.
+        sample_size: Examples of each task in a sample of 'fresh'.
     """
 
     fitness: FitnessRule = "mean"
@@ -39,6 +42,8 @@ class EvaluationConfig:
     state_cache_gib: float | None = None
     state_device: StateDevice = "model"
     race: float | None = None
+    examples: Literal["fixed", "fresh"] = "fixed"
+    sample_size: int = 100
 
     def __post_init__(self) -> None:
         cache = self.state_cache_gib
@@ -56,6 +61,16 @@ class EvaluationConfig:
             confidence is None or self.fitness == "mean", "evaluation.race", confidence,
             "none, as evaluation.fitness is 'worst': which task is the worst shows at the end",
         )  # fmt: skip
+        require(
+            confidence is None or self.examples == "fixed", "evaluation.race", confidence,
+            "none, as evaluation.examples is 'fresh': who is scored on other examples cannot be a rival",
+        )  # fmt: skip
+        require(self.sample_size >= 16, "evaluation.sample_size", self.sample_size, "16 or more")
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether candidates are scored on samples of the search split."""
+        return self.examples == "fresh"
 
 
 SPEED_ONLY = ("batch_tokens", "threads", "share_layers", "pack_tokens", "state_cache_gib", "state_device")

@@ -63,6 +63,9 @@ class ModelConfig:
         dynamic_skipping: Skip a token's second expert where its weight is less than this number times the weight of
             the first (NAEE; moe-evo prune --method naee prints the median): one number, or a list with one a
             MoE layer. It is only emulated, and no checkpoint can hold it.
+        top_p: Run only a token's most probable experts, as few as have probabilities with a sum of this number at
+            least, and top_k at most (arXiv 2403.07652): more than 0, up to 1, which runs all. It is only emulated,
+            and no checkpoint can hold it.
     """
 
     path: str = "embedded"
@@ -80,6 +83,7 @@ class ModelConfig:
     max_memory: dict[int | str, str] | None = None
     alignment: str | None = None
     dynamic_skipping: float | list[float] | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
@@ -109,6 +113,16 @@ class ModelConfig:
             bool(thresholds) and min(thresholds) >= 0 and max(thresholds) <= 1, "model.dynamic_skipping", skipping,
             "0 to 1",
         )  # fmt: skip
+        if self.top_p is not None:
+            require(0 < self.top_p <= 1, "model.top_p", self.top_p, "more than 0, up to 1")
+            require(
+                skipping is None, "model.top_p", self.top_p,
+                "none: model.dynamic_skipping says already which experts a token does without",
+            )  # fmt: skip
+            require(
+                self.router == "exported", "model.top_p", self.top_p,
+                "none: with model.router 'eep' the numbers that experts are chosen by are no probabilities",
+            )  # fmt: skip
         sizes = (self.max_memory or {}).values()
         require(
             all(re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size) for size in sizes), "model.max_memory", self.max_memory,

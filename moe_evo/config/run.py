@@ -27,8 +27,8 @@ class SelectionConfig:
     """What happens when the budget is spent.
 
     Args:
-        finalists: The best so many by search fitness are scored on the validation split; the best
-            there is scored on the test split.
+        finalists: So many of which most is expected after the search are scored on a quarter of the validation split,
+            half of them on more of it, a quarter on all; the best there is scored on the test split.
         random_search: Also spend the same number of evaluations on random prunings (best of N).
         soup: Also average finalists that keep the same experts, for as long as it helps on the validation split;
             moe-evo export takes the winner, or this with --which soup.
@@ -136,6 +136,10 @@ class RunConfig(ScoringConfig):
         require(
             not by_task or len(self.tasks) > 1, "search.objectives", objectives,
             "'quality', as there is one task; give two or more tasks, each of which is an objective",
+        )  # fmt: skip
+        require(
+            not by_task or not self.evaluation.is_fresh, "evaluation.examples", self.evaluation.examples,
+            "'fixed', as each task is an objective: only their common score is corrected for fresh examples",
         )  # fmt: skip
         number = len(objectives) + by_task * (len(self.tasks) - 1)
         require(

@@ -107,6 +107,7 @@ def observed_names(model: ModelConfig, data: Sequence[TaskData]) -> dict[str, st
         prompts = [one.hash, one.kind, *(getattr(one.config, option) for option in _PROMPT_OPTIONS)]
         if one.metric in kinds.KINDS[one.kind].scorers:  # its scorer may cut prompts elsewhere
             prompts.append(one.metric)
-        told = json.dumps([*prompts, model.dtype, model.experts, model.dynamic_skipping])
+        routing = model.dynamic_skipping if model.top_p is None else {"top_p": model.top_p}
+        told = json.dumps([*prompts, model.dtype, model.experts, routing])
         names[one.name] = f"{one.name}@{hashlib.sha256(told.encode()).hexdigest()[:32]}"
     return names

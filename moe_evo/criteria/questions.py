@@ -74,7 +74,7 @@ class AllOutputs(OfPrompts):
 class Trials(OfPrompts):
     """How much a layer's output changes when only some of its experts are left; computes all experts for every token.
 
-    Tokens are routed again by the model's own router among the experts that are left, without dynamic skipping.
+    Tokens are routed again by the model's own router among the experts that are left, without dynamic routing.
     num_kept: experts left in each MoE layer, in every choice or a sample of them; None is all but one, and trial j
     leaves out expert j. top_k: experts a token then uses in each MoE layer; None is the model's. limit, seed:
     see `subsets`.

@@ -10,12 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,22 +22,27 @@ from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
 from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.evaluation.engine.generate import generate_together
 from moe_evo.evaluation.engine.packing import Clock, most_tokens, packing_for, size_class
+from moe_evo.evaluation.engine.scoring import Scored
 from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.fitness import evaluation_of
 from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
+from moe_evo.evaluation.task_report import TaskReport, joined
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.rank_share import rank_share
+from moe_evo.tasks.samples import Sample
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 
 Indices = Mapping[str, Sequence[int]]
 """Example numbers by task name; a task that is not named is used whole."""
 
+
+_LATEST_SAMPLES = 3
 
 T = TypeVar("T")
 
@@ -60,19 +63,6 @@ class _Prepared:
     def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
         """See `Task.score`."""
         return self.task.score(self.split, batch, output, reference)
-
-
-@dataclass
-class _Report:
-    """One genome's results on one task, from one rank: those of its batches, and whether all numbers are finite."""
-
-    parts: list[tuple[npt.NDArray[np.int64], Tensor]] = field(default_factory=list)
-    is_finite: bool = True
-
-    def add(self, batch: Batch, partial: Tensor, is_finite: bool = True) -> None:
-        """Add the results (B, anything) of one batch; is_finite: whether the logits behind them were finite."""
-        self.is_finite = self.is_finite and is_finite and bool(partial.isfinite().all())
-        self.parts.append((batch.examples, partial.cpu()))
 
 
 class Evaluator:
@@ -97,7 +87,7 @@ class Evaluator:
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config
-        self._whole: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
+        self._kept: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
         sharing = sharing_for(model, config, states)
         self._engine = sharing.engine
@@ -131,7 +121,7 @@ class Evaluator:
         indices: Indices | None = None,
         rivals: Sequence[ExampleScores | None] | None = None,
     ) -> list[Outcome]:
-        """One outcome a genome, in order; None is the untouched model. split: one of `SCORINGS`.
+        """One outcome a genome, in order; None is the untouched model. split: one of `SCORINGS`, or a `Sample` of it.
 
         rivals: for each genome the scores of an individual; where the genome is surely worse it is stopped
         before it has seen all examples (`EvaluationConfig.race`). Raises GenomeError, before anything is
@@ -159,7 +149,7 @@ class Evaluator:
     ) -> list[dict[str, TaskScores] | EvaluationFailure]:
         """For each genome the scores of the examples that it saw, by task name; `rivals` as for `evaluate`."""
         started = time.perf_counter()
-        reports: list[list[Sequence[_Report]]] = [[] for _ in genomes]
+        reports: list[list[Sequence[TaskReport]]] = [[] for _ in genomes]
         racing = list(range(len(genomes)))
         for part in range(self._num_parts(split, indices)):
             if part and rivals is not None:
@@ -182,7 +172,7 @@ class Evaluator:
     def _races(self, split: str, indices: Indices | None) -> bool:
         return self._config.race is not None and split == "search" and indices is None
 
-    def _is_out(self, split: str, reports: Sequence[Sequence[_Report]], rival: ExampleScores | None) -> bool:
+    def _is_out(self, split: str, reports: Sequence[Sequence[TaskReport]], rival: ExampleScores | None) -> bool:
         """Whether a genome is surely worse than its rival, so that it is stopped; the same on all ranks."""
         found = self._scores(split, reports, 0.0)
         is_out = isinstance(found, EvaluationFailure)
@@ -191,14 +181,14 @@ class Evaluator:
         return bool(self.model.ranks.gather(is_out)[0])
 
     def _scores(
-        self, split: str, found: Sequence[Sequence[_Report]], duration_s: float
+        self, split: str, found: Sequence[Sequence[TaskReport]], duration_s: float
     ) -> dict[str, TaskScores] | EvaluationFailure:
         """found: reports a task, of every rank and part."""
         scores = {}
         for task, reports in zip(self.tasks, zip(*found, strict=True), strict=True):
             if not all(report.is_finite for report in reports):
                 return EvaluationFailure("non_finite", f"task {task.name}: logits or scores are not finite", duration_s)
-            scores[task.name] = task.combine(split, [part for report in reports for part in report.parts])
+            scores[task.name] = joined(task, split, reports, self.model.shape.num_layers)
         return scores
 
     def within_memory(self, compute: Callable[[], T]) -> T:
@@ -212,7 +202,7 @@ class Evaluator:
             except MEMORY_ERRORS as error:
                 self._memory.lower_after(error)
             # outside of `except`: the error keeps the tensors of its stack frames alive
-            self._whole.clear()  # references and states belong to the old batches
+            self._kept.clear()  # references and states belong to the old batches
             if self._engine is not None:
                 self._engine.forget()
             self._memory.free()
@@ -232,14 +222,14 @@ class Evaluator:
 
     def _reports(
         self, genomes: Sequence[Genome | None], split: str, indices: Indices | None, part: int
-    ) -> list[tuple[_Report, ...]]:
+    ) -> list[tuple[TaskReport, ...]]:
         """For each genome one report a task.
 
         A genome that fails does not end this early, as other ranks would wait.
         """
         with torch.inference_mode(), _threads(self._config.threads):
             prepared = self._prepared(split, indices)[part]
-            reports = [tuple(_Report() for _ in self.tasks) for _ in genomes]
+            reports = [tuple(TaskReport() for _ in self.tasks) for _ in genomes]
             whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
             if self._engine is not None:
                 self._run_together(self._engine, whole, prepared, reports, is_whole=indices is None)
@@ -254,7 +244,7 @@ class Evaluator:
         engine: Engine,
         genomes: Sequence[Genome],
         prepared: Sequence[_Prepared],
-        reports: Sequence[Sequence[_Report]],
+        reports: Sequence[Sequence[TaskReport]],
         is_whole: bool,
     ) -> None:
         """Score all `ForwardBatch`es with the engine, each for all genomes."""
@@ -266,21 +256,26 @@ class Evaluator:
                     add = partial(_add_scored, [report[index] for report in reports], one, batch, reference)
                     engine.run(batch, genomes, add, copies=copies, keep=is_whole, packing=self._packing)
 
-    def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[_Report]) -> None:
+    def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[TaskReport]) -> None:
         """Score all `ForwardBatch`es for one genome, without the engine."""
         with self.model.applied(genome):
             for one, report in zip(prepared, reports, strict=True):
                 for position, (batch, reference) in enumerate(zip(one.batches, one.references, strict=True)):
                     if isinstance(batch, ForwardBatch):
-                        logits = self.forward(batch)
+                        scored = Scored(self.forward(batch), self._active(batch))
                         if position < one.num_counted:
-                            report.add(batch, one.score(batch, logits, reference))
+                            _add_scored([report], one, batch, reference, 0, scored)
+
+    def _active(self, batch: ForwardBatch) -> Tensor | None:
+        """See `Scored`, after a forward pass of the batch."""
+        found = self.model.num_active
+        return None if found is None else found.reshape(batch.kept.shape)[batch.kept]
 
     def _generate(
         self,
         genomes: Sequence[Genome],
         prepared: Sequence[_Prepared],
-        reports: Sequence[Sequence[_Report]],
+        reports: Sequence[Sequence[TaskReport]],
         is_whole: bool,
     ) -> None:
         """Score all `GenerateBatch`es, each for as many genomes at a time as are packed together."""
@@ -292,10 +287,11 @@ class Evaluator:
                             self._memory.note(batch, len(together))
                             chosen = [genomes[number] for number in together]
                             rows = generate_together(self.model, self._engine, batch, chosen, is_whole, self._packing)
-                        for number, (new, is_finite) in zip(together, rows, strict=True):
+                        for number, found in zip(together, rows, strict=True):
                             if position < one.num_counted:
-                                scored = one.score(batch, new)
-                                reports[number][index].add(batch, scored, bool(is_finite.all()))
+                                report = reports[number][index]
+                                report.add(batch, one.score(batch, found.new), bool(found.is_finite.all()))
+                                report.count(found.active, found.num_new)
 
     def _packs(self, batch: GenerateBatch, genomes: Sequence[Genome]) -> Iterator[tuple[Hashable, list[int]]]:
         """Genomes that generate together, as (kind of pass for `Packing`, numbers of genomes).
@@ -322,14 +318,22 @@ class Evaluator:
         """Every task's batches, part by part."""
         if indices is not None:
             return (tuple(self._prepare(task, split, indices.get(task.name)) for task in self.tasks),)
-        if split not in self._whole:
+        if split not in self._kept:
+            if Sample.read(split) is not None:
+                self._forget_samples()
             races = self._races(split, indices)
             of_tasks = [parts_of(task.num_examples(split)) if races else [None] for task in self.tasks]
-            self._whole[split] = tuple(
+            self._kept[split] = tuple(
                 tuple(self._prepare(task, split, numbers) for task, numbers in zip(self.tasks, part, strict=True))
                 for part in zip(*of_tasks, strict=True)
             )
-        return self._whole[split]
+        return self._kept[split]
+
+    def _forget_samples(self) -> None:
+        """Drop the batches of all samples but the latest few, which other genomes may still be scored on."""
+        samples = [name for name in self._kept if Sample.read(name) is not None]
+        for name in samples[: len(samples) - _LATEST_SAMPLES + 1]:
+            del self._kept[name]
 
     def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
         ranks = self.model.example_ranks
@@ -364,19 +368,28 @@ class Evaluator:
             len(examined[task.name].examples) == len(task.numbers(split, (indices or {}).get(task.name)))
             for task in self.tasks
         )
-        return evaluation_of(examined, self._config.fitness, is_complete=is_complete, duration_s=duration_s)
+        sample = Sample.read(split)
+        return evaluation_of(
+            examined,
+            self._config.fitness,
+            is_complete=is_complete,
+            duration_s=duration_s,
+            sample=None if sample is None else sample.number,
+        )
 
 
 def _add_scored(
-    reports: Sequence[_Report],
+    reports: Sequence[TaskReport],
     prepared: _Prepared,
     batch: ForwardBatch,
     reference: Tensor | None,
     number: int,
-    logits: Tensor,
+    scored: Scored,
 ) -> None:
-    """Add to the report of genome `number` what its logits (M, V) score."""
-    reports[number].add(batch, prepared.score(batch, logits, reference))
+    """Add to the report of genome `number` what its logits score, and the experts that ran where rows are scored."""
+    reports[number].add(batch, prepared.score(batch, scored.logits, reference))
+    if scored.active is not None:
+        reports[number].count(scored.active[batch.positions] * batch.scored, batch.scored)
 
 
 @contextmanager

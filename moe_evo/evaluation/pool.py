@@ -18,7 +18,7 @@ from moe_evo.genomes.space import ModelShape
 
 @dataclass(frozen=True)
 class Request:
-    """Evaluate the genome of candidate `number` of `search` on all examples of `split`.
+    """Evaluate the genome of candidate `number` of `search` on all examples of `split`, or of a `Sample` of it.
 
     rival: scores of an individual; where the genome is surely worse it need not be scored to the end.
     """

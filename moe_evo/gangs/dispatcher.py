@@ -18,6 +18,7 @@ from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.tasks.samples import without_number
 
 Answer: TypeAlias = Outcome | Observation[Any]
 
@@ -50,7 +51,7 @@ class Job:
     @property
     def kind(self) -> tuple[str, str]:
         """Equal for jobs that take about equally long."""
-        return (self.work, self.split if self.question is None else f"{self.question.key}?")
+        return (self.work, without_number(self.split) if self.question is None else f"{self.question.key}?")
 
     @cached_property
     def key(self) -> Key:
@@ -238,4 +239,4 @@ class Dispatcher:
 def _go_together(first: _Entry, second: _Entry) -> bool:
     """Whether two jobs may be in one request; a job that broke a gang, or is no evaluation, runs alone."""
     alone = first.attempts or second.attempts or first.job.question or second.job.question
-    return not alone and first.job.kind == second.job.kind
+    return not alone and (first.job.kind, first.job.split) == (second.job.kind, second.job.split)

@@ -37,6 +37,16 @@ ExampleScores = Mapping[str, npt.NDArray[np.float64]]
 """Scores of a split's examples by task, (N,) each, in the order of the examples."""
 
 
+ACTIVE_EXPERTS = "active_experts"
+"""The metric of every task that is evaluated with dynamic routing: experts that a token ran, mean over MoE layers."""
+
+
+def mean_active_experts(metrics: Mapping[str, float]) -> float | None:
+    """Mean over tasks of that metric; None without dynamic routing. metrics: `task/metric` -> value."""
+    found = [value for name, value in metrics.items() if name.endswith(f"/{ACTIVE_EXPERTS}")]
+    return sum(found) / len(found) if found else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation.
@@ -44,7 +54,8 @@ class Evaluation:
     fitness: the score that is searched for. tie_break: orders equal fitness (mean log-likelihood of
     the right answers). standard_error: of the fitness over examples. num_examples: on which the fitness
     rests. metrics: `task/metric` -> value. scores: of every example by task, (N,) each; None where the
-    evaluation was stopped before it had seen all, as it was worse than a rival.
+    evaluation was stopped before it had seen all, as it was worse than a rival. sample: number of the sample of the
+    search split on which it rests; None for all of a split.
     """
 
     fitness: float
@@ -54,6 +65,7 @@ class Evaluation:
     duration_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     scores: ExampleScores | None = field(default_factory=dict, hash=False, compare=False)
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         assert math.isfinite(self.fitness), "a fitness that is not finite is an EvaluationFailure"
@@ -71,7 +83,7 @@ class Evaluation:
 
     def __reduce__(self) -> tuple[type[Evaluation], tuple[object, ...]]:
         numbers = (self.fitness, self.tie_break, self.standard_error, self.num_examples, self.duration_s)
-        return (Evaluation, (*numbers, dict(self.metrics), self.scores))
+        return (Evaluation, (*numbers, dict(self.metrics), self.scores, self.sample))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from moe_evo.models.families import Family
 from moe_evo.models.merged_cache import MergedCache, MergedKey, MergedTensors, merged_key
 from moe_evo.models.merging import copied_experts, is_selection, mix_rows
 from moe_evo.models.routing import RouterOutput, Substitute, eep_route, exported_route, masked_route
+from moe_evo.models.variants.dynamic_routing import DynamicRouting, active_weights
 from moe_evo.models.weight_shapes import local_shape, whole_shape
 
 
@@ -57,9 +58,20 @@ class LayerPlan:
 
 
 class MoELayer:
-    """The router and experts of one MoE layer; `install` makes them follow a plan until `remove`."""
+    """The router and experts of one MoE layer; `install` makes them follow a plan until `remove`.
 
-    def __init__(self, number: int, block: nn.Module, family: Family, config: Any, router_mode: RouterMode) -> None:
+    dynamic_routing: a rule that the router follows from now on, with any plan and without one.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        block: nn.Module,
+        family: Family,
+        config: Any,
+        router_mode: RouterMode,
+        dynamic_routing: DynamicRouting | None = None,
+    ) -> None:
         self.number = number
         self.router: nn.Module = block.get_submodule(family.router)
         self.experts: nn.Module = block.get_submodule("experts")
@@ -70,6 +82,15 @@ class MoELayer:
         # accelerate's offload hook loads the weights and then calls _old_forward
         self._slot = "_old_forward" if hasattr(self.router, "_old_forward") else "forward"
         self._merging: Hook | None = None
+        self._dynamic_routing = dynamic_routing
+        self._num_active: list[Tensor] = []
+        if dynamic_routing is not None:
+            self.router.__dict__[self._slot] = partial(self._route, [None])
+
+    @property
+    def num_active(self) -> Tensor | None:
+        """How many experts each token of the last forward pass ran, (T,) int32; None without dynamic routing."""
+        return torch.cat(self._num_active) if self._num_active else None
 
     @property
     def num_experts(self) -> int:
@@ -174,6 +195,7 @@ class MoELayer:
 
     def _route(self, plans: Sequence[LayerPlan | None], hidden: Tensor) -> RouterOutput:
         parts = zip(plans, hidden.chunk(len(plans)), strict=True)
+        self._num_active = []
         outputs = [self._route_by(plan, part) for plan, part in parts]
         if len(outputs) == 1:
             return outputs[0]
@@ -183,21 +205,31 @@ class MoELayer:
     def _route_by(self, plan: LayerPlan | None, hidden: Tensor) -> RouterOutput:
         if plan is None:
             output: RouterOutput = type(self.router).forward(self.router, hidden)
-            return output
+            return self._dynamic(output)
         if not plan.router_rows:  # built in the first forward, where offloaded weights are in reach
             plan.router_rows = self._router_rows(plan.router_mapping)
             plan.indices = None if plan.indices is None else plan.indices.to(hidden.device)
         rows = plan.router_rows
         if self._router_mode == "eep":
-            logits, weights, index = eep_route(
+            output = eep_route(
                 self.router, hidden, rows["mapping"], plan.top_k,
                 renormalise=self._renormalise, scaling=self._scaling,
             )  # fmt: skip
         else:
-            logits, weights, index = exported_route(self.router, hidden, rows, plan.top_k)
+            output = exported_route(self.router, hidden, rows, plan.top_k)
+        logits, weights, index = self._dynamic(output)
         if plan.indices is not None:
             index = plan.indices[index]
         return logits, weights, index
+
+    def _dynamic(self, output: RouterOutput) -> RouterOutput:
+        """The output under the layer's dynamic routing; indices are still slots."""
+        if self._dynamic_routing is None:
+            return output
+        logits, weights, index = output
+        active = self._dynamic_routing.active(self.number, output)
+        self._num_active.append(active.sum(dim=-1, dtype=torch.int32))
+        return logits, active_weights(weights, active, renormalises=self._renormalise), index
 
     def _router_rows(self, router_mapping: Matrix) -> dict[str, Tensor]:
         if self._router_mode == "exported":

@@ -22,8 +22,8 @@ from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.self_check import self_check
 from moe_evo.models.source import ModelSource
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
 from moe_evo.models.variants.meo import MEO, check_experts
-from moe_evo.models.variants.skipping import check_skipping
 from moe_evo.models.view import MoEModel
 from moe_evo.models.zero3 import load_zero3
 
@@ -36,7 +36,9 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
     sharding) in one line.
     """
     config, family, transformers_config = source.config, source.family, source.transformers_config
-    check_skipping(config.dynamic_skipping, source.shape)
+    dynamic_routing = dynamic_routing_of(config)
+    if dynamic_routing is not None:
+        dynamic_routing.check(family, source.shape)
     check_experts(config.experts, family, transformers_config)
     if config.router == "eep":
         family.check_eep_router(transformers_config)
@@ -64,7 +66,7 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
         device=input_device(language_model, device),
         ranks=ranks,
         splits_examples=config.sharding == "zero3" and ranks.size > 1,
-        dynamic_skipping=config.dynamic_skipping,
+        dynamic_routing=dynamic_routing,
     )
     if config.self_check:
         self_check(moe)

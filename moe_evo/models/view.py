@@ -25,8 +25,8 @@ from moe_evo.models.merged_cache import MergedCache
 from moe_evo.models.ranks import ALONE, Ranks
 from moe_evo.models.transformers_border import transformers
 from moe_evo.models.tree_masks import attention_masks, takes_any_mask
+from moe_evo.models.variants.dynamic_routing import DynamicRouting
 from moe_evo.models.variants.meo import MEO
-from moe_evo.models.variants.skipping import Thresholds, skip_dynamically
 from moe_evo.models.weight_shapes import whole_shape
 
 
@@ -38,7 +38,7 @@ class MoEModel:
     are kept for the next genomes; None is half of what is free on the model's device now. device: where
     inputs go; default: where the weights are. ranks: the processes that hold the model; all must make the same
     calls in the same order. splits_examples: each rank runs its own inputs (ZeRO-3), else all the same.
-    dynamic_skipping: see `skip_dynamically`.
+    dynamic_routing: a rule by which tokens do without some of their experts.
 
     reads_trees: whether rows that begin alike may share tokens (`tree_masks`). switched_off: the kinds of sharing that
     `self_check` refused.
@@ -54,7 +54,7 @@ class MoEModel:
         device: torch.device | None = None,
         ranks: Ranks = ALONE,
         splits_examples: bool = False,
-        dynamic_skipping: Thresholds | None = None,
+        dynamic_routing: DynamicRouting | None = None,
     ) -> None:
         config = language_model.config
         self.language_model = language_model.eval().requires_grad_(False)
@@ -67,11 +67,9 @@ class MoEModel:
         self.shape = self.family.shape(config)
         if router_mode == "eep":
             self.family.check_eep_router(config)
+        self.dynamic_routing = dynamic_routing
         self.layers = self._find_layers()
         self.computes_meo = language_model.get_experts_implementation()[""] == MEO
-        self.skips_dynamically = dynamic_skipping is not None
-        if dynamic_skipping is not None:
-            skip_dynamically(self.layers, dynamic_skipping, renormalises=self.family.renormalises(config))
         self.merged_cache = MergedCache(half_of_free_gib(self.device) if merged_cache_gib is None else merged_cache_gib)
         self.reads_trees = takes_any_mask(config)
         self.switched_off: tuple[SwitchedOff, ...] = ()
@@ -87,6 +85,16 @@ class MoEModel:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.language_model.dtype
         return dtype
+
+    @property
+    def num_active(self) -> torch.Tensor | None:
+        """How many experts each token of the last forward pass ran, all MoE layers together, (T,) int32.
+
+        None without dynamic routing, where it is top_k in each layer.
+        """
+        found = [layer.num_active for layer in self.layers]
+        known = [one.to(self.device) for one in found if one is not None]
+        return torch.stack(known).sum(dim=0, dtype=torch.int32) if known else None
 
     @contextmanager
     def applied(self, genome: Genome) -> Iterator[Any]:
@@ -179,7 +187,8 @@ class MoEModel:
                     f"{self.family.router} and experts in {self.family.block}; transformers "
                     f"{transformers.__version__} lays it out differently"
                 )
-            layer = MoELayer(number, block, self.family, self.language_model.config, self.router_mode)
+            config = self.language_model.config
+            layer = MoELayer(number, block, self.family, config, self.router_mode, self.dynamic_routing)
             assert layer.num_experts == num_experts, (position, layer.num_experts, num_experts)
             found.append(layer)
         return found

@@ -25,6 +25,7 @@ from moe_evo.genomes.file import genome_from_bytes, genome_to_bytes
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 from moe_evo.plain import Plain
+from moe_evo.tasks.samples import Sample
 
 SCHEMA_VERSION = "3"
 
@@ -53,7 +54,8 @@ class Journal:
     """An open journal; use it as a context manager.
 
     A journal holds several named searches (`search`): the run's own and those that it is compared with.
-    Within one search, candidates are numbered from 0, and a candidate has at most one outcome a split.
+    Within one search, candidates are numbered from 0, and a candidate has at most one outcome a split. What is called
+    `split` may also be the name of a `Sample` of a split, which counts as a split of its own.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -209,20 +211,32 @@ class Journal:
         with self._readable():
             return genome_from_bytes(rows[0][0])
 
+    def splits(self, search: str) -> list[str]:
+        """Those on which candidates of a search have outcomes."""
+        return [name for (name,) in self._fetch("SELECT DISTINCT split FROM outcomes WHERE search = ?", (search,))]
+
     def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
         """Outcomes by candidate number, in the order in which they finished."""
+        return self._outcomes("search = ? AND split = ?", (search, split))
+
+    def told(self, search: str) -> dict[int, Outcome]:
+        """The outcomes by which a search goes: on the search split or, each candidate's own, on a sample of it."""
+        return self._outcomes("search = ? AND (split = 'search' OR split GLOB 'search/*')", (search,))
+
+    def _outcomes(self, condition: str, arguments: tuple[object, ...]) -> dict[int, Outcome]:
         rows = self._fetch(
-            "SELECT number, fitness, tie_break, standard_error, num_examples, metrics, scores, failure_kind,"
-            " failure_reason, duration_s FROM outcomes WHERE search = ? AND split = ? ORDER BY position",
-            (search, split),
+            "SELECT number, split, fitness, tie_break, standard_error, num_examples, metrics, scores, failure_kind,"
+            f" failure_reason, duration_s FROM outcomes WHERE {condition} ORDER BY position",
+            arguments,
         )
         with self._readable():
-            return {row[0]: _outcome(row[1:]) for row in rows}
+            return {number: _outcome(split, columns) for number, split, *columns in rows}
 
     def individuals(self, search: str, split: str = "search") -> list[Individual]:
-        """Finished individuals of a search, in the order in which they finished."""
+        """Finished individuals of a search, in the order in which they finished; on the search split as `told` says."""
         candidates = {one.number: one for one in self.candidates(search)}
-        return [Individual(candidates[number], outcome) for number, outcome in self.outcomes(search, split).items()]
+        outcomes = self.told(search) if split == "search" else self.outcomes(search, split)
+        return [Individual(candidates[number], outcome) for number, outcome in outcomes.items()]
 
     def _fetch(self, query: str, arguments: tuple[object, ...]) -> list[Any]:
         with _explained(self.path):
@@ -254,12 +268,17 @@ def _columns(outcome: Outcome) -> tuple[object, ...]:
     return (*numbers, metrics, scores, None, None)
 
 
-def _outcome(row: Any) -> Outcome:
-    fitness, tie_break, standard_error, num_examples, metrics, scores, kind, reason, duration_s = row
+def _outcome(split: str, columns: Sequence[Any]) -> Outcome:
+    fitness, tie_break, standard_error, num_examples, metrics, scores, kind, reason, duration_s = columns
     if kind is not None:
         return EvaluationFailure(kind, reason, duration_s)
-    numbers = (fitness, tie_break, standard_error, num_examples, duration_s)
-    return Evaluation(*numbers, json.loads(metrics), None if scores is None else load(zlib.decompress(scores)))
+    sample = Sample.read(split)
+    return Evaluation(
+        *(fitness, tie_break, standard_error, num_examples, duration_s),
+        metrics=json.loads(metrics),
+        scores=None if scores is None else load(zlib.decompress(scores)),
+        sample=None if sample is None else sample.number,
+    )
 
 
 @contextmanager

@@ -41,11 +41,12 @@ def run_result(
     journal: Journal,
     data: Sequence[TaskData],
     rows: Sequence[TableRow],
+    expected: float | None = None,
     front: Sequence[tuple[TableRow, Mapping[str, Mapping[str, float]]]] = (),
 ) -> RunResult:
     """The result of a run whose evaluations are all in its journal.
 
-    rows: its final table. front: as rows with their objectives by split and name.
+    rows: its final table. expected: see `RunResult`. front: as rows with their objectives by split and name.
     """
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
@@ -61,8 +62,10 @@ def run_result(
         router=config.model.router,
         experts=config.model.experts,
         dynamic_skipping=tuple(skipping) if isinstance(skipping, list) else skipping,
+        top_p=config.model.top_p,
         search=_search_facts(config, journal),
-        winners_curse=_winners_curse(journal, data, rows),
+        winners_curse=_winners_curse(journal, data, rows, is_fresh=config.evaluation.is_fresh),
+        expected=expected,
         gangs=gang_facts(journal.gang_events()),
         rows=tuple(row.to_row(*one) for row, one in zip(rows, sizes, strict=True)),
         front=tuple(
@@ -79,7 +82,7 @@ def task_facts(data: TaskData) -> TaskFacts:
 
 
 def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
-    outcomes = journal.outcomes(MAIN, "search")
+    outcomes = journal.told(MAIN)
     failed = failure_facts(outcomes.values())
     return SearchFacts(
         algorithm=config.search.algorithm,
@@ -92,7 +95,9 @@ def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
     )
 
 
-def _winners_curse(journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow]) -> WinnersCurse | None:
+def _winners_curse(
+    journal: Journal, data: Sequence[TaskData], rows: Sequence[TableRow], *, is_fresh: bool
+) -> WinnersCurse | None:
     """How much of the winner's lead over the full model is lost from one split to the next; see `winners_curse`.
 
     Scores are those that are reported, on every split. None where the winner or the full model has none on one of them.
@@ -102,7 +107,8 @@ def _winners_curse(journal: Journal, data: Sequence[TaskData], rows: Sequence[Ta
     from moe_evo.records.statistics import winners_curse
 
     def scores(search: str, row: TableRow) -> dict[str, ExampleScores]:
-        found = {split: journal.outcomes(search, reported(split, data))[row.candidate.number] for split in SPLITS}
+        scorings = {split: reported(split, data, is_fresh=is_fresh) for split in SPLITS}
+        found = {split: journal.outcomes(search, name)[row.candidate.number] for split, name in scorings.items()}
         return {split: one.scores for split, one in found.items() if isinstance(one, Evaluation) and one.scores}
 
     full, winner = scores(REFERENCE, rows[0]), scores(MAIN, rows[-1])

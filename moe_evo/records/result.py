@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_evo.errors import RunError
-from moe_evo.genomes.population import Candidate, Evaluation
+from moe_evo.genomes.population import Candidate, Evaluation, mean_active_experts
 from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
 from moe_evo.records.statistics import WinnersCurse
 
@@ -47,6 +47,11 @@ class Score:
             num_examples=evaluation.num_examples,
             metrics=dict(evaluation.metrics),
         )
+
+    @property
+    def active_experts(self) -> float | None:
+        """Experts that a token ran, mean over MoE layers and tasks; None without dynamic routing."""
+        return mean_active_experts(self.metrics)
 
     def __str__(self) -> str:
         return f"{self.fitness:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -96,6 +101,11 @@ class Row:
     bytes: int | None = None
 
     @property
+    def loader(self) -> str:
+        """Who loads its checkpoint: 'transformers', or 'moe_evo' where layers differ in experts or in top_k."""
+        return "transformers" if len(set(self.num_kept)) == 1 and len(set(self.top_k)) == 1 else "moe_evo"
+
+    @property
     def search(self) -> Score | None:
         """The score on the examples that the search used; None where the evaluation failed."""
         return self.scores.get("search")
@@ -113,11 +123,6 @@ class Row:
     def __str__(self) -> str:
         scores = ", ".join(f"{split} {score}" for split, score in self.scores.items())
         return f"{self.title}: {scores or 'no scores'}"
-
-    @property
-    def loader(self) -> str:
-        """Who loads its checkpoint: 'transformers', or 'moe_evo' where layers differ in experts or in top_k."""
-        return "transformers" if len(set(self.num_kept)) == 1 and len(set(self.top_k)) == 1 else "moe_evo"
 
 
 @dataclass(frozen=True)
@@ -246,9 +251,11 @@ class RunResult:
     """The content of result.json of a finished run.
 
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
-    router, experts, dynamic_skipping: as in the model's config. winners_curse: how much of the winner's lead over the
-    full model is lost from one split to the next. gangs: None for a run in one process. rows: the final table, the
-    full model first and the winner last. front: of a search with several objectives.
+    router, experts, dynamic_skipping, top_p: as in the model's config. winners_curse: how much of the winner's lead
+    over the full model is lost from one split to the next. expected: what the winner can be expected to score on new
+    examples of the validation split's kind, as the best of several validation scores is partly luck; None in older
+    results. gangs: None for a run in one process. rows: the final table, the full model first and the winner last.
+    front: of a search with several objectives.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -258,8 +265,10 @@ class RunResult:
     router: str = "exported"
     experts: str = "own"
     dynamic_skipping: float | tuple[float, ...] | None = None
+    top_p: float | None = None
     search: SearchFacts
     winners_curse: WinnersCurse | None = None
+    expected: float | None = None
     gangs: GangFacts | None = None
     rows: tuple[Row, ...]
     front: tuple[FrontPoint, ...] = ()
@@ -305,12 +314,13 @@ class RunResult:
     @property
     def runs_stock_experts(self) -> bool:
         """Whether tokens ran all experts that they were routed to, as a stock architecture does."""
-        return self.experts == "own" and self.dynamic_skipping is None
+        return self.experts == "own" and self.dynamic_skipping is None and self.top_p is None
 
     def to_plain(self) -> Plain:
-        """The content of result.json, without a front where there is none."""
-        told = {"version": RESULT_VERSION, **plain_fields(self)}
-        return told if self.front else {name: told[name] for name in told if name != "front"}
+        """The content of result.json, without a top_p, an expected score or a front where there is none."""
+        told = plain_fields(self)
+        absent = {name for name in ("top_p", "expected", "front") if told[name] in (None, [])}
+        return {"version": RESULT_VERSION} | {name: value for name, value in told.items() if name not in absent}
 
     @classmethod
     def from_plain(cls, data: object, where: str = "") -> RunResult:

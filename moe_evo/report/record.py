@@ -151,7 +151,7 @@ def _read(run: RunFolder, label: str) -> Record:
     if not run.journal.is_file():  # a result that was kept without its journal
         return record
     with run.open_journal() as journal:
-        outcomes = journal.outcomes(MAIN, "search")
+        outcomes = journal.told(MAIN)
         best = _best(outcomes)
         genomes = dict(record.genomes)
         if result is None and best is not None:
@@ -164,7 +164,7 @@ def _read(run: RunFolder, label: str) -> Record:
             result=result,
             outcomes=outcomes,
             ancestry={number: Ancestry(*one) for number, one in journal.ancestry(MAIN).items()},
-            random=journal.outcomes(RANDOM, "search"),
+            random=journal.told(RANDOM),
             validation=journal.outcomes(MAIN, "validation"),
             test=journal.outcomes(MAIN, "test"),
             full=full if isinstance(full, Evaluation) else None,

@@ -12,7 +12,7 @@ from datetime import datetime
 import yaml
 
 from moe_evo.config.task import fitness_label
-from moe_evo.genomes.population import Evaluation
+from moe_evo.genomes.population import ACTIVE_EXPERTS, Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import Row, Score, TaskFacts
 from moe_evo.report.front import FrontTable, export_line, front_cells, front_picture
@@ -149,6 +149,9 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
         lost = record.result.winners_curse.search_test
         remark = f"of its lead over the full model, 95 % interval {lost.low:.3f} to {lost.high:.3f}"
         shown.append(("lost from search to test", f"{lost.value:.3f}", remark))
+    if record.result.expected is not None:
+        remark = "the best of several validation scores is partly luck"
+        shown.append(("expected of the winner on new examples", f"{record.result.expected:.3f}", remark))
     share = "" if best.kept_share is None else f"{100 * best.kept_share:.0f} % of all experts"
     shown.append(("experts kept a layer", kept_label(best), share))
     if best.parameters:
@@ -263,10 +266,12 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
 
 def _is_share(task: TaskFacts, metric: str) -> bool:
     """Whether a metric is a share from 0 to 1; nothing is known of a kind that is not installed here."""
-    return task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
+    return metric != ACTIVE_EXPERTS and task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
 
 
 def _unit(task: TaskFacts, metric: str) -> str:
+    if metric == ACTIVE_EXPERTS:
+        return "a token, mean over layers"
     return "" if task.kind not in KINDS or _is_share(task, metric) else KINDS[task.kind].unit(metric)
 
 

@@ -35,17 +35,21 @@ def print_whole(console: Console, table: Table) -> None:
 def final_table(result: RunResult) -> Table:
     """One line a contender: experts kept, evaluations spent (evals), and its scores, test with a 95 % interval.
 
-    Its caption says what the search maximised, where the columns show something else.
+    With dynamic routing also the mean number of experts that a token ran on the test split (active). Its caption says
+    what the search maximised, where the columns show something else.
     """
     table = plain_table(f"{result.fitness} over {result.tasks_label}; higher is better")
     table.caption, table.caption_justify = result.search_note, "left"
     table.add_column("", no_wrap=True)
-    for heading in ("experts", "evals", "search", "validation", "test [95 % interval]"):
+    active = [None if row.test is None else row.test.active_experts for row in result.rows]
+    shows_active = any(one is not None for one in active)
+    for heading in ("experts", *["active"] * shows_active, "evals", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in result.rows:
+    for row, one in zip(result.rows, active, strict=True):
         table.add_row(
             row.title,
             experts_label(row.num_kept),
+            *(["" if one is None else f"{one:.2f}"] * shows_active),
             str(row.evaluations or ""),
             *("failed" if score is None else f"{score.fitness:.3f}" for score in (row.search, row.validation)),
             "failed" if row.test is None else str(row.test),

@@ -59,8 +59,8 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
     console.print(
         f"{search.evaluations} evaluations ({search.failures} failed{stopped}), seed {search.seed}, "
         f"{search.evaluation_s:.0f} s of evaluation\n"
-        f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}{_luck(result)}{_soup(result)}"
-        f"{_front(folder, result)}"
+        f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}"
+        f"{_luck(result)}{_expected(result)}{_soup(result)}{_front(folder, result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -116,6 +116,14 @@ def _luck(result: RunResult) -> str:
     lost = result.winners_curse.search_test
     told = f"{lost.value:.3f} [{lost.low:.3f}, {lost.high:.3f}]"
     return f"luck     from search to test split the winner loses {told} against the full model\n"
+
+
+def _expected(result: RunResult) -> str:
+    """What new examples can be expected to show, where the best of several validation scores is partly luck."""
+    validation = result.best.validation
+    if result.expected is None or validation is None:
+        return ""
+    return f"expected {result.expected:.3f} on new examples, of {validation.fitness:.3f} on the validation split\n"
 
 
 def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str:

@@ -88,7 +88,20 @@ def _data(config: RunConfig, problems: Problems) -> list[TaskData]:
             data.append(read_task(task))
     with problems.noted():
         check_tasks([one.config for one in data])
+    for one in data:
+        _check_samples(config, one, problems)
     return data
+
+
+def _check_samples(config: RunConfig, data: TaskData, problems: Problems) -> None:
+    size, number = config.evaluation.sample_size, len(data.splits["search"])
+    if config.evaluation.is_fresh and 2 * size > number:
+        problems.add(
+            ConfigError(
+                f"evaluation.sample_size: got {size}, expected at most half of the {number} search examples of task "
+                f"{data.name}; give more examples, smaller samples, or evaluation.examples fixed"
+            )
+        )
 
 
 def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
@@ -141,14 +154,16 @@ def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem,
     """Why the model cannot compute, or be split among ranks, as the config asks; reads only config.json."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
+    from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
     from moe_evo.models.variants.meo import check_experts
-    from moe_evo.models.variants.skipping import check_skipping
 
     problems = Problems()
     with problems.noted():
         family, transformers_config = source.family, source.transformers_config
-        with problems.noted():
-            check_skipping(config.model.dynamic_skipping, source.shape)
+        dynamic_routing = dynamic_routing_of(config.model)
+        if dynamic_routing is not None:
+            with problems.noted():
+                dynamic_routing.check(family, source.shape)
         with problems.noted():
             check_experts(config.model.experts, family, transformers_config)
         if config.model.router == "eep":

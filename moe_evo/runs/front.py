@@ -35,11 +35,13 @@ def scored_front(
     front = front_of(points)
     chosen = front[spread(points[front], MOST_ON_FRONT)][::-1]
     candidates = [population[int(place)].candidate for place in chosen]
-    run = Run(journal, pool, tracker)
+    run, is_fresh = Run(journal, pool, tracker), config.evaluation.is_fresh
     scores: list[dict[str, Score]] = [{} for _ in candidates]
     values: list[dict[str, Mapping[str, float]]] = [{} for _ in candidates]
     for split in SPLITS:
-        scored = run.score(f"{split} split, front", [(MAIN, one) for one in candidates], reported(split, data))
+        scored = run.score(
+            f"{split} split, front", [(MAIN, one) for one in candidates], reported(split, data, is_fresh=is_fresh)
+        )
         for place, one in enumerate(scored):
             if isinstance(one.outcome, Evaluation):
                 scores[place][split] = Score.of(one.outcome, is_share=is_share(data))

@@ -13,13 +13,14 @@ from dataclasses import asdict
 
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS
+from moe_evo.evaluation.fresh_examples import FreshExamples
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, ExampleScores, Individual, Outcome, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.searches.base import Search
-from moe_evo.tasks.data import SCORINGS
+from moe_evo.tasks.samples import Sample
 from moe_evo.tracking.base import Tracker
 
 _STATUS_INTERVAL_S = 5.0
@@ -31,10 +32,12 @@ class Run:
     """Evaluates candidates of one run on a pool and writes the outcomes into its journal.
 
     Every genome, told by its digest, is evaluated once on a split. races: the evaluation of a candidate may stop
-    before the last example, once it is surely worse than the best ones.
+    before the last example, once it is surely worse than the best ones. fresh: where it is set, candidates of a search
+    are scored on samples of the search split.
     """
 
     def __init__(self, journal: Journal, pool: Pool, tracker: Tracker, *, races: bool = False) -> None:
+        self.fresh: FreshExamples | None = None
         self._races = races
         self._journal = journal
         self._pool = pool
@@ -44,7 +47,7 @@ class Run:
         pool.listener = self._hear
         for name in (MAIN, RANDOM, REFERENCE):
             genomes = {one.number: one.genome for one in journal.candidates(name)}
-            for split in SCORINGS:
+            for split in journal.splits(name):
                 for number, outcome in journal.outcomes(name, split).items():
                     self._known[genomes[number].digest, split] = outcome
 
@@ -73,16 +76,23 @@ class Run:
         """Submit candidates and return them by number; those whose genome was evaluated already are told at once."""
         waiting, finished = {}, []
         for candidate in candidates:
-            outcome = self._known.get((candidate.genome.digest, "search"))
+            outcome = self._known.get((candidate.genome.digest, self._examples(candidate)))
             if outcome is None:
                 waiting[candidate.number] = candidate
             else:
                 finished.append(Individual(candidate, outcome))
         if finished:
-            self._journal.record([(name, one.number, "search", one.outcome) for one in finished])
+            rows = [(name, one.number, self._examples(one.candidate), one.outcome) for one in finished]
+            self._journal.record(rows)
             self._tell(name, search, finished)
-        self._submit(name, "search", waiting.values(), self._rival(search.population))
+        rival = self._rival(search.population)
+        for candidate in waiting.values():
+            self._submit(name, self._examples(candidate), [candidate], rival)
         return waiting
+
+    def _examples(self, candidate: Candidate) -> str:
+        """The examples on which a search's candidate is scored: the search split, or the name of a sample of it."""
+        return "search" if self.fresh is None else str(self.fresh.sample(candidate.number))
 
     def _rival(self, population: Population) -> ExampleScores | None:
         """Scores of the worst of the best few, which a candidate has to beat; None while there are too few."""
@@ -92,7 +102,7 @@ class Run:
     def score(self, title: str, entries: Sequence[tuple[str, Candidate]], split: str) -> list[Individual]:
         """Evaluate candidates, each given with the name of its search, on `split`; returns them in the given order.
 
-        split: one of `SCORINGS`.
+        split: one of `SCORINGS`, or the name of a sample of it.
         title: heading of the stage that the tracker shows; '' where the stage has begun.
         """
         outcomes = {
@@ -130,7 +140,8 @@ class Run:
             self._tracker.stage(title, total)
 
     def _score_told(self, name: str, split: str, individual: Individual) -> None:
-        self._tracker.recorded(name, split, individual)
+        if Sample.read(split) is None:
+            self._tracker.recorded(name, split, individual)
         self._tracker.evaluated(individual, None, "")
 
     def references(self, space: SearchSpace, observer: Observer, methods: Sequence[str]) -> dict[str, Candidate]:
@@ -158,11 +169,17 @@ class Run:
 
     def _collect(self) -> list[tuple[Request, Outcome]]:
         """Wait for outcomes, and write them into the journal before they are returned."""
-        finished = self._pool.next_outcomes()
+        finished = [(request, self._corrected(request, one)) for request, one in self._pool.next_outcomes()]
         self._journal.record([(request.search, request.number, request.split, one) for request, one in finished])
         for request, outcome in finished:
             self._known[request.genome.digest, request.split] = outcome
         return finished
+
+    def _corrected(self, request: Request, outcome: Outcome) -> Outcome:
+        sample = Sample.read(request.split)
+        if self.fresh is None or sample is None or sample.scoring != "search":
+            return outcome
+        return self.fresh.corrected(outcome, sample)
 
     def _tell(self, name: str, search: Search, individuals: Sequence[Individual]) -> None:
         search.tell(individuals)

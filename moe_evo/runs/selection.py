@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from moe_evo.config.run import RunConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS, criteria_of
-from moe_evo.errors import ModelError, RunError
+from moe_evo.errors import ModelError
+from moe_evo.evaluation.fresh_examples import FreshExamples
 from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Population
@@ -16,7 +17,9 @@ from moe_evo.genomes.soup import alike, greedy_soup
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.result import Score, TableRow
+from moe_evo.runs.finalists import Judged
 from moe_evo.runs.loop import FULL, Run
+from moe_evo.runs.validation import Validation
 from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
 from moe_evo.searches.registry import build_search, planned_phases
@@ -35,6 +38,14 @@ class Contender:
     evaluations: int = 0
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """rows: the final table, the winner last. expected: what the winner can be expected to score on new examples."""
+
+    rows: list[TableRow]
+    expected: float
+
+
 def run_search(
     config: RunConfig,
     space: SearchSpace,
@@ -45,7 +56,7 @@ def run_search(
     data: Sequence[TaskData],
     observer: Observer,
     wider: Sequence[Genome] = (),
-) -> list[TableRow]:
+) -> Chosen:
     """Search, choose on the validation split, report on the test split.
 
     data: of the pool's tasks. observer: computes what one-shot methods need to know of the pool's model on them.
@@ -55,7 +66,9 @@ def run_search(
     run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
     baselines, seeds = config.selection.baselines, config.search.init_methods
     references = run.references(space, observer, [*baselines, *seeds])
-    _require_success(run.score("full model", [(REFERENCE, references[FULL])], "search")[0])
+    (full,) = run.score("full model", [(REFERENCE, references[FULL])], "search")
+    _require_success(full)
+    run.fresh = _fresh_examples(config, data, full)
     genomes = {name: references[name].genome for name in seeds if name in references}
     for name, genome in genomes.items():
         assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
@@ -68,15 +81,26 @@ def run_search(
         for name in (FULL, *baselines)
         if name in references
     ]
+    validation = Validation(run, config, space, data)
     if config.selection.random_search and config.search.algorithm != "random":
         search = RandomSearch(space, config.search)
         random = run.evolve(RANDOM, "random search", search, config.search.evaluations)
         (drawn,) = RandomSearch.phases(config.search, can_prune=space.can_prune)
         title = drawn.row_title(len(random))
-        best = _validated(run, config, RANDOM, title, random).best
-        contenders.append(Contender(RANDOM, "random_search", title, best.candidate, len(random)))
-    contenders += _winners(run, config, population, planned_phases(config.search, can_prune=space.can_prune))
-    return _rows(run, contenders, data)
+        best = validation.judged(RANDOM, title, random)[0]
+        contenders.append(Contender(RANDOM, "random_search", title, best.individual.candidate, len(random)))
+    phases = planned_phases(config.search, can_prune=space.can_prune)
+    judged = validation.judged(MAIN, phases[-1].row_title(len(population)), population)
+    contenders += _winners(run, config, population, judged, phases)
+    return Chosen(_rows(run, contenders, data, is_fresh=run.fresh is not None), judged[0].score)
+
+
+def _fresh_examples(config: RunConfig, data: Sequence[TaskData], full: Individual) -> FreshExamples | None:
+    if not config.evaluation.is_fresh:
+        return None
+    examples, scores = {task.name: task.splits["search"] for task in data}, full.evaluation.scores
+    assert scores is not None, "the full model has no rival"
+    return FreshExamples(config.evaluation.sample_size, config.evaluation.fitness, examples, scores)
 
 
 def _require_success(full: Individual) -> None:
@@ -86,25 +110,24 @@ def _require_success(full: Individual) -> None:
         )
 
 
-def _winners(run: Run, config: RunConfig, population: Population, phases: Sequence[Phase]) -> list[Contender]:
+def _winners(
+    run: Run, config: RunConfig, population: Population, judged: Sequence[Judged], phases: Sequence[Phase]
+) -> list[Contender]:
     """The candidates for the winner, as rows of the final table; the best individual of all is the last one.
 
     Before it come the soup, if there is one, and the best pruning, where merges followed a phase that only prunes.
     """
-    number, prunings = len(population), population.prunings
+    number, num_prunings = len(population), len(population.prunings)
     pruning = next((phase for phase in reversed(phases) if phase.only_prunes), None)
-    merges = len(prunings) < number
-    contenders, validated = [], Population()
-    if pruning is not None and merges and len(prunings):
-        title = pruning.row_title(len(prunings))
-        validated = _validated(run, config, MAIN, title, prunings)
-        contenders = [Contender(MAIN, "best_pruning", title, validated.best.candidate, len(prunings))]
+    merges = num_prunings < number
+    contenders = []
+    best_pruning = next((one for one in judged if one.individual.genome.is_pruning), None)
+    if pruning is not None and merges and best_pruning is not None:
+        title = pruning.row_title(num_prunings)
+        contenders = [Contender(MAIN, "best_pruning", title, best_pruning.individual.candidate, num_prunings)]
     last = phases[-1] if pruning is None or merges else pruning
-    title = last.row_title(number)
-    more = _validated(run, config, MAIN, title, population)
-    validated = validated.with_outcomes(one for one in more if one not in validated.individuals)
-    contenders.append(Contender(MAIN, "best", title, validated.best.candidate, number))
-    return [*_soups(run, config, validated, number), *contenders]
+    contenders.append(Contender(MAIN, "best", last.row_title(number), judged[0].individual.candidate, number))
+    return [*_soups(run, config, Population(tuple(one.individual for one in judged)), number), *contenders]
 
 
 def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> list[Contender]:
@@ -122,23 +145,12 @@ def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> l
     return [Contender(REFERENCE, "soup", title, soup.candidate, number)] if num_ingredients > 1 else []
 
 
-def _validated(run: Run, config: RunConfig, name: str, title: str, population: Population) -> Population:
-    """The best few by fitness on the search split, with their fitness on the validation split."""
-    if not len(population):
-        raise RunError(f"{title}: every evaluation failed; the reasons are in the journal, see moe-evo show")
-    finalists = [(name, one.candidate) for one in population.complete.ranked[: config.selection.finalists]]
-    scored = Population().with_outcomes(run.score(f"validation: {title}", finalists, "validation"))
-    if not len(scored):
-        raise RunError(f"{title}: no finalist could be scored on the validation split")
-    return scored
-
-
-def _rows(run: Run, contenders: Sequence[Contender], data: Sequence[TaskData]) -> list[TableRow]:
+def _rows(run: Run, contenders: Sequence[Contender], data: Sequence[TaskData], *, is_fresh: bool) -> list[TableRow]:
     """The final table: every split's scores by the metrics that are reported."""
     entries = [(one.search, one.candidate) for one in contenders]
     scores: list[dict[str, Score]] = [{} for _ in contenders]
     for split in SPLITS:
-        scored = run.score(f"{split} split, final table", entries, reported(split, data))
+        scored = run.score(f"{split} split, final table", entries, reported(split, data, is_fresh=is_fresh))
         for found, individual in zip(scores, scored, strict=True):
             if isinstance(individual.outcome, Evaluation):
                 found[split] = Score.of(individual.outcome, is_share=is_share(data))

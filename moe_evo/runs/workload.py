@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from moe_evo.config.run import RunConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.report.planned import Estimate
+from moe_evo.runs.halving import cost
 from moe_evo.searches.registry import planned_phases
 
 MOST_ON_FRONT = 10
 """Of a longer front, those points are scored without which its hypervolume would shrink most."""
 
 
-def evaluations_by_split(config: RunConfig, *, can_prune: bool) -> dict[str, int]:
-    """The most evaluations that a run makes on each split; equal genomes are not evaluated twice."""
+def evaluations_by_split(
+    config: RunConfig, examples: Mapping[str, Sequence[int]], *, can_prune: bool
+) -> dict[str, int]:
+    """The most evaluations that a run makes on each split; equal genomes are not evaluated twice.
+
+    examples: by split, how many each task has. An evaluation on some of them counts as that part of one.
+    """
     budget, finalists = config.search.evaluations, config.selection.finalists
     compares_random = config.selection.random_search and config.search.algorithm != "random"
     baselines = len(config.selection.baselines) if can_prune else 0
     is_merged = merges(config.search, can_prune=can_prune)
     prunes_first = any(phase.only_prunes for phase in planned_phases(config.search, can_prune=can_prune))
-    # the winner; the best pruning, where merging came after it; the best random one; full and baselines
-    populations = 1 + (is_merged and prunes_first) + compares_random
+    searches = 1 + compares_random
     references = 1 + baselines
     observes = can_prune and bool(  # a pass of its own
         config.selection.baselines or config.search.init_methods or config.search.priors
     )
     # only merged individuals are averaged: each in turn is added to the average that starts with the best
-    averages = (1 + prunes_first) * min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
+    averages = min(finalists, budget) - 1 if config.selection.soup and is_merged else 0
     soups = int(averages > 0)
-    front = min(MOST_ON_FRONT, budget) if config.search.has_front else 0
-    rows = populations + references + soups
+    # the winner; the best pruning, where merging came after it; the best random one; full and baselines
+    rows = searches + (is_merged and prunes_first) + references + soups
     # the rows of the table that no search proposed; by another metric, all of them and the full model's fitness
-    reported = rows + front + 1 if any(task.sets_search_metric for task in config.tasks) else references + soups
+    differs = config.evaluation.is_fresh or any(task.sets_search_metric for task in config.tasks)
+    front = min(MOST_ON_FRONT, budget) if config.search.has_front else 0
+    reported = rows + front + 1 if differs else references + soups
     return {
-        "search": budget * (1 + compares_random) + observes + reported,
-        "validation": populations * min(finalists, budget) + references + averages + front,
+        "search": math.ceil(budget * searches * _share_seen(config, examples["search"])) + observes + reported,
+        "validation": searches * cost(min(finalists, budget), examples["validation"]) + references + averages + front,
         "test": rows + front,
     }
+
+
+def _share_seen(config: RunConfig, examples: Sequence[int]) -> float:
+    """The share of the search split that one candidate is scored on. examples: of each task."""
+    if not config.evaluation.is_fresh:
+        return 1.0
+    return sum(min(config.evaluation.sample_size, number) for number in examples) / sum(examples)
 
 
 def merges(config: SearchConfig, *, can_prune: bool) -> bool:

@@ -3,8 +3,9 @@
 The covariance of two prunings is a_0 + a_1 s + a_2 s^2 + sum_c b_c u_c u'_c. s is the inner product of their centred
 masks: about 1 for equal prunings, 0 on the average. So the second term is a weight for every expert and the third one
 for every pair of experts. u_c is what a one-shot criterion c thinks of a pruning, or a number that prunings differ in,
-such as all experts kept. A score has noise of variance v divided by its share of the examples. Scores are centred and
-scaled before; a_0 is what is not known of their mean.
+such as all experts kept. A score has noise of variance v divided by its share of the examples, and scores on one sample
+of the examples have noise in common, in the same way w. Scores are centred and scaled before; a_0 is what is not known
+of their mean.
 
 SciPy is imported where it is used, as a search is looked up long before it is run.
 """
@@ -23,7 +24,8 @@ from moe_evo.searches.steps import Masks, Steps
 
 _MEAN_VARIANCE = 1.0  # a_0
 _SMALLEST, _LARGEST = 1e-4, 20.0  # of the weights that are fitted
-_STARTS = (1.0, 0.5, 0.3, 0.3)  # a_1, a_2, every b_c, v
+_STARTS = (1.0, 0.5, 0.3, 0.1)  # a_1, a_2, v, w
+_START_OF_OPINION = 0.3  # every b_c
 _STEPS = 30
 _JITTER = 1e-8
 
@@ -92,22 +94,45 @@ def _total(space: MaskSpace, steps: Steps) -> Numbers:
     return np.where(space.exists, found / spread, 0.0)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What the noise of N scores is in proportion to: own, (N, N) diagonal, and common, (N, N)."""
+
+    own: Numbers
+    common: Numbers
+
+    @classmethod
+    def of(cls, examples: Numbers, samples: npt.NDArray[np.int64]) -> Noise:
+        """examples: (N,) how many a score rests on. samples: (N,) of which sample they are; -1 for no sample."""
+        spread = np.sqrt(examples.max() / examples)
+        same = (samples[:, None] == samples) & (samples >= 0)
+        return cls(np.diag(spread**2), same * np.outer(spread, spread))
+
+    def __getitem__(self, rows: slice) -> Noise:
+        return Noise(self.own[rows, rows], self.common[rows, rows])
+
+    def covariance(self, weights: Numbers) -> Numbers:
+        total: Numbers = weights[2] * self.own + weights[3] * self.common
+        total[np.diag_indices_from(total)] += _JITTER
+        return total
+
+
 def _of_experts(inner: Numbers, first: Features, second: Features, weights: Numbers) -> Numbers:
-    """(P, Q) of the covariance what every expert adds by itself; weights: a_1, a_2, b_c, ..., v."""
-    total: Numbers = weights[0] * inner + (first.opinions * weights[2:-1]) @ second.opinions.T
+    """(P, Q) of the covariance what every expert adds by itself; weights: a_1, a_2, v, w, b_c, ..."""
+    total: Numbers = weights[0] * inner + (first.opinions * weights[4:]) @ second.opinions.T
     return total
 
 
-def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numbers) -> Numbers:
-    """The weights (a_1, a_2, b_c, ..., v) under which the scores (N,) are most probable.
+def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Noise) -> Numbers:
+    """The weights (a_1, a_2, v, w, b_c, ...) under which the scores (N,) are most probable.
 
-    inner: (N, N). noise: (N,) by which v is multiplied. Draws each weight a little towards 1, so that one of which the
-    scores say nothing stays near it.
+    inner: (N, N). Draws each weight a little towards 1, so that one of which the scores say nothing stays near it.
     """
     from scipy.linalg import cho_solve, cholesky
     from scipy.optimize import minimize
 
-    terms = [inner, inner**2, *(np.outer(one, one) for one in features.opinions.T), np.diag(noise)]
+    opinions = [np.outer(one, one) for one in features.opinions.T]
+    terms = [inner, inner**2, noise.own, noise.common, *opinions]
     size = len(scores)
 
     def cost(logs: Numbers) -> tuple[float, Numbers]:
@@ -122,9 +147,10 @@ def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numb
         value = scores @ solved / 2 + np.log(np.diag(factor)).sum() + 0.01 * logs @ logs
         return float(value), slopes * weights / 2 + 0.02 * logs
 
-    linear, pairs, opinion, spread = _STARTS
-    start = np.log([linear, pairs, *[opinion] * features.opinions.shape[1], spread])
+    start = np.log([*_STARTS, *[_START_OF_OPINION] * len(opinions)])
     bounds = [(np.log(_SMALLEST), np.log(_LARGEST))] * len(start)
+    if not noise.common.any():
+        start[3], bounds[3] = np.log(_SMALLEST), (np.log(_SMALLEST), np.log(_SMALLEST))
     found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
     weights: Numbers = np.exp(found.x)
     return weights
@@ -133,24 +159,23 @@ def fit_weights(inner: Numbers, features: Features, scores: Numbers, noise: Numb
 class Posterior:
     """The scores of prunings, given those (N,) of N known ones. of_known: (N,) their expected scores.
 
-    inner: (N, N). noise: (N,) by which v is multiplied. weights: of `fit_weights`, for scores centred and scaled.
+    inner: (N, N). weights: of `fit_weights`, for scores centred and scaled.
     """
 
-    def __init__(self, inner: Numbers, known: Features, scores: Numbers, noise: Numbers, weights: Numbers) -> None:
+    def __init__(self, inner: Numbers, known: Features, scores: Numbers, noise: Noise, weights: Numbers) -> None:
         from scipy.linalg import cho_factor, cho_solve, cholesky
 
         self._known = known
         self._weights = weights
         self._centre, self._scale = centre_and_scale(scores)
         self._scores = (scores - self._centre) / self._scale
-        rest = _MEAN_VARIANCE + weights[1] * inner**2  # what no expert has by itself
-        rest[np.diag_indices_from(rest)] += weights[-1] * noise + _JITTER
+        of_noise = noise.covariance(weights)
+        rest = _MEAN_VARIANCE + weights[1] * inner**2 + of_noise  # what no expert has by itself
         self._of_rest: Numbers = cholesky(rest, lower=True, check_finite=False)
         self._factor = cho_factor(rest + _of_experts(inner, known, known, weights), lower=True, check_finite=False)
         self._solved: Numbers = cho_solve(self._factor, self._scores, check_finite=False)
         # what is not noise of the known scores themselves
-        left = (weights[-1] * noise + _JITTER) * self._solved
-        self.of_known: Numbers = scores - self._scale * left
+        self.of_known: Numbers = scores - self._scale * (of_noise @ self._solved)
 
     def moments(self, asked: Features) -> tuple[Numbers, Numbers]:
         """(P,) expected scores, and a root (P, P) of their covariance: root @ root.T."""
@@ -171,7 +196,7 @@ class Posterior:
         """
         from scipy.linalg import cho_solve
 
-        known, own, opinion = self._known, self._weights[0] * self._known.scale, self._weights[2:-1]
+        known, own, opinion = self._known, self._weights[0] * self._known.scale, self._weights[4:]
         drawn = np.sqrt(own) * rng.standard_normal((number, known.bits.shape[1])).astype(np.float32)
         trusted = np.sqrt(opinion) * rng.standard_normal((number, len(opinion)))
         imagined = drawn @ known.bits.T - (drawn @ known.centre)[:, None] + trusted @ known.opinions.T

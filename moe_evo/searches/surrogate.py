@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_evo.config.search import SearchConfig
-from moe_evo.genomes.bounds import Numbers
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.operators import random_pruning, swap_mutation
-from moe_evo.genomes.population import Candidate, Individual, Population
+from moe_evo.genomes.population import Candidate
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
@@ -30,59 +29,12 @@ from moe_evo.searches.enumeration import unseen_pruning
 from moe_evo.searches.fronts import survivors
 from moe_evo.searches.masks import MaskSpace
 from moe_evo.searches.objectives import Objectives
-from moe_evo.searches.posterior import FeatureMaker, Features, Posterior, centre_and_scale, fit_weights
-from moe_evo.searches.proposals import Places, Pool, proposals
+from moe_evo.searches.posterior import FeatureMaker
+from moe_evo.searches.proposals import Pool, proposals
+from moe_evo.searches.scored import FEWEST_SCORED, Places, Scored
 
 _TRIES = 32
-_FEWEST_KNOWN = 8
 _NUM_ELITES, _NUM_ON_FRONT = 15, 30  # from which a pool is made: with one objective, and with several
-_MOST_FITTED = 400  # scores by which the posterior's weights are fitted
-_GROWTH = 1.25  # they are fitted anew when so many times as many scores are known
-
-
-class _Scored:
-    """The prunings that were scored, in the order in which they were told, with all that a fit needs of them.
-
-    numbers: of the candidates, all that were noticed. inner: (N, N), see posterior.py. scores: (N, T) of the learned
-    objectives. examples: (N,) on how many each score rests. All but the numbers are brought up to date by `before`.
-    """
-
-    def __init__(self, masks: MaskSpace, features: FeatureMaker, objectives: Objectives) -> None:
-        self._masks = masks
-        self._features = features
-        self._objectives = objectives
-        self._given = 0
-        self._waiting: list[Individual] = []
-        self.numbers = np.zeros(0, dtype=np.int64)
-        self.masks = masks.masks([])
-        self.inner = np.zeros((0, 0))
-        self.scores = np.zeros((0, 0))
-        self.examples = np.zeros(0)
-
-    def notice(self, population: Population) -> None:
-        """Take note of what has been told since the last call."""
-        new = [one for one in population.individuals[self._given :] if one.genome.is_pruning]
-        self._given = len(population)
-        self._waiting += new
-        self.numbers = np.append(self.numbers, [one.number for one in new]).astype(np.int64)
-
-    def before(self, number: int) -> Places:
-        """Places of the candidates before that number, in the order of their numbers."""
-        if self._waiting:
-            self._add(self._waiting)
-            self._waiting = []
-        order = np.argsort(self.numbers)
-        return order[self.numbers[order] < number]
-
-    def _add(self, new: Sequence[Individual]) -> None:
-        self.masks = np.concatenate([self.masks, self._masks.masks([one.genome for one in new])])
-        features = self._features(self.masks)
-        rows = features[-len(new) :].inner(features)
-        old = len(self.inner)
-        self.inner = np.block([[self.inner, rows[:, :old].T], [rows[:, :old], rows[:, old:]]])
-        scores = np.array([self._objectives.learned(one.evaluation) for one in new])
-        self.scores = np.concatenate([self.scores.reshape(-1, scores.shape[1]), scores])
-        self.examples = np.append(self.examples, [max(one.evaluation.num_examples, 1) for one in new])
 
 
 @dataclass(frozen=True)
@@ -126,11 +78,10 @@ class SurrogateSearch(ArchiveSearch):
         self._seed = config.seed
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
-        self._objectives = Objectives(config.objectives)
         self._beginning = Beginning(space, self.num_warmup, config.init_shares, wider, seeds)
-        self._scored = _Scored(self._masks, self._features, self._objectives)
+        self._objectives = Objectives(config.objectives)
+        self._scored = Scored(self._masks, self._features, self._objectives)
         self._batch: tuple[tuple[int, int], _Batch] | None = None  # the last one, by first candidate and scores known
-        self._weights: dict[tuple[int, ...], list[Numbers]] = {}  # by the candidates to which they were fitted
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
@@ -173,7 +124,7 @@ class SurrogateSearch(ArchiveSearch):
         first = number - (number - self.num_warmup) % self.options.batch
         self._scored.notice(self.population)
         num_known = int((self._scored.numbers < first).sum())
-        if num_known < _FEWEST_KNOWN:
+        if num_known < FEWEST_SCORED:
             return None
         key = first, num_known
         if self._batch is None or self._batch[0] != key:
@@ -188,35 +139,14 @@ class SurrogateSearch(ArchiveSearch):
         return None
 
     def _new_batch(self, first: int, known: Places) -> _Batch:
-        scored = self._scored
-        masks, inner, scores = scored.masks[known], scored.inner[np.ix_(known, known)], scored.scores[known]
-        features = self._features(masks)
-        noise = scored.examples[known].max() / scored.examples[known]
-        weights = self._fitted(scored.numbers[known], inner, features, scores, noise)
-        posteriors = [Posterior(inner, features, one, noise, own) for one, own in zip(scores.T, weights, strict=True)]
-        beliefs = Beliefs(posteriors, self._objectives.known(self._masks, masks))
+        masks = self._scored.masks[known]
+        beliefs = Beliefs(self._scored.posteriors(known), self._objectives.known(self._masks, masks))
         elites = survivors(beliefs.expected, _NUM_ELITES if self._objectives.is_single else _NUM_ON_FRONT)
         rng = np.random.default_rng([self._seed, first, 1])
         pool = proposals(self._masks, beliefs, masks, elites, self.options.pool, rng)
         ranking = beliefs.ranking(self._features(pool.masks), self._objectives.known(self._masks, pool.masks))
-        numbers = scored.numbers[known].tolist()
+        numbers = self._scored.numbers[known].tolist()
         return _Batch(pool, ranking, [tuple(numbers[place] for place in places) for places in pool.parents], {})
-
-    def _fitted(
-        self, numbers: Places, inner: Numbers, features: Features, scores: Numbers, noise: Numbers
-    ) -> list[Numbers]:
-        """Each posterior's weights, found from a part of the scores: the first so many, which seldom changes."""
-        size = _FEWEST_KNOWN
-        while size * _GROWTH <= min(len(scores), _MOST_FITTED):
-            size = int(size * _GROWTH)
-        key = tuple(numbers[:size].tolist())
-        if key not in self._weights:
-            part, self._weights[key] = slice(size), []
-            for one in scores[part].T:
-                centre, scale = centre_and_scale(one)
-                found = fit_weights(inner[part, part], features[part], (one - centre) / scale, noise[part])
-                self._weights[key].append(found)
-        return self._weights[key]
 
 
 def num_warmup(config: SearchConfig) -> int:

@@ -22,7 +22,7 @@ from moe_evo.tasks.kinds import KINDS, SHARE
 
 SPLITS = ("search", "validation", "test")
 REPORTED = "search_reported"
-"""The examples of the search split scored by `metric`, as they are reported where `search_metric` is another one."""
+"""All examples of the search split scored by `metric`, for the report of a search that saw something else."""
 SCORINGS = (*SPLITS, REPORTED)
 """What a genome can be scored on: the search split by `search_metric`, the other splits by `metric`, and REPORTED."""
 MIN_EXAMPLES = 2  # a standard error needs two
@@ -77,9 +77,13 @@ def is_share(tasks: Sequence[TaskData]) -> bool:
     return all(KINDS[task.kind].unit(task.metric) == SHARE for task in tasks)
 
 
-def reported(split: str, tasks: Sequence[TaskData]) -> str:
-    """By which of `SCORINGS` a split's scores are reported: that of its own name, unless `search_metric` is another."""
-    return REPORTED if split == "search" and any(one.search_metric != one.metric for one in tasks) else split
+def reported(split: str, tasks: Sequence[TaskData], *, is_fresh: bool = False) -> str:
+    """By which of `SCORINGS` a split's scores are reported: that of its own name, but for some search splits.
+
+    They are reported by themselves where the search maximised another metric, or saw only samples of them (is_fresh).
+    """
+    differs = is_fresh or any(one.search_metric != one.metric for one in tasks)
+    return REPORTED if split == "search" and differs else split
 
 
 def read_task(config: TaskConfig) -> TaskData:

@@ -15,6 +15,7 @@ from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.data import REPORTED, SPLITS, TaskData
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
+from moe_evo.tasks.samples import Sample, scoring_of
 
 
 class Scorer(Protocol):
@@ -95,8 +96,8 @@ class Task:
     """A named data set with a scorer for each metric that counts; it knows nothing of experts.
 
     scorers: by metric; one scorer may compute both metrics of the data. Where an argument is called `split`, it is
-    one of `SCORINGS`: the search split is scored by `search_metric`, unless it is asked for as REPORTED. scorer: that
-    of what is reported. needs_reference: scores compare with the untouched model.
+    one of `SCORINGS`, or the name of a `Sample` of it: the search split is scored by `search_metric`, unless it is
+    asked for as REPORTED. scorer: that of what is reported. needs_reference: scores compare with the untouched model.
     """
 
     def __init__(self, data: TaskData, scorers: Mapping[str, Scorer], limits: BatchLimits) -> None:
@@ -108,11 +109,14 @@ class Task:
         self._scorings = _scorings(data, scorers)
 
     def num_examples(self, split: str) -> int:
-        return len(self._examples(split))
+        return len(self.numbers(split))
 
     def numbers(self, split: str, indices: Iterable[int] | None = None) -> list[int]:
-        """The numbers of all examples of the split, or those among `indices`, ascending and each once."""
-        return list(range(self.num_examples(split))) if indices is None else sorted({int(one) for one in indices})
+        """The numbers of all examples of the split or sample, or those among `indices`, ascending and each once."""
+        if indices is not None:
+            return sorted({int(one) for one in indices})
+        sample, examples = Sample.read(split), self._examples(split)
+        return list(range(len(examples))) if sample is None else sample.of(examples)
 
     def batches(
         self,
@@ -127,7 +131,7 @@ class Task:
         batch_tokens: most tokens of a batch where that is less than the task's own limit. trees: rows
         that begin alike share those tokens. shared_prefixes: whether batches may have a shared prefix.
         """
-        scoring = self._scorings[split]
+        scoring = self._scoring(split)
         rows = scoring.rows.of(scoring.split)
         chosen = [row for number in self.numbers(split, indices) for row in rows[number]]
         shared_prefix = scoring.rows.shared_prefix if shared_prefixes else None
@@ -137,7 +141,7 @@ class Task:
         self, split: str, indices: Iterable[int] | None = None, batch_tokens: int | None = None, trees: bool = True
     ) -> Sequence[ForwardBatch]:
         """Each example's input once, without answers; the same whatever a search maximises."""
-        scoring = self._scorings[REPORTED if split == "search" else split]
+        scoring = self._scoring(REPORTED if split == "search" else split)
         rows = scoring.rows.of(scoring.split)
         chosen = [rows[number][0].prompt for number in self.numbers(split, indices)]
         return forward_batches(chosen, self._limits.lowered_to(batch_tokens, trees))
@@ -153,7 +157,7 @@ class Task:
         output: logits (M, V) of a ForwardBatch, or new tokens (B, at most max_new_tokens) of a
         GenerateBatch.
         """
-        return self._scorings[split].scorer.score(batch, output, reference)
+        return self._scoring(split).scorer.score(batch, output, reference)
 
     def combine(self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]) -> TaskScores:
         """Partial results of this split put together; parts: (B,) examples and (B, anything) results of a batch."""
@@ -161,7 +165,7 @@ class Task:
         for examples, partial in parts:
             for number, row in zip(examples.tolist(), partial.cpu(), strict=True):
                 of_example.setdefault(number, []).append(row)
-        numbers, known, scoring = sorted(of_example), self._examples(split), self._scorings[split]
+        numbers, known, scoring = sorted(of_example), self._examples(split), self._scoring(split)
         found = scoring.scorer.combine(
             [known[number] for number in numbers], [of_example[number] for number in numbers]
         )
@@ -169,7 +173,10 @@ class Task:
         return TaskScores(np.array(numbers), found[scoring.metric], found.get("log_likelihood"), metrics)
 
     def _examples(self, split: str) -> Sequence[Example]:
-        return self._splits[self._scorings[split].split]
+        return self._splits[self._scoring(split).split]
+
+    def _scoring(self, split: str) -> _Scoring:
+        return self._scorings[scoring_of(split)]
 
 
 def _scorings(data: TaskData, scorers: Mapping[str, Scorer]) -> dict[str, _Scoring]:

@@ -140,4 +140,4 @@ def run_task(
 
 
 def _output(model: Any, tokenizer: Any, batch: Batch) -> torch.Tensor:
-    return forward(model, batch) if isinstance(batch, ForwardBatch) else generate_greedily(model, tokenizer, batch)[0]
+    return forward(model, batch) if isinstance(batch, ForwardBatch) else generate_greedily(model, tokenizer, batch).new

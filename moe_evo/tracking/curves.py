@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from moe_evo.genomes.population import Evaluation, Individual, RankKey
+from moe_evo.genomes.population import ACTIVE_EXPERTS, Evaluation, Individual, RankKey, mean_active_experts
 
 _BEST = 20
 _FAILED: RankKey = (False, -np.inf, 0.0)
@@ -50,6 +50,8 @@ class SearchStatistics:
                 "tie_break": outcome.tie_break,
                 "standard_error": outcome.standard_error,
             }
+            active = mean_active_experts(outcome.metrics)
+            values |= {} if active is None else {ACTIVE_EXPERTS: active}
             self._join(individual, outcome)
         else:
             self.failures += 1

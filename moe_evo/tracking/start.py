@@ -100,7 +100,8 @@ def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:
     }
     for split in SCORINGS:
         for search, known in candidates.items():
-            for number, outcome in journal.outcomes(search, split).items():
+            outcomes = journal.told(search) if split == "search" else journal.outcomes(search, split)
+            for number, outcome in outcomes.items():
                 yield search, split, Individual(known[number], outcome)
 
 

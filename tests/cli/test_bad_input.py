@@ -292,6 +292,18 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         lambda _: [*SURROGATE, "--search.objectives", "tasks"],
         "search.objectives: got ['tasks'], expected 'quality', as there is one task; give two or more tasks",
     ),
+    "tasks as objectives on fresh examples": (
+        lambda _: [
+            *SURROGATE,
+            "--search.objectives",
+            "tasks",
+            "--tasks",
+            "[syll,nli]",
+            "--evaluation.examples",
+            "fresh",
+        ],
+        "evaluation.examples: got 'fresh', expected 'fixed', as each task is an objective",
+    ),
     "more tasks than objectives": (
         lambda _: [*SURROGATE, "--search.objectives", "tasks", "--tasks", "[syll,nli,city,arith,infl,gloss,langid]"],
         "search.objectives: got ['tasks'], expected at most 6 objectives with one for each of the 7 tasks",

@@ -135,3 +135,9 @@ def test_the_name_of_a_tasks_observations_changes_with_its_prompts_and_not_with_
         for name, options in configs.items()
     }
     assert names["plain"] == names["searched"] == names["compared"] != names["read"]
+
+
+def test_what_tokens_do_without_changes_the_name_of_observations() -> None:
+    data = [read_task(TaskConfig(data="syll", name="t"))]
+    options: list[dict[str, float]] = [{}, {"dynamic_skipping": 0.5}, {"top_p": 0.5}, {"top_p": 0.6}]
+    assert len({observed_names(ModelConfig(**one), data)["t"] for one in options}) == 4

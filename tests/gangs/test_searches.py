@@ -27,14 +27,14 @@ from moe_evo.commands.show import show
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
-from moe_evo.config.search import SearchConfig
+from moe_evo.config.search import SearchConfig, SurrogateConfig
 from moe_evo.errors import ClusterError, JournalError, ModelError
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.gangs import ray_pool
 from moe_evo.gangs.rank import Rank
 from moe_evo.genomes.population import Evaluation, EvaluationFailure
 from moe_evo.records.folder import RunFolder, asdict_plain
-from moe_evo.records.journal import Journal
+from moe_evo.records.journal import MAIN, Journal
 from moe_evo.report.terminal import print_run
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.terminal import TerminalTracker
@@ -229,3 +229,38 @@ def test_a_run_whose_processes_are_all_killed_and_then_its_driver_alone_goes_on_
     search(folder)
     assert first.items() < second.items() < undisturbed.items()
     assert without_times(folder) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [EvaluationConfig(threads=1, race=0.9), EvaluationConfig(threads=1, examples="fresh", sample_size=16)],
+    ids=["racing", "fresh"],
+)
+def test_a_search_that_learns_goes_on_where_a_gang_is_killed(tmp_path: Path, evaluation: EvaluationConfig) -> None:
+    config = replace(
+        CONFIG,
+        tasks=[replace(TASK, num_search=40)],
+        search=SearchConfig(
+            algorithm="surrogate", num_kept=4, evaluations=40, seed=3, surrogate=SurrogateConfig(num_warmup=10, batch=5)
+        ),
+        evaluation=evaluation,
+        cluster=replace(CONFIG.cluster, max_batch=1),
+    )
+    killed: list[tuple[int, ...]] = []
+
+    def react(status: PoolStatus) -> None:
+        if not killed and status.evaluations > 15 and status.gangs[0].state == "busy":
+            killed.append(status.gangs[0].pids)
+            os.kill(killed[0][0], signal.SIGKILL)
+
+    folder = search(tmp_path / "run", config, react=react)
+    assert killed and len(events(folder.path, "broken")) == 1
+    with folder.open_journal() as journal:
+        told, candidates = journal.told(MAIN), journal.candidates(MAIN)
+        samples = {one.number: one.evaluation.sample for one in journal.individuals(MAIN)}
+    assert len(told) == len({one.genome.digest for one in candidates}) == 40
+    assert all(isinstance(one, Evaluation) for one in told.values())
+    operators = {one.operator for one in candidates if one.number >= 10}
+    assert {"guided_mutation", "crossover"} & operators
+    fresh = {number: number // 10 for number in range(40)}
+    assert samples == (fresh if evaluation.is_fresh else dict.fromkeys(range(40)))

@@ -79,7 +79,7 @@ def test_an_unfinished_one_goes_on_with_what_it_has(
     assert {number: after[number] for number in before} == before
     old, new = (moe_evo.load_run(one).result for one in (finished, unfinished))
     assert [row.key for row in new.rows] == [row.key for row in old.rows]
-    assert new.best.digest == old.best.digest
+    assert new.best.candidate in after
 
 
 def test_a_finished_one_stays_as_it_is(finished: Path) -> None:

@@ -40,7 +40,7 @@ class FailingOnTest:
         ]
 
 
-@pytest.mark.parametrize("option", [{"experts": "meo"}, {"dynamic_skipping": 0.5}])
+@pytest.mark.parametrize("option", [{"experts": "meo"}, {"dynamic_skipping": 0.5}, {"top_p": 0.5}])
 def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
     option: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,9 +56,20 @@ def test_a_run_that_no_checkpoint_can_hold_is_not_told_to_export(
     result = folder.read_result()
     assert {name: getattr(result, name) for name in option} == option
     print_run(folder, result)
-    assert "moe-evo export" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "moe-evo export" not in told
+    assert main(["export", str(folder.path), "--to", str(tmp_path / "small")]) != 0
+    assert f"model.{next(iter(option))}" in capsys.readouterr().err and not (tmp_path / "small").exists()
     assert main(["report", str(folder.path)]) == 0
-    assert "moe-evo export" not in (folder.path / "report.html").read_text()
+    page = (folder.path / "report.html").read_text()
+    assert "moe-evo export" not in page
+    assert result.best.test is not None
+    active = result.best.test.active_experts
+    if "experts" in option:
+        assert active is None and "active" not in told and "active experts a token" not in page
+    else:
+        assert active is not None and 1 < active < 2 and f"  4    {active:.2f} " in told
+        assert "active experts a token, mean over layers" in page
 
 
 def test_a_winner_without_a_test_score_still_ends_with_a_result(

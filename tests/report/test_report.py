@@ -81,7 +81,7 @@ def test_figures_are_drawn_for_prunings_merges_failures_and_random(tmp_path: Pat
 
 def test_a_metric_of_a_plug_in_has_an_interval_where_it_is_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS._registered, "own", Kind({"loss": "in nats"}, lambda *_: None, "some:Scorer"))
-    score = Score(0.5, 0.4, 0.6, metrics={"t/loss": 0.4, "t/right": 0.4})
+    score = Score(0.5, 0.4, 0.6, metrics={"t/loss": 0.4, "t/right": 0.4, "t/active_experts": 1.0})
     row = Row("full", "full model", 0, 0, "full", (), "", True, (8,), (2,), ((0,),), {"test": score})
     told = {}
     for kind in ("own", "not installed"):
@@ -90,6 +90,8 @@ def test_a_metric_of_a_plug_in_has_an_interval_where_it_is_a_share(monkeypatch: 
             cell = _cell(row, "test", f"t/{metric}", metric, task, alone=False)
             assert cell is not None and cell[0] == 0.4
             told[kind, metric] = (_unit(task, metric), cell[1] is not None)
+        assert _cell(row, "test", "t/active_experts", "active_experts", task, alone=False) == (1.0, None, None)
+        assert _unit(task, "active_experts") == "a token, mean over layers"
     assert told == {
         ("own", "loss"): ("in nats", False),
         ("own", "right"): ("", True),

@@ -212,5 +212,7 @@ def test_what_criteria_think_of_experts_is_known_to_a_search_that_learns(
 def test_observing_for_opinions_is_planned_as_one_more_evaluation() -> None:
     config = replace(CONFIG, search=SearchConfig(algorithm="surrogate"), selection=SelectionConfig(baselines=[]))
     knowing = replace(config, search=replace(config.search, surrogate=SurrogateConfig(priors=["reap", "ean"])))
-    planned = [evaluations_by_split(one, can_prune=True) for one in (config, knowing)]
+    planned = [
+        evaluations_by_split(one, {"search": [12], "validation": [8]}, can_prune=True) for one in (config, knowing)
+    ]
     assert planned[1] == planned[0] | {"search": planned[0]["search"] + 1}

@@ -8,15 +8,19 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel
 
 from moe_evo.searches.masks import MaskSpace
-from moe_evo.searches.posterior import FeatureMaker, Features, Posterior, fit_weights
+from moe_evo.searches.posterior import FeatureMaker, Features, Noise, Posterior, fit_weights
 from moe_evo.testing.searches import SPACES, space_of
 
 SPACE = MaskSpace(space_of([8] * 3, 4))
 PRIORS = [[np.arange(8.0)] * 3, [np.arange(8.0)[::-1], np.zeros(8), np.arange(8.0)]]
 MAKE = FeatureMaker(SPACE, PRIORS)
-WEIGHTS = np.array([0.7, 0.4, 0.3, 0.2, 0.05])  # a_1, a_2, b_1, b_2, v
+WEIGHTS = np.array([0.7, 0.4, 0.05, 0.02, 0.3, 0.2])  # a_1, a_2, v, w, b_1, b_2
 RNG = np.random.default_rng(8)
-NOISE = np.array([1.0, 2.0] * 10)
+EXAMPLES = np.array([100.0, 50.0] * 10)
+SPREAD = np.array([1.0, np.sqrt(2)] * 10)
+SAMPLES = np.arange(20) // 10  # ten scores on each of two samples
+NOISE = Noise.of(EXAMPLES, SAMPLES)
+OF_NOISE = WEIGHTS[2] * np.diag(SPREAD**2) + WEIGHTS[3] * (SAMPLES[:, None] == SAMPLES) * np.outer(SPREAD, SPREAD)
 
 
 class Covariance(Kernel):
@@ -33,13 +37,26 @@ class Covariance(Kernel):
         centre = SPACE.shares.ravel()
         s = (one - centre) @ (other - centre) / (centre * (1 - centre)).sum()
         opinions = [one @ MAKE._criteria[:, c] * (other @ MAKE._criteria[:, c]) for c in range(2)]
-        return 1 + WEIGHTS[0] * s + WEIGHTS[1] * s**2 + WEIGHTS[2:4] @ opinions
+        return 1 + WEIGHTS[0] * s + WEIGHTS[1] * s**2 + WEIGHTS[4:] @ opinions
 
     def diag(self, X):
         return np.diag(self(X))
 
     def is_stationary(self):
         return False
+
+
+class Noisy(Covariance):
+    """The covariance of rows that are told by their places; the first twenty have noise."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __call__(self, X, Y=None, eval_gradient=False):
+        Y = X if Y is None else Y
+        total = super().__call__(self.rows[X[:, 0].astype(int)], self.rows[Y[:, 0].astype(int)])
+        noise = np.pad(OF_NOISE, (0, len(self.rows) - 20))
+        return total + noise[np.ix_(X[:, 0].astype(int), Y[:, 0].astype(int))]
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +79,20 @@ def posterior(known: Features, scores: np.ndarray) -> Posterior:
     return Posterior(known.inner(known), known, scores, NOISE, WEIGHTS)
 
 
+def alone(number: int) -> Noise:
+    """The noise of so many scores, each on all examples."""
+    return Noise.of(np.full(number, 100.0), np.full(number, -1))
+
+
 def test_moments_are_those_of_scikit_learn(
     posterior: Posterior, known: Features, asked: Features, scores: np.ndarray
 ) -> None:
     scaled = (scores - scores.mean()) / scores.std()
-    process = GaussianProcessRegressor(Covariance(), alpha=WEIGHTS[-1] * NOISE + 1e-8, optimizer=None)
-    process.fit(known.bits.astype(float), scaled)
-    mean, covariance = process.predict(asked.bits.astype(float), return_cov=True)
+    rows = np.concatenate([known.bits, asked.bits]).astype(float)
+    places = np.arange(len(rows))[:, None].astype(float)
+    process = GaussianProcessRegressor(Noisy(rows), alpha=1e-8, optimizer=None)
+    process.fit(places[: len(known)], scaled)
+    mean, covariance = process.predict(places[len(known) :], return_cov=True)
     found, root = posterior.moments(asked)
     np.testing.assert_allclose(found, scores.mean() + scores.std() * mean, atol=1e-6)
     np.testing.assert_allclose(root @ root.T, scores.std() ** 2 * covariance, atol=1e-6)
@@ -106,9 +130,9 @@ def test_experts_that_a_criterion_likes_equally_have_one_rank() -> None:
 
 def test_drawn_worths_have_the_moments_of_the_experts_weights(posterior: Posterior, known: Features) -> None:
     """Against conditioning the joint Gaussian of weights and scores by hand."""
-    prior = WEIGHTS[0] * known.scale * np.eye(24) + (known.criteria * WEIGHTS[2:4]) @ known.criteria.T
+    prior = WEIGHTS[0] * known.scale * np.eye(24) + (known.criteria * WEIGHTS[4:]) @ known.criteria.T
     centred = known.bits - known.centre
-    rest = 1 + WEIGHTS[1] * known.inner(known) ** 2 + np.diag(WEIGHTS[-1] * NOISE + 1e-8)
+    rest = 1 + WEIGHTS[1] * known.inner(known) ** 2 + OF_NOISE + 1e-8 * np.eye(20)
     gain = prior @ centred.T @ np.linalg.inv(rest + centred @ prior @ centred.T)
     covariance = prior - gain @ centred @ prior
     within = np.eye(24) - np.kron(np.eye(3), np.full((8, 8), 1 / 8))  # what is equal in a segment means nothing
@@ -128,7 +152,7 @@ def test_the_fitted_weights_tell_single_experts_pairs_and_noise_apart() -> None:
     noise = rng.normal(size=250)
 
     def fitted(scores: np.ndarray) -> np.ndarray:
-        return fit_weights(inner, features, (scores - scores.mean()) / scores.std(), np.ones(250))
+        return fit_weights(inner, features, (scores - scores.mean()) / scores.std(), alone(250))
 
     for place, scores in enumerate((linear + 0.1 * noise, pairs + 0.1 * noise, noise + 0.1 * linear)):
         weights = fitted(scores)
@@ -140,14 +164,28 @@ def test_a_right_opinion_gets_weight_and_a_wrong_one_none() -> None:
     worth = rng.normal(size=(3, 8))
     features = FeatureMaker(SPACE, [list(worth), list(rng.normal(size=(3, 8)))])(SPACE.drawn(60, rng))
     scores = features.bits @ worth.ravel() + 0.1 * rng.normal(size=60)
-    weights = fit_weights(features.inner(features), features, (scores - scores.mean()) / scores.std(), np.ones(60))
-    assert weights[2] > 0.1 > weights[3]
+    weights = fit_weights(features.inner(features), features, (scores - scores.mean()) / scores.std(), alone(60))
+    assert weights[4] > 0.1 > weights[5]
 
 
 def test_a_score_of_fewer_examples_counts_less(known: Features, scores: np.ndarray) -> None:
     def at_the_first(noise: float) -> float:
-        shares = np.where(np.arange(20) == 0, noise, 1.0)
+        examples = np.where(np.arange(20) == 0, 100 / noise, 100.0)
         changed = scores + np.where(np.arange(20) == 0, 1.0, 0.0)
-        return float(Posterior(known.inner(known), known, changed, shares, WEIGHTS).of_known[0])
+        found = Posterior(known.inner(known), known, changed, Noise.of(examples, np.full(20, -1)), WEIGHTS)
+        return float(found.of_known[0])
 
     assert at_the_first(1.0) > at_the_first(100.0) + 0.1
+
+
+def test_what_a_whole_sample_is_better_by_is_taken_for_its_own(known: Features, scores: np.ndarray) -> None:
+    """An easy sample lifts ten scores together; each on a sample of its own, they would be ten good prunings."""
+    weights = WEIGHTS.copy()
+    weights[3] = 1.0
+    easy = scores + np.where(SAMPLES == 0, 0.2, 0.0)
+
+    def lead(samples: np.ndarray) -> float:
+        found = Posterior(known.inner(known), known, easy, Noise.of(EXAMPLES, samples), weights).of_known
+        return float(found[:10].mean() - found[10:].mean())
+
+    assert lead(SAMPLES) < lead(np.arange(20)) - 0.05

@@ -34,7 +34,7 @@ def test_generated_texts_equal_those_of_each_prompt_alone(tmp_path, build, batch
     got = {}
     for batch in task.batches("search"):
         for number, text in zip(
-            batch.examples, task.scorer.texts(generate_greedily(model, tokenizer, batch)[0]), strict=True
+            batch.examples, task.scorer.texts(generate_greedily(model, tokenizer, batch).new), strict=True
         ):
             got[int(number)] = text
     assert [got[number] for number in range(len(PROMPTS))] == expected
@@ -50,10 +50,10 @@ def test_generation_ends_at_the_stop_text(tmp_path):
     rows = [{"prompt": "yes", "answers": ["x"]}, {"prompt": "yes no", "answers": ["x"]}]
     task = tiny.make_task(tmp_path / "t", rows, tokenizer, batch_tokens=1, max_new_tokens=8, stop=stop)
     batch = task.batches("search")[0]
-    new, is_finite = generate_greedily(model, tokenizer, batch)
+    new, is_finite, active, num_new = generate_greedily(model, tokenizer, batch)
     assert is_finite.all()
     assert task.scorer.texts(new) == [free.split(stop)[0]]
-    assert new.shape[1] < 8
+    assert new.shape[1] < 8 and num_new.tolist() == [new.shape[1]] and active is None
 
 
 def test_metrics_that_the_examples_cannot_have_are_left_out(tmp_path):
@@ -89,6 +89,6 @@ def test_logits_that_are_not_finite_stop_generation(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     task = tiny.make_task(tmp_path / "t", [{"prompt": p, "answers": "x"} for p in PROMPTS], tokenizer)
-    new, is_finite = generate_greedily(model, tokenizer, task.batches("search")[0])
-    assert not is_finite.any()
-    assert new.shape[1] == 1
+    generated = generate_greedily(model, tokenizer, task.batches("search")[0])
+    assert not generated.is_finite.any()
+    assert generated.new.shape[1] == 1

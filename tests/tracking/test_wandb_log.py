@@ -92,6 +92,8 @@ def test_history_is_what_the_journal_holds(record: Record, finished: RunFolder) 
     assert len(expected) < len(found) == 40
     best = np.maximum.accumulate([fitness for _, fitness in expected])
     assert [value for position, value in record.points("best/fitness") if (position in dict(expected))] == list(best)
+    active = [one.outcome.metrics["syll/active_experts"] for one in found if isinstance(one.outcome, Evaluation)]
+    assert [value for _, value in record.points("active_experts")] == active
     assert record.points("failures")[-1] == (40, 40 - len(expected))
     assert record.points("population/std")[-1][1] == pytest.approx(np.std([fitness for _, fitness in expected]))
     random = [one.evaluation.fitness for one in individuals(finished.path, RANDOM) if one.outcome.duration_s != 0.1]

@@ -28,7 +28,7 @@ from moe_evo.tracking.terminal import TerminalTracker
 
 WANDB = str(Path(sys.executable).with_name("wandb"))
 CONFIG = RunConfig(
-    model=ModelConfig(self_check=False),
+    model=ModelConfig(self_check=False, top_p=0.9),
     tasks=[TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)],
     search=SearchConfig(num_kept=4, evaluations=40, seed=3),
     evaluation=EvaluationConfig(threads=1),

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from moe_evo.evaluation.engine.packing import ALL, Packing
 from moe_evo.evaluation.engine.reading import Reading
-from moe_evo.evaluation.engine.scoring import Scoring
+from moe_evo.evaluation.engine.scoring import Scored, Scoring
 from moe_evo.evaluation.engine.stages import Stages
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.engine.traversal import Traversal
@@ -57,13 +55,13 @@ class Engine:
         self,
         batch: ForwardBatch,
         genomes: Sequence[Genome],
-        emit: Callable[[int, Tensor], None],
+        emit: Callable[[int, Scored], None],
         *,
         copies: int = 1,
         keep: bool = True,
         packing: Packing = ALL,
     ) -> None:
-        """Call `emit(number, logits)` once for every genome, in any order; logits: (M, V).
+        """Call `emit(number, scored)` once for every genome, in any order.
 
         copies: the most genomes that fit into memory in one forward pass of a layer. packing: how many of those are
         passed together. keep: the batch will be used again, so its states are kept.

@@ -1,8 +1,9 @@
-"""The logits of the scored tokens, as the purpose of a traversal."""
+"""The logits of the scored tokens, and how many experts these ran, as the purpose of a traversal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +15,19 @@ from moe_evo.models.forward.layer_halves import EmbeddedBatch
 from moe_evo.tasks.base import ForwardBatch
 
 
+class Scored(NamedTuple):
+    """What one genome makes of a batch.
+
+    logits: (M, V). active: (M,) how many experts each of these tokens ran, all MoE layers together; None without
+    dynamic routing.
+    """
+
+    logits: Tensor
+    active: Tensor | None
+
+
 class Scoring:
-    """Each genome gets logits (M, V). It takes nothing along but the residual stream."""
+    """Each genome gets what is `Scored`. It takes nothing along but the residual stream."""
 
     def __init__(self, stages: Stages, batch: ForwardBatch) -> None:
         self._layer_halves, self._states = stages.layer_halves, stages.states
@@ -41,5 +53,5 @@ class Scoring:
         hidden = self._layer_halves.attend(stage, hidden, embedded, PastKeyValues(before) if before else None)
         return hidden, [() for _ in range(copies)]
 
-    def result(self, node: Node[None]) -> Tensor:
-        return self._layer_halves.finish(node.residual[0])
+    def result(self, node: Node[None]) -> Scored:
+        return Scored(self._layer_halves.finish(node.residual[0]), None if node.active is None else node.active[0])

@@ -91,7 +91,7 @@ def _why_no_stages(engine: Engine, prefix_tokens: int = 0) -> str:
     tokens[:, :prefix_tokens] = tokens[:1, :prefix_tokens].clone()
     found: list[Tensor] = []
     batch = _batch(tokens, prefix_tokens)
-    engine.run(batch, [model.shape.identity()], lambda _, logits: found.append(logits), keep=False)
+    engine.run(batch, [model.shape.identity()], lambda _, scored: found.append(scored.logits), keep=False)
     return disagreement(found[0], _own_logits(model, tokens)[:, prefix_tokens:].flatten(0, 1), model.dtype)
 
 

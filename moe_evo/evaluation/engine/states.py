@@ -25,10 +25,12 @@ class State:
     """The residual stream (P, T, H) at the input of one MoE block.
 
     read: keys and values of the decoder layers since the previous MoE block; () where no later token needs them.
+    active: how many experts each token ran in the MoE blocks before, (P, T); None without dynamic routing.
     """
 
     residual: Tensor
     read: tuple[KeyValues, ...] = ()
+    active: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -36,19 +38,20 @@ class State:
 
     def to(self, device: torch.device) -> State:
         """A copy on `device`, without copying tensors that are there already."""
-        return State(
-            self.residual.to(device), tuple((keys.to(device), values.to(device)) for keys, values in self.read)
-        )
+        read = tuple((keys.to(device), values.to(device)) for keys, values in self.read)
+        return State(self.residual.to(device), read, None if self.active is None else self.active.to(device))
 
     def compact(self) -> State:
         """Tensors with memory of their own: a view would keep the whole tensor that it is a part of alive."""
         read = tuple((_compact(keys), _compact(values)) for keys, values in self.read)
-        return State(_compact(self.residual), read)
+        return State(_compact(self.residual), read, None if self.active is None else _compact(self.active))
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.residual
         for layer in self.read:
             yield from layer
+        if self.active is not None:
+            yield self.active
 
 
 class StateCache:

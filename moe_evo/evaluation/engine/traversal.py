@@ -31,13 +31,15 @@ class Node(Generic[Carried]):
     """Genomes with the same first genes, at the input of the MoE block after those.
 
     members: their numbers. residual: the residual stream there, (P, T, H); where only scored tokens go on, these
-    alone, (1, M, H). prefix_state: the state of the batch's shared prefix at the same place; None without one.
+    alone, (1, M, H). active: how many experts each of these tokens ran so far; None without dynamic routing.
+    prefix_state: the state of the batch's shared prefix at the same place; None without one.
     carried: what the purpose takes along.
     """
 
     first_genes: FirstGenes
     members: Sequence[int]
     residual: Tensor
+    active: Tensor | None
     prefix_state: State | None
     carried: Carried
 
@@ -134,12 +136,12 @@ class Traversal(Generic[Carried, Result]):
             assert not first_genes, "only the beginning of all genomes can be computed without states"
             prefix_state = self._prefix_state(())
             residual, (read,) = self._attend(0, self._embedded.hidden, [prefix_state])
-            return self._arrive(first_genes, members, residual, prefix_state, carried, read)
+            return self._arrive(first_genes, members, residual, None, prefix_state, carried, read)
         for length, state in enumerate(kept, start=len(first_genes) + 1 - len(kept)):
             prefix_state = self._prefix_state(genes[:length], prefix_state)
             state = state.to(self._stages.model.device)
             carried = self._purpose.carry(carried, prefix_state, state.read)
-        return Node(first_genes, members, state.residual, prefix_state, carried)
+        return Node(first_genes, members, state.residual, state.active, prefix_state, carried)
 
     def _descend(self, stage: int, nodes: Iterable[Node[Carried]]) -> None:
         """From in front of MoE block `stage` to the end, as many branches at a time as fit."""
@@ -186,14 +188,25 @@ class Traversal(Generic[Carried, Result]):
         with self._packing.timed(kind, len(branches)):
             residual = torch.cat([branch.node.residual for branch in branches])
             hidden = self._layer_halves.mix(stage, residual, plans, self._embedded)
+            active = self._active(stage, branches)
             if self._attends(stage):
                 hidden, reads = self._attend(stage + 1, hidden, prefix_states)
         return [
-            self._arrive(branch.first_genes, branch.members, own, prefix_state, branch.node.carried, read)
-            for branch, own, prefix_state, read in zip(
-                branches, hidden.chunk(len(branches)), prefix_states, reads, strict=True
+            self._arrive(branch.first_genes, branch.members, own, some, prefix_state, branch.node.carried, read)
+            for branch, own, some, prefix_state, read in zip(
+                branches, hidden.chunk(len(branches)), active, prefix_states, reads, strict=True
             )
         ]
+
+    def _active(self, stage: int, branches: Sequence[_Branch[Carried]]) -> list[Tensor | None]:
+        """For each branch how many experts its tokens have run, MoE block `stage` included, which has just run."""
+        found = self._stages.model.layers[stage].num_active
+        if found is None:
+            return [None] * len(branches)
+        residuals = [branch.node.residual for branch in branches]
+        own = found.to(residuals[0].device).reshape(-1, *residuals[0].shape[1:-1]).chunk(len(branches))
+        before = [branch.node.active for branch in branches]
+        return [one if some is None else some + one for one, some in zip(own, before, strict=True)]
 
     def _attend(
         self, stage: int, hidden: Tensor, prefix_states: Sequence[State | None]
@@ -219,6 +232,7 @@ class Traversal(Generic[Carried, Result]):
         first_genes: FirstGenes,
         members: Sequence[int],
         residual: Tensor,
+        active: Tensor | None,
         prefix_state: State | None,
         carried: Carried,
         read: tuple[KeyValues, ...],
@@ -227,7 +241,10 @@ class Traversal(Generic[Carried, Result]):
         if (
             len(first_genes) == self._layer_halves.num_stages - self._layer_halves.ends_with_moe
         ):  # behind it no token sees another
-            residual = residual[self._batch.kept.to(residual.device)][None]
+            kept = self._batch.kept.to(residual.device)
+            residual = residual[kept][None]
+            active = None if active is None else active[kept.to(active.device)][None]
         if self._keep and len(first_genes) < self._layer_halves.num_stages:
-            self._states.keep(self._batch, first_genes, State(residual, read))
-        return Node(first_genes, members, residual, prefix_state, self._purpose.carry(carried, prefix_state, read))
+            self._states.keep(self._batch, first_genes, State(residual, read, active))
+        carried = self._purpose.carry(carried, prefix_state, read)
+        return Node(first_genes, members, residual, active, prefix_state, carried)

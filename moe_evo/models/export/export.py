@@ -27,6 +27,7 @@ from moe_evo.models.export.pruned import load_pruned, save_pruned
 from moe_evo.models.export.target_folder import EXPORT_RECORD, check_target, written_beside
 from moe_evo.models.merging import is_selection
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.variants.dynamic_routing import DynamicRouting
 from moe_evo.models.view import MoEModel
 from moe_evo.models.weight_shapes import is_whole
 
@@ -69,7 +70,7 @@ def export_checkpoint(
     folder = Path(folder).expanduser().absolute()
     check_fits(genome, moe.shape)
     check_router(genome, moe.router_mode, renormalises=moe.family.renormalises(moe.language_model.config))
-    check_skips_nothing(skips_dynamically=moe.skips_dynamically)
+    check_fixed_top_k(moe.dynamic_routing)
     check_own_experts("meo" if moe.computes_meo else "own")
     if not all(map(is_whole, moe.language_model.parameters())):
         raise ExportError(f"{folder}: parts of the model are not in this process; export with model.sharding single")
@@ -113,12 +114,12 @@ def check_own_experts(experts: ExpertsMode) -> None:
         )
 
 
-def check_skips_nothing(*, skips_dynamically: bool) -> None:
-    """Raise ExportError where tokens do without their second expert now and then."""
-    if skips_dynamically:
+def check_fixed_top_k(dynamic_routing: DynamicRouting | None) -> None:
+    """Raise ExportError where tokens do without some of their experts."""
+    if dynamic_routing is not None:
         raise ExportError(
-            "model.dynamic_skipping: no stock architecture skips experts token by token; export without it, and skip "
-            "where the model is served"
+            f"{dynamic_routing.option}: a stock architecture runs all top_k experts for every token; export without "
+            "it, and route so where the model is served"
         )
 
 

@@ -14,6 +14,7 @@ from tiny_models import VARIANTS, random_merge, random_pruning, tiny_model, vari
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.engine.engine import Engine
+from moe_evo.evaluation.engine.scoring import Scored
 from moe_evo.evaluation.engine.states import State, StateCache
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.genome import Genome
@@ -77,9 +78,9 @@ def plain(moe: MoEModel, batch: ForwardBatch, genome: Genome) -> torch.Tensor:
 
 @torch.inference_mode()
 def run(engine: Engine, batch: ForwardBatch, genomes: Sequence[Genome], **options: int | bool) -> list[torch.Tensor]:
-    found: dict[int, torch.Tensor] = {}
-    engine.run(batch, genomes, lambda number, logits: found.update({number: logits}), **options)
-    return [found[number] for number in range(len(genomes))]
+    found: dict[int, Scored] = {}
+    engine.run(batch, genomes, found.__setitem__, **options)
+    return [found[number].logits for number in range(len(genomes))]
 
 
 @pytest.mark.parametrize("copies", [1, 3, 100])

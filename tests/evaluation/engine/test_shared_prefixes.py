@@ -17,6 +17,7 @@ from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.evaluation.engine.generate import generate_together
 from moe_evo.evaluation.engine.packing import ALL
+from moe_evo.evaluation.engine.scoring import Scored
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.genome import Genome
@@ -93,9 +94,9 @@ def population(moe: MoEModel) -> list[Genome]:
 
 @torch.inference_mode()
 def run(engine: Engine, batch: ForwardBatch, genomes: Sequence[Genome], **options: Any) -> list[torch.Tensor]:
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Scored] = {}
     engine.run(batch, genomes, found.__setitem__, **options)
-    return [found[number] for number in range(len(genomes))]
+    return [found[number].logits for number in range(len(genomes))]
 
 
 @pytest.mark.parametrize("gib", [0.0, 1.0])
@@ -183,10 +184,10 @@ def test_prompts_that_are_read_before_are_continued_as_stock_generate_does(
         stock = [generate_together(moe, None, batch, [genome], True, ALL)[0] for genome in genomes]
         for _ in range(2):  # the second time from what is kept
             together = generate_together(moe, engine, batch, genomes, True, ALL)
-            for (expected, _), (new, is_finite) in zip(stock, together, strict=True):
+            for (expected, *_), (new, is_finite, *_) in zip(stock, together, strict=True):
                 length = expected.shape[1]  # others may write on, while ended rows are filled up
                 assert is_finite.all() and torch.equal(new[:, :length], expected) and not new[:, length:].any()
-        answers |= {str(new.tolist()) for new, _ in stock}
+        answers |= {str(one.new.tolist()) for one in stock}
     assert len(answers) > len(batches)
 
 
@@ -224,9 +225,9 @@ def test_a_prompt_of_one_token_is_left_to_generate(mixtral: MoEModel) -> None:
     engine, genome = Engine(mixtral, StateCache(1, CPU)), random_pruning(mixtral.shape, 4)
     (batch,) = generate_batches([Row(0, (7,), 0), Row(1, (7, 8), 1)], BatchLimits(64, 96, shared_prefix=()), 6, "")
     assert batch.prompt is None
-    ((new, _),) = generate_together(mixtral, engine, batch, [genome], True, ALL)
-    ((expected, _),) = generate_together(mixtral, None, batch, [genome], True, ALL)
-    assert new.tolist() == expected.tolist()
+    (together,) = generate_together(mixtral, engine, batch, [genome], True, ALL)
+    (expected,) = generate_together(mixtral, None, batch, [genome], True, ALL)
+    assert together.new.tolist() == expected.new.tolist()
 
 
 def few_shot(moe: MoEModel, folder: Path, kind: str, **config: Any) -> Evaluator:

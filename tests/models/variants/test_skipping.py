@@ -18,13 +18,18 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, ExportError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.models.experts.outputs import observed_experts
-from moe_evo.models.export.export import check_skips_nothing, export_checkpoint
+from moe_evo.models.export.export import check_fixed_top_k, export_checkpoint
 from moe_evo.models.load import load_model
 from moe_evo.models.source import ModelSource
-from moe_evo.models.variants.skipping import without_second
+from moe_evo.models.variants.dynamic_routing import Skipping, active_weights
 from moe_evo.models.view import MoEModel
 
 BETA = 0.4
+
+
+def without_second(weights: torch.Tensor, beta: float, *, renormalises: bool) -> torch.Tensor:
+    active = Skipping(beta).active(0, (weights, weights, weights.long()))
+    return active_weights(weights, active, renormalises=renormalises)
 
 
 def by_hand(weights: torch.Tensor, beta: float, *, renormalises: bool) -> torch.Tensor:
@@ -50,14 +55,14 @@ def test_the_smaller_weight_of_a_token_goes_where_it_is_below_its_share(renormal
 def test_another_number_of_experts_is_left_alone() -> None:
     for top_k in (1, 3):
         weights = torch.rand((5, top_k))
-        assert without_second(weights, 1.0, renormalises=True) is weights
+        assert torch.equal(without_second(weights, 1.0, renormalises=True), weights)
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_skips_as_weights_changed_by_hand_do(family: str) -> None:
     beta = 0.9 if family in ("deepseek_v3", "glm4_moe") else BETA  # a sigmoid's weights are more alike
     model = tiny_model(family)
-    plain, skipping = MoEModel(copy.deepcopy(model)), MoEModel(model, dynamic_skipping=beta)
+    plain, skipping = MoEModel(copy.deepcopy(model)), MoEModel(model, dynamic_routing=Skipping(beta))
     renormalises = plain.family.renormalises(plain.language_model.config)
 
     def change(_router, _inputs, output):
@@ -81,7 +86,7 @@ def test_every_family_skips_as_weights_changed_by_hand_do(family: str) -> None:
 
 
 def test_layers_may_have_thresholds_of_their_own() -> None:
-    moe = MoEModel(tiny_model("mixtral"), dynamic_skipping=[0.0, 1.0, 0.0])
+    moe = MoEModel(tiny_model("mixtral"), dynamic_routing=Skipping([0.0, 1.0, 0.0]))
     skipped = {0: 0.0, 1: 0.0, 2: 0.0}
 
     def see(layer, index, gates, outputs):
@@ -95,22 +100,22 @@ def test_layers_may_have_thresholds_of_their_own() -> None:
 def test_a_loaded_model_skips_and_passes_its_self_check(checkpoint) -> None:
     config = ModelConfig(path=str(checkpoint("mixtral")), device="cpu", dynamic_skipping=BETA)
     skipping, plain = load_model(ModelSource(config)), load_model(ModelSource(replace(config, dynamic_skipping=None)))
-    assert skipping.skips_dynamically and not plain.skips_dynamically
+    assert skipping.dynamic_routing == Skipping(BETA) and plain.dynamic_routing is None
     assert not torch.equal(logits(skipping.language_model, tokens()), logits(plain.language_model, tokens()))
     none = load_model(ModelSource(replace(config, dynamic_skipping=0.0)))
     assert torch.equal(logits(none.language_model, tokens()), logits(plain.language_model, tokens()))
 
 
 def test_a_pruned_model_that_skips_is_a_stock_model_that_skips() -> None:
-    moe = MoEModel(tiny_model("mixtral"), dynamic_skipping=BETA)
+    moe = MoEModel(tiny_model("mixtral"), dynamic_routing=Skipping(BETA))
     genome = random_pruning(moe.shape, 4)
-    stock = MoEModel(stock_model(tiny_model("mixtral"), genome, moe.shape), dynamic_skipping=BETA)
+    stock = MoEModel(stock_model(tiny_model("mixtral"), genome, moe.shape), dynamic_routing=Skipping(BETA))
     with moe.applied(genome):
         torch.testing.assert_close(logits(moe.language_model, tokens()), logits(stock.language_model, tokens()))
 
 
 def test_genomes_that_share_layers_skip_as_each_alone_does(tmp_path: Path) -> None:
-    moe = MoEModel(tiny_model("mixtral", vocab_size=350), tiny.tiny_tokenizer(bos=True), dynamic_skipping=BETA)
+    moe = MoEModel(tiny_model("mixtral", vocab_size=350), tiny.tiny_tokenizer(bos=True), dynamic_routing=Skipping(BETA))
     rows = [{"prompt": f"one two {n} three", "choices": [" yes", " no no"], "label": 0} for n in range(12)]
     task = tiny.make_task(tmp_path, rows, moe.tokenizer)
     genomes = [None, *(random_pruning(moe.shape, 4, seed=seed) for seed in range(3)), random_merge(moe.shape, 4)]
@@ -151,10 +156,10 @@ def test_a_search_with_the_wrong_number_of_thresholds_leaves_no_folder(
 
 
 def test_no_checkpoint_is_made_of_a_model_that_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    moe = MoEModel(tiny_model("mixtral"), dynamic_skipping=BETA)
-    with pytest.raises(ExportError, match="no stock architecture skips experts token by token"):
+    moe = MoEModel(tiny_model("mixtral"), dynamic_routing=Skipping(BETA))
+    with pytest.raises(ExportError, match=r"^model.dynamic_skipping: a stock architecture runs all top_k experts"):
         export_checkpoint(moe, random_pruning(moe.shape, 4), tmp_path / "small", provenance={})
-    check_skips_nothing(skips_dynamically=False)
+    check_fixed_top_k(None)
     words = ["--method", "reap", "--num_kept", "4", "--to", str(tmp_path / "small")]
     assert main(["prune", *words, "--model.dynamic_skipping", "0.5"]) == 2
     assert "model.dynamic_skipping: got 0.5, expected none: a stock checkpoint is made" in capsys.readouterr().err
