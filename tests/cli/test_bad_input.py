@@ -19,7 +19,6 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, Individual
 from moe_evo.genomes.space import ModelShape, SearchSpace
 
-SURROGATE = ["search", "--search.algorithm", "surrogate"]
 BadInput = Callable[[Path], list[str]]
 
 
@@ -218,100 +217,6 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "K above E": (lambda _: ["search", "--search.num_kept", "9"], "search.num_kept: got 9, MoE layer 0 has 8"),
     "K below top_k": (lambda _: ["search", "--search.num_kept", "1"], "set search.top_k to 1"),
-    "a budget without bounds": (
-        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4}"],
-        "search.num_kept: got {'mean': 4}, expected numbers as in {mean: 4, min: 2, max: 8}",
-    ),
-    "a budget out of its bounds": (
-        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 2, min: 3, max: 8}"],
-        "search.num_kept: got {'mean': 2, 'min': 3, 'max': 8}, expected 1 <= min <= mean <= max",
-    ),
-    "a budget above E": (
-        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4, min: 2, max: 9}"],
-        "search.num_kept.max: got 9, MoE layer 0 has 8 experts; give 1 to 8",
-    ),
-    "a budget below top_k": (
-        lambda _: ["search", "--search.algorithm", "surrogate", "--search.num_kept", "{mean: 4, min: 1, max: 8}"],
-        "search.num_kept.min: got 1 with top_k 2 in MoE layer 0",
-    ),
-    "a budget for EEP": (
-        lambda _: ["search", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
-        "expected a number or a list: eep moves no experts between layers; use one of search.algorithm random",
-    ),
-    "a budget for the released EEP": (
-        lambda _: ["search", "--search.algorithm", "eep_release", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
-        "eep_release moves no experts between layers; use one of search.algorithm random, search.algorithm surrogate",
-    ),
-    "a budget for unequal layer groups": (
-        lambda _: [
-            "search",
-            "--search.algorithm",
-            "random",
-            "--search.num_kept",
-            "{mean: 4, min: 2, max: 8}",
-            "--search.num_layer_groups",
-            "3",
-        ],
-        "search.num_layer_groups: got 3 for 4 MoE layers, expected groups of equal size",
-    ),
-    "an unknown objective": (
-        lambda _: ["search", "--search.objectives", "[quality,speed]"],
-        "search.objectives: got ['quality', 'speed'], expected some of quality, tasks, parameters, active",
-    ),
-    "an objective twice": (
-        lambda _: ["search", "--search.objectives", "[quality,quality]"],
-        "search.objectives: got ['quality', 'quality'], expected each objective once",
-    ),
-    "objectives without quality": (
-        lambda _: ["search", "--search.objectives", "active"],
-        "search.objectives: got ['active'], expected 'quality' or 'tasks' among them",
-    ),
-    "objectives for EEP": (
-        lambda _: ["search", "--search.objectives", "[quality,active]"],
-        "search.objectives: got ['quality', 'active'], expected [quality]: eep has one objective; use one of",
-    ),
-    "parameters as an objective with one K": (
-        lambda _: [*SURROGATE, "--search.objectives", "[quality,parameters]", "--search.num_kept", "4"],
-        "search.num_kept: got 4, expected bounds such as {min: 2, max: 8}, as 'parameters' is an objective",
-    ),
-    "parameters as an objective with a mean": (
-        lambda _: [
-            *SURROGATE,
-            "--search.objectives",
-            "[quality,parameters]",
-            "--search.num_kept",
-            "{mean: 4, min: 2, max: 8}",
-        ],
-        "expected numbers as in {min: 2, max: 8}, as 'parameters' is an objective",
-    ),
-    "active as an objective with one active expert": (
-        lambda _: [*SURROGATE, "--search.objectives", "[quality,active]", "--search.top_k", "1"],
-        "search.objectives: got 'active', but top_k is 1 in every layer; leave it out",
-    ),
-    "tasks as objectives with one task": (
-        lambda _: [*SURROGATE, "--search.objectives", "tasks"],
-        "search.objectives: got ['tasks'], expected 'quality', as there is one task; give two or more tasks",
-    ),
-    "tasks as objectives on fresh examples": (
-        lambda _: [
-            *SURROGATE,
-            "--search.objectives",
-            "tasks",
-            "--tasks",
-            "[syll,nli]",
-            "--evaluation.examples",
-            "fresh",
-        ],
-        "evaluation.examples: got 'fresh', expected 'fixed', as each task is an objective",
-    ),
-    "more tasks than objectives": (
-        lambda _: [*SURROGATE, "--search.objectives", "tasks", "--tasks", "[syll,nli,city,arith,infl,gloss,langid]"],
-        "search.objectives: got ['tasks'], expected at most 6 objectives with one for each of the 7 tasks",
-    ),
-    "a race with objectives": (
-        lambda _: [*SURROGATE, "--search.objectives", "[quality,active]", "--evaluation.race", "0.95"],
-        "evaluation.race: got 0.95, expected none, as search.objectives has several",
-    ),
     "K list of another length": (lambda _: ["search", "--search.num_kept", "[4,4]"], "the model has 4 MoE layers"),
     "K not a multiple": (lambda _: ["search", "--search.multiple_of", "3"], "multiple of search.multiple_of 3"),
     "too many groups": (lambda _: ["search", "--search.num_layer_groups", "5"], "search.num_layer_groups: got 5"),
