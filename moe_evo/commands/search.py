@@ -98,7 +98,7 @@ def _chosen(
         chosen = run_search(
             config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider
         )
-        return chosen, scored_front(config, journal, pool, tracker, found.data)
+        return chosen, scored_front(config, space, journal, pool, tracker, found.data)
 
 
 def _save_winners(

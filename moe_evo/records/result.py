@@ -129,7 +129,8 @@ class Row:
 class FrontPoint:
     """A genome that no other one of its search beats in all objectives.
 
-    row: with the key front-1, front-2, ... values: its objectives by split and name, such as quality or experts.
+    row: with the key front-1, front-2, ... values: its objectives by split and name, such as quality or experts; under
+    'expected' what the search expected of it, by which the front was chosen.
     """
 
     row: Row

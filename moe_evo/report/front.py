@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moe_evo.records.result import RunResult
+from moe_evo.records.result import FrontPoint, RunResult
 from moe_evo.report.plan import count_label
 from moe_evo.report.table import experts_label, loader_label, plain_table
 
@@ -30,12 +30,13 @@ class FrontTable:
 def front_cells(result: RunResult) -> FrontTable:
     """One line a point: experts, top_k, scores, each task's test score where tasks are objectives, size and loader."""
     tasks = [name for name in names_of(result) if name.startswith("quality ")]
-    headings = ["", "experts", "top_k", "search", "validation", "test [95 % interval]"]
+    headings = ["", "experts", "top_k", "expected", "search", "validation", "test [95 % interval]"]
     headings += [f"test {name.removeprefix('quality ')}" for name in tasks] + ["parameters", "loads with"]
     rows = []
     for point in result.front:
         row, on_test = point.row, point.values.get("test", {})
-        scores = ["failed" if one is None else f"{one.fitness:.3f}" for one in (row.search, row.validation)]
+        scores = [f"{_expected(point):.3f}"]
+        scores += ["failed" if one is None else f"{one.fitness:.3f}" for one in (row.search, row.validation)]
         scores.append("failed" if row.test is None else str(row.test))
         scores += [f"{on_test[name]:.3f}" if name in on_test else "failed" for name in tasks]
         size = "" if row.parameters is None else count_label(row.parameters)
@@ -48,7 +49,7 @@ def front_table(result: RunResult) -> Table:
     """The front for a terminal."""
     cells = front_cells(result)
     names = names_of(result)
-    table = plain_table(f"front of {_list_of(names)} on the search split, best {names[0]} first")
+    table = plain_table(f"front of {_list_of(names)} as expected on the search split, best {names[0]} first")
     for number, heading in enumerate(cells.headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in cells.rows:
@@ -64,6 +65,12 @@ def export_line(folder: Path, result: RunResult) -> str:
     return f"moe-evo export {quoted} --which {key} --to {shlex.quote(str(folder / key))}"
 
 
+def _expected(point: FrontPoint) -> float:
+    """The mean over tasks of what the search expected."""
+    found = [value for name, value in point.values["expected"].items() if name.startswith("quality")]
+    return sum(found) / len(found)
+
+
 def names_of(result: RunResult) -> list[str]:
     """The names of the objectives."""
     return list(dict.fromkeys(name for point in result.front for one in point.values.values() for name in one))
@@ -72,7 +79,7 @@ def names_of(result: RunResult) -> list[str]:
 def front_picture(result: RunResult) -> str:
     """An SVG of the first two objectives: quality against size or active experts, or one task against another.
 
-    Full dots are test scores, empty ones those of the search split. A dashed line is the full model's test score.
+    Full dots are test scores, empty ones what the search expected. A dashed line is the full model's test score.
     """
     names = names_of(result)
     if len(names) < 2:
@@ -80,7 +87,7 @@ def front_picture(result: RunResult) -> str:
     (across, upward) = (names[0], names[1]) if names[1].startswith("quality") else (names[1], names[0])
     dots = [
         (point.row.key, split, values[across], values[upward])
-        for split in ("search", "test")
+        for split in ("expected", "test")
         for point in result.front
         if across in (values := point.values.get(split, {}))
     ]

@@ -51,14 +51,16 @@ class Objectives:
         found = [[*self.learned(one.evaluation), *self._known_of(one.genome)] for one in individuals]
         return np.array(found, dtype=np.float64)
 
-    def values(self, individual: Individual) -> dict[str, float]:
-        """The T + K objectives by name: 'quality' or 'quality TASK', and 'experts' and 'top_k', means over layers."""
+    def values(self, individual: Individual, point: Numbers | None = None) -> dict[str, float]:
+        """The T + K objectives by name: 'quality' or 'quality TASK', and 'experts' and 'top_k', means over layers.
+
+        point: (T + K,) other values than those of the individual itself.
+        """
         scores = individual.evaluation.scores or {}
         names = [f"quality {name}" for name in sorted(scores)] if self._by_task else ["quality"]
-        known = {
-            NAMES[name]: -value for name, value in zip(self._known, self._known_of(individual.genome), strict=True)
-        }
-        return dict(zip(names, self.learned(individual.evaluation), strict=True)) | known
+        point = self.points([individual])[0] if point is None else point
+        signed = zip([*names, *(NAMES[name] for name in self._known)], point.tolist(), strict=True)
+        return {name: value if name in names else -value for name, value in signed}
 
     def _known_of(self, genome: Genome) -> list[float]:
         numbers = {PARAMETERS: genome.num_kept, ACTIVE: genome.top_k}

@@ -99,17 +99,25 @@ class Scored:
 
 
 def expected_scores(space: SearchSpace, population: Population) -> dict[int, float]:
-    """What each individual, by its candidate's number, can be expected to score on examples like the known ones.
+    """What each individual, by its candidate's number, can be expected to score on examples like the known ones."""
+    expected = expected_points(space, population, Objectives([QUALITY]))[:, 0].tolist()
+    return {one.number: score for one, score in zip(population, expected, strict=True)}
+
+
+def expected_points(space: SearchSpace, population: Population, objectives: Objectives) -> Numbers:
+    """(N, M) what can be expected of each individual's objectives on examples like the known ones.
 
     A pruning's own score is weighed against those of all prunings that have experts in common with it. Where there are
     too few of them, and for a genome that merges experts, it is the score itself.
     """
-    expected = {one.number: one.evaluation.fitness for one in population}
+    points = objectives.points(population.individuals)
     if space.can_prune and len(population.prunings) >= FEWEST_SCORED:
         masks = MaskSpace(space)
-        scored = Scored(masks, FeatureMaker(masks), Objectives([QUALITY]))
+        scored = Scored(masks, FeatureMaker(masks), objectives)
         scored.notice(population)
-        known = scored.before(max(expected) + 1)
-        means = scored.posteriors(known)[0].of_known
-        expected |= dict(zip(scored.numbers[known].tolist(), means.tolist(), strict=True))
-    return expected
+        rows = {one.number: row for row, one in enumerate(population)}
+        known = scored.before(max(rows) + 1)
+        found = [rows[number] for number in scored.numbers[known].tolist()]
+        for column, posterior in enumerate(scored.posteriors(known)):
+            points[found, column] = posterior.of_known
+    return points

@@ -27,7 +27,7 @@ from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
 from moe_evo.records.result import RunResult
 from moe_evo.report.front import names_of
-from moe_evo.tasks.data import REPORTED
+from moe_evo.tasks.data import REPORTED, SPLITS
 from moe_evo.tracking.curves import SearchStatistics
 from moe_evo.versions import ADVICE
 
@@ -303,7 +303,7 @@ def _final_table(result: RunResult) -> wandb.Table:
 
 def _front_table(result: RunResult) -> wandb.Table:
     """One row a point of the front: its objectives on every split, its size, and what loads its checkpoint."""
-    names = [f"{split}/{name}" for split in ("search", "validation", "test") for name in names_of(result)]
+    names = [f"{split}/{name}" for split in ("expected", *SPLITS) for name in names_of(result)]
     table = wandb.Table(columns=["key", "candidate", "num_kept", "top_k", "parameters", "loader", *names])
     for point in result.front:
         row = point.row
