@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_evo.config.run import RunConfig
+from moe_evo.criteria.merges import router_likeness
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS, criteria_of
 from moe_evo.errors import ModelError, RunError
@@ -16,6 +17,7 @@ from moe_evo.genomes.soup import alike, greedy_soup
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.result import Score, TableRow
+from moe_evo.runs.kept_repairs import without_idle_repairs
 from moe_evo.runs.loop import FULL, Run
 from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
@@ -61,7 +63,8 @@ def run_search(
         assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
     criteria = criteria_of("search.surrogate.priors", config.search.priors if space.can_prune else [])
     priors = {name: one.scores(observer) for name, one in criteria.items()}
-    search = build_search(space, config.search, wider, genomes, priors)
+    likeness = router_likeness(observer) if config.search.repairs and space.can_prune else ()
+    search = build_search(space, config.search, wider, genomes, priors, likeness)
     population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
     contenders = [
         Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])
@@ -102,7 +105,7 @@ def _winners(run: Run, config: RunConfig, population: Population, phases: Sequen
     last = phases[-1] if pruning is None or merges else pruning
     title = last.row_title(number)
     more = _validated(run, config, MAIN, title, population)
-    validated = validated.with_outcomes(one for one in more if one not in validated.individuals)
+    validated = without_idle_repairs(validated.with_outcomes(one for one in more if one not in validated.individuals))
     contenders.append(Contender(MAIN, "best", title, validated.best.candidate, number))
     return [*_soups(run, config, validated, number), *contenders]
 
