@@ -64,9 +64,10 @@ def _normal(evaluation: Evaluation) -> tuple[float, float]:
 
 def _wilson(evaluation: Evaluation) -> tuple[float, float]:
     share, variance = evaluation.fitness, evaluation.standard_error**2
-    # the number of examples for a single task; fewer for an average of tasks; all where the variance is 0
-    number = share * (1 - share) / variance if variance > 0 else evaluation.num_examples
-    if number <= 0:  # a share of 0 or 1 cannot have a variance above 0; then take all examples
+    # the number of examples for a single task, as its variance is that of a sample (n - 1); fewer for an average of
+    # tasks; all where the variance is 0
+    number = share * (1 - share) / variance + 1 if variance > 0 else evaluation.num_examples
+    if number <= 1:  # a share of 0 or 1 cannot have a variance above 0; then take all examples
         number = evaluation.num_examples
     squared = _Z_95**2 / number
     centre = (share + squared / 2) / (1 + squared)

@@ -257,9 +257,9 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
     if alone:
         return (value, score.low, score.high)
     number = task.examples[split]
-    if not _is_share(task, metric) or not 0 <= value <= 1 or not number:
+    if not _is_share(task, metric) or not 0 <= value <= 1 or number < 2:
         return (value, None, None)
-    error = math.sqrt(value * (1 - value) / number)  # of right and wrong answers; scores between them vary less
+    error = math.sqrt(value * (1 - value) / (number - 1))  # of right and wrong answers; scores between them vary less
     wilson = Score.of(Evaluation(value, standard_error=error, num_examples=number), is_share=True)
     return (value, wilson.low, wilson.high)
 

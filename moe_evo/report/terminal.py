@@ -114,8 +114,9 @@ def _luck(result: RunResult) -> str:
     if result.winners_curse is None:
         return ""
     lost = result.winners_curse.search_test
-    told = f"{lost.value:.3f} [{lost.low:.3f}, {lost.high:.3f}]"
-    return f"luck     from search to test split the winner loses {told} against the full model\n"
+    sign, (low, high) = (1, (lost.low, lost.high)) if lost.value >= 0 else (-1, (-lost.high, -lost.low))
+    told = f"{'falls' if sign > 0 else 'rises'} by {sign * lost.value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"luck     winner minus full model {told} from the search to the test split\n"
 
 
 def _expected(result: RunResult) -> str:

@@ -16,7 +16,7 @@ from moe_evo.criteria.registry import METHODS
 from moe_evo.evaluation.fresh_examples import FreshExamples
 from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genomes.genome import Genome
-from moe_evo.genomes.population import Candidate, ExampleScores, Individual, Outcome, Population
+from moe_evo.genomes.population import Candidate, Evaluation, ExampleScores, Individual, Outcome, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.searches.base import Search
@@ -49,7 +49,7 @@ class Run:
             genomes = {one.number: one.genome for one in journal.candidates(name)}
             for split in journal.splits(name):
                 for number, outcome in journal.outcomes(name, split).items():
-                    self._known[genomes[number].digest, split] = outcome
+                    self._remember(genomes[number], split, outcome)
 
     def evolve(self, name: str, title: str, search: Search, evaluations: int) -> Population:
         """Run `search` until `evaluations` candidates are evaluated or it finds nothing new."""
@@ -172,8 +172,13 @@ class Run:
         finished = [(request, self._corrected(request, one)) for request, one in self._pool.next_outcomes()]
         self._journal.record([(request.search, request.number, request.split, one) for request, one in finished])
         for request, outcome in finished:
-            self._known[request.genome.digest, request.split] = outcome
+            self._remember(request.genome, request.split, outcome)
         return finished
+
+    def _remember(self, genome: Genome, split: str, outcome: Outcome) -> None:
+        """Keep an outcome for equal genomes; one that was stopped early is an estimate, and the candidate's own."""
+        if not (isinstance(outcome, Evaluation) and outcome.is_stopped):
+            self._known[genome.digest, split] = outcome
 
     def _corrected(self, request: Request, outcome: Outcome) -> Outcome:
         sample = Sample.read(request.split)

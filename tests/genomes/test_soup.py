@@ -148,7 +148,7 @@ def test_a_run_may_end_with_a_soup_that_is_exported(tmp_path: Path, capsys: pyte
     (tmp_path / "run" / "result.json").unlink()
     assert main(["search", "--resume", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(again), "resumed: nothing is new"
-    assert "luck     from search to test split the winner loses " in capsys.readouterr().out
+    assert "luck     winner minus full model " in capsys.readouterr().out
 
 
 def test_a_run_without_a_soup_says_what_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

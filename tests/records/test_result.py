@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from moe_evo.errors import RunError
+from moe_evo.evaluation.fitness import evaluation_of
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import Score
+from moe_evo.tasks.base import TaskScores
 
 
 def share_of(right: int, number: int) -> Evaluation:
-    share = right / number
-    return Evaluation(share, standard_error=math.sqrt(share * (1 - share) / number), num_examples=number)
+    """As an evaluator makes it of right and wrong answers."""
+    scores = TaskScores(np.arange(number), np.repeat([1.0, 0.0], [right, number - right]), None, {})
+    return evaluation_of({"task": scores}, "mean", is_complete=True, duration_s=0.0)
 
 
-@pytest.mark.parametrize(("right", "number"), [(0, 20), (1, 20), (15, 20), (20, 20), (300, 400)])
+@pytest.mark.parametrize(("right", "number"), [(0, 20), (1, 20), (8, 16), (1, 2), (15, 20), (20, 20), (300, 400)])
 def test_the_interval_of_a_share_is_wilsons_and_stays_within_zero_and_one(right: int, number: int) -> None:
     score = Score.of(share_of(right, number), is_share=True)
     oracle = binomtest(right, number).proportion_ci(method="wilson")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -289,6 +290,32 @@ def test_a_race_stops_who_is_surely_worse_and_goes_on_after_an_interruption(
     assert result["search"]["stopped_early"] == len(stopped)
     assert main(["show", str(tmp_path / "whole")]) == 0
     assert f"40 evaluations (0 failed, {len(stopped)} stopped early)" in capsys.readouterr().out
+
+
+def test_what_was_stopped_early_is_no_score_for_an_equal_genome(
+    resident: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both searches begin with the same prunings; the rivals of one are not those of the other."""
+    evaluation = EvaluationConfig(race=0.5)
+    task = replace(TASK, num_search=80)
+    search = SearchConfig(num_kept=4, evaluations=30, seed=3, eep=EEPConfig(num_initial=30, num_pruning=30))
+    config = replace(CONFIG, tasks=[task], evaluation=evaluation, search=search)
+    tasks = [build_task(one, resident.model.tokenizer, 4096) for one in check_tasks([task])]
+    racing = Evaluator(resident.model, tasks, evaluation)
+    monkeypatch.setattr(open_pool, "load_evaluator", lambda *_: racing)
+    evaluate, scored = racing.evaluate, Counter[str]()
+
+    def counting(genomes: list[Genome], split: str, **more: Any) -> list[Outcome]:
+        scored.update(genome.digest for genome in genomes if split == "search")
+        return evaluate(genomes, split, **more)
+
+    monkeypatch.setattr(racing, "evaluate", counting)
+    with run(tmp_path / "run", config).open_journal() as journal:
+        own = {one.genome.digest: one.outcome.is_stopped for one in journal.individuals("search")}
+        drawn = [one.genome.digest for one in journal.candidates("random")]
+    both = set(own) & set(drawn)
+    assert {own[digest] for digest in both} == {True, False}
+    assert all(scored[digest] == 1 + own[digest] for digest in both)
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_journal(

@@ -27,6 +27,8 @@ from moe_evo.genomes.population import Evaluation, Population
 from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.records.statistics import Difference
+from moe_evo.report.terminal import print_run
 from moe_evo.runs.finalists import are_apart, finalists
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.searches.registry import build_space
@@ -175,3 +177,19 @@ def test_equal_genomes_are_scored_once_on_a_sample(fresh: RunFolder) -> None:
     with fresh.open_journal() as journal:
         digests = Counter(one.genome.digest for one in journal.candidates(MAIN))
     assert max(digests.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (Difference(0.279, 0.2, 0.3, 48), "falls by 0.279 [0.200, 0.300] from the search to the test split"),
+        (Difference(-0.167, -0.3, 0.1, 48), "rises by 0.167 [-0.100, 0.300] from the search to the test split"),
+    ],
+)
+def test_luck_says_which_way_the_lead_went(
+    halved: RunFolder, capsys: pytest.CaptureFixture[str], lost: Difference, told: str
+) -> None:
+    result = halved.read_result()
+    assert result.winners_curse is not None
+    print_run(halved, replace(result, winners_curse=replace(result.winners_curse, search_test=lost)))
+    assert f"luck     winner minus full model {told}\n" in capsys.readouterr().out
