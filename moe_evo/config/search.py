@@ -101,7 +101,8 @@ class SurrogateConfig:
         batch: Candidates between two fits. Each fit knows all that was scored before the batch.
         pool: Prunings among which each candidate is chosen.
         priors: One-shot criteria (moe-evo criteria lists them; or package.module:name) whose opinions of the
-            experts the process knows from the beginning; how far each is right is learned.
+            experts the process knows from the beginning; what each would keep is scored first, and how far it is
+            right is learned.
         repair: Share of the budget, at its end, that goes into repair of the best pruning: each kept expert gets a
             scale and a share of the dropped expert that is most like it, and which are good is learned.
     """

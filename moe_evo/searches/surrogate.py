@@ -57,8 +57,8 @@ class SurrogateSearch(ArchiveSearch):
 
     wider: good prunings that keep more experts; every second initial candidate keeps only experts of one of them.
     seeds: the genomes of `config.init_methods`, by method, which are among the initial candidates. priors: what
-    one-shot criteria think of every expert, (E,) a MoE layer, by name; how far each is right is learned. likeness: how
-    alike two experts are, (E, E) a MoE layer, for repair.
+    one-shot criteria think of every expert, (E,) a MoE layer, by name; what each would keep is scored first, and how
+    far it is right is learned. likeness: how alike two experts are, (E, E) a MoE layer, for repair.
 
     The batch of candidate n begins with candidate f <= n; n depends on the outcomes of the candidates before f.
     """
@@ -94,6 +94,7 @@ class SurrogateSearch(ArchiveSearch):
         )
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
+        self._opinions = [(name, self._masks.by_segment(priors[name])) for name in sorted(priors)]
         self._beginning = Beginning(space, self.num_warmup, config.init_shares, wider, seeds)
         self._objectives = Objectives(config.objectives)
         self._scored = Scored(self._masks, self._features, self._objectives)
@@ -133,6 +134,11 @@ class SurrogateSearch(ArchiveSearch):
             proposed = self._proposed(number)
         if proposed is not None:
             return proposed
+        if number < len(self._opinions) and self.space.can_prune:
+            name, scores = self._opinions[number]
+            liked = self._masks.genome(self._masks.best(scores[None], rng, even=True)[0])
+            if liked not in self._archive:
+                return Candidate(number, liked, name)
         for _ in range(_TRIES):
             candidate = self._beginning.candidate(number, self._archive, rng, partial(self._mutant, rng=rng))
             even = number % 2 == 1  # where layers may differ, what treats all alike is always among the first ones

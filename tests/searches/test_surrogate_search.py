@@ -124,7 +124,19 @@ def test_every_parameter_changes_the_search(changed: dict[str, int]) -> None:
 def test_priors_change_what_is_proposed_and_a_right_one_helps() -> None:
     space = space_of([32] * 6, 8)
     task = ToyTask(space, seed=4)
-    worth = [np.isin(np.arange(32), kept).astype(float) for kept in task.best_pruning]
+    rng = np.random.default_rng(5)
+    worth = [np.isin(np.arange(32), kept) + 0.7 * rng.normal(size=32) for kept in task.best_pruning]
     config = SearchConfig(algorithm="surrogate", evaluations=80)
     knowing, other = (run(build_search(space, config, priors=one), task.evaluate, 80) for one in ({"right": worth}, {}))
     assert knowing.population.best.evaluation.fitness > other.population.best.evaluation.fitness + 0.05
+
+
+def test_what_each_prior_would_keep_is_scored_first_by_its_name() -> None:
+    space = space_of([32] * 6, 8)
+    rng = np.random.default_rng(6)
+    priors = {name: [rng.normal(size=32) for _ in range(6)] for name in ("reap", "ean")}
+    asked = build_search(space, SearchConfig(algorithm="surrogate", evaluations=80), priors=priors).ask(3)
+    assert [one.operator for one in asked] == ["ean", "reap", "random_pruning"]
+    for one in asked[:2]:
+        wanted = [sorted(np.argsort(-layer)[:8].tolist()) for layer in priors[one.operator]]
+        assert [sorted(kept) for kept in one.genome.kept] == wanted
