@@ -103,18 +103,14 @@ class SurrogateConfig:
         priors: One-shot criteria (moe-evo criteria lists them; or package.module:name) whose opinions of the
             experts the process knows from the beginning; what each would keep is scored first, and how far it is
             right is learned.
-        repair: Share of the budget, at its end, that goes into repair of the best pruning: each kept expert gets a
-            scale and a share of the dropped expert that is most like it, and which are good is learned.
     """
 
     num_warmup: int = 30
     batch: int = 10
     pool: int = 600
     priors: list[str] = field(default_factory=list)
-    repair: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.repair < 1, "search.surrogate.repair", self.repair, "a share of at least 0, below 1")
         for option in ("num_warmup", "batch"):
             require(getattr(self, option) >= 1, f"search.surrogate.{option}", getattr(self, option), "at least 1")
         require(self.pool >= 20, "search.surrogate.pool", self.pool, "at least 20")
@@ -126,7 +122,7 @@ class SearchConfig:
 
     Args:
         algorithm: 'eep'; 'eep_release', the same with the published parameters; 'surrogate', which learns from every
-            evaluation and prunes, or repairs too; 'random'; or the search of another package, by its name or as
+            evaluation and only prunes; 'random'; or the search of another package, by its name or as
             package.module:name.
         num_kept: Experts kept in every MoE layer, or a list with one number a layer. Or a budget that layers share,
             as in {mean: 4, min: 2, max: 8}: each layer keeps its own number between min and max, mean on average.
@@ -214,10 +210,6 @@ class SearchConfig:
             PARAMETERS not in given or isinstance(self.num_kept, dict), "search.num_kept", self.num_kept,
             "bounds such as {min: 2, max: 8}, as 'parameters' is an objective",
         )  # fmt: skip
-        require(
-            not (self.repairs and self.has_front), "search.surrogate.repair", self.surrogate.repair,
-            "0, as a front of several objectives has no best pruning",
-        )  # fmt: skip
 
     @property
     def has_front(self) -> bool:
@@ -248,11 +240,6 @@ class SearchConfig:
     def priors(self) -> list[str]:
         """The one-shot criteria whose scores of the experts the search begins with."""
         return self.surrogate.priors
-
-    @property
-    def repairs(self) -> bool:
-        """Whether a part of the budget goes into repair, for which it must be known how alike experts are."""
-        return self.surrogate.repair > 0
 
     @property
     def init_methods(self) -> list[str]:

@@ -135,11 +135,6 @@ def logit_likeness(_: Any, logits: LayerLogits) -> Sums:
     return (_logit_cosines(logits) + 1) / 2
 
 
-def router_likeness(observer: Observer) -> list[Sums]:
-    """How alike two experts are by `logit_likeness`, (E, E) a MoE layer."""
-    return [logit_likeness(None, layer) for layer in observer.about(RouterLogits()).layers]
-
-
 def mean_output_distances(_: Any, layer: LayerAllOutputs) -> Sums:
     """||e_i - e_j||_2 of e_j, the mean of f_j over all tokens"""
     from scipy.spatial.distance import pdist, squareform

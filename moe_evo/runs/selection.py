@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_evo.config.run import RunConfig
-from moe_evo.criteria.merges import router_likeness
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS, criteria_of
 from moe_evo.errors import ModelError
@@ -75,8 +74,7 @@ def run_search(
         assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
     criteria = criteria_of("search.surrogate.priors", config.search.priors if space.can_prune else [])
     priors = {name: one.scores(observer) for name, one in criteria.items()}
-    likeness = router_likeness(observer) if config.search.repairs and space.can_prune else ()
-    search = build_search(space, config.search, wider, genomes, priors, likeness)
+    search = build_search(space, config.search, wider, genomes, priors)
     population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
     contenders = [
         Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])

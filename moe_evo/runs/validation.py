@@ -10,7 +10,6 @@ from moe_evo.genomes.population import Evaluation, Individual, Population
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.runs.finalists import Judged, better_half, finalists, judge, put_together
 from moe_evo.runs.halving import num_parts, part_size
-from moe_evo.runs.kept_repairs import with_their_prunings, without_idle_repairs
 from moe_evo.runs.loop import Run
 from moe_evo.searches.scored import expected_scores
 from moe_evo.tasks.data import TaskData
@@ -22,7 +21,7 @@ class Validation:
 
     Sequential halving (Karnin et al. 2013, Almost optimal exploration in multi-armed bandits): all finalists are scored
     on a quarter of the validation split, the better half of them on another quarter, and the better half of those on
-    the whole split. A repaired pruning wins only if it is better there than what it repairs.
+    the whole split.
     """
 
     def __init__(self, run: Run, config: RunConfig, space: SearchSpace, data: Sequence[TaskData]) -> None:
@@ -45,8 +44,7 @@ class Validation:
             for one in scored:
                 seen[one.number].append(one.evaluation)
             left = better_half([one.individual for one in self._judged(scored, expected, seen)])
-        left = with_their_prunings(left, population)
-        scored = without_idle_repairs(self._scored(search, f"validation: {title}", left, "validation"))
+        scored = self._scored(search, f"validation: {title}", left, "validation")
         if not scored:
             raise RunError(f"{title}: no finalist could be scored on the validation split")
         return self._judged(scored, expected, {one.number: [one.evaluation] for one in scored})

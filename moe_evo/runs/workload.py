@@ -30,7 +30,7 @@ def evaluations_by_split(
     searches = 1 + compares_random
     references = 1 + baselines
     observes = can_prune and bool(  # a pass of its own
-        config.selection.baselines or config.search.init_methods or config.search.priors or config.search.repairs
+        config.selection.baselines or config.search.init_methods or config.search.priors
     )
     # only merged individuals are averaged: each in turn is added to the average that starts with the best
     averages = min(finalists, budget) - 1 if config.selection.soup and is_merged else 0

@@ -23,11 +23,11 @@ class Search(Protocol):
     order. `tell` follows for those of them that are finished, and the search continues as if uninterrupted.
 
     A search is constructed from a space and a `SearchConfig`. One that can begin from given genomes, or with opinions
-    about experts, also takes `wider`, `seeds`, `priors` or `likeness`, see `build_search`. Two static methods are
-    optional: `phases(config, *, can_prune)` returns the plan as a list of `Phase`, and `parameters(config)` what a
-    tracker records. Two attributes say what else it can do: `varies_num_kept = True`, choose how many experts each
-    layer keeps; `has_objectives = True`, search a front of several objectives. `ArchiveSearch` has most of a search,
-    and `moe_evo.testing.searches.SearchContract` tests a new one.
+    about experts, also takes `wider`, `seeds` or `priors`, see `build_search`. Two static methods are optional:
+    `phases(config, *, can_prune)` returns the plan as a list of `Phase`, and `parameters(config)` what a tracker
+    records. Two attributes say what else it can do: `varies_num_kept = True`, choose how many experts each layer keeps;
+    `has_objectives = True`, search a front of several objectives. `ArchiveSearch` has most of a search, and
+    `moe_evo.testing.searches.SearchContract` tests a new one.
 
     >>> import numpy as np
     >>> from moe_evo import Candidate, Evaluation, Individual, ModelShape, SearchSpace

@@ -84,21 +84,20 @@ def build_search(
     wider: Sequence[Genome] = (),
     seeds: Mapping[str, Genome] = MappingProxyType({}),
     priors: Mapping[str, Sequence[npt.NDArray[np.float64]]] = MappingProxyType({}),
-    likeness: Sequence[npt.NDArray[np.float64]] = (),
 ) -> Search:
     """The search that `config.algorithm` names.
 
     wider: good prunings that keep more experts than `space`, for a search that can begin from them. seeds: the
     genomes of `config.init_methods`, by name. priors: scores of every expert, (E,) a MoE layer, by one-shot criterion.
-    likeness: how alike two experts are, (E, E) a MoE layer. A search that takes no such argument does not get it.
+    A search that takes no such argument does not get it.
     """
-    offered = {"wider": wider, "seeds": seeds, "priors": priors, "likeness": likeness}
+    offered = {"wider": wider, "seeds": seeds, "priors": priors}
     taken = {name: given for name, given in offered.items() if begins_from(config.algorithm, name)}
     return SEARCHES.get(config.algorithm, _OPTION)(space, config, **taken)
 
 
 def begins_from(algorithm: str, given: str) -> bool:
-    """Whether a search takes the argument `given` of `build_search`: 'wider', 'seeds', 'priors' or 'likeness'."""
+    """Whether a search takes the argument `given` of `build_search`: 'wider', 'seeds' or 'priors'."""
     return given in signature(SEARCHES[algorithm]).parameters
 
 

@@ -3,8 +3,7 @@
 Candidates come in batches. Before each, a posterior is fitted to all that was scored (posterior.py) and a pool of
 prunings is made around those with the best expected scores (proposals.py). Each candidate is the best of the pool in a
 draw from the posterior (Thompson sampling), so that what is not known well is tried, too. With several objectives it is
-the one that improves their front most (beliefs.py). A part of the budget can go into repair of the best pruning
-(repair.py).
+the one that improves their front most (beliefs.py).
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.searches.base import ArchiveSearch, Phase
 from moe_evo.searches.beginning import Beginning
 from moe_evo.searches.beliefs import Beliefs, Ranking
-from moe_evo.searches.enumeration import num_prunings, unseen_pruning
+from moe_evo.searches.enumeration import unseen_pruning
 from moe_evo.searches.fronts import survivors
 from moe_evo.searches.masks import MaskSpace
 from moe_evo.searches.objectives import Objectives
 from moe_evo.searches.posterior import FeatureMaker
 from moe_evo.searches.proposals import Pool, proposals
-from moe_evo.searches.repair import REPAIR, Repair
 from moe_evo.searches.scored import FEWEST_SCORED, Places, Scored
 
 _TRIES = 32
@@ -53,12 +51,12 @@ class _Batch:
 
 
 class SurrogateSearch(ArchiveSearch):
-    """Finds prunings, and repairs the best one.
+    """Finds prunings.
 
     wider: good prunings that keep more experts; every second initial candidate keeps only experts of one of them.
     seeds: the genomes of `config.init_methods`, by method, which are among the initial candidates. priors: what
     one-shot criteria think of every expert, (E,) a MoE layer, by name; what each would keep is scored first, and how
-    far it is right is learned. likeness: how alike two experts are, (E, E) a MoE layer, for repair.
+    far it is right is learned.
 
     The batch of candidate n begins with candidate f <= n; n depends on the outcomes of the candidates before f.
     """
@@ -73,25 +71,12 @@ class SurrogateSearch(ArchiveSearch):
         wider: Sequence[Genome] = (),
         seeds: Mapping[str, Genome] = MappingProxyType({}),
         priors: Mapping[str, Sequence[npt.NDArray[np.float64]]] = MappingProxyType({}),
-        likeness: Sequence[npt.NDArray[np.float64]] = (),
     ) -> None:
         super().__init__()
         self.space = space
         self.options = config.surrogate
         self.num_warmup = num_warmup(config)
-        self.num_pruning = config.evaluations - num_repair(config)
         self._seed = config.seed
-        self._num_prunings = num_prunings(space)
-        self._repairs = num_repair(config) > 0
-        self._repair = Repair(
-            space,
-            config.seed,
-            start=min(self.num_pruning, self._num_prunings),
-            num_initial=min(config.surrogate.num_warmup, num_repair(config) // 2),
-            size=config.surrogate.batch,
-            pool=config.surrogate.pool,
-            likeness=likeness,
-        )
         self._masks = MaskSpace(space)
         self._features = FeatureMaker(self._masks, [priors[name] for name in sorted(priors)])
         self._opinions = [(name, self._masks.by_segment(priors[name])) for name in sorted(priors)]
@@ -102,14 +87,11 @@ class SurrogateSearch(ArchiveSearch):
 
     @staticmethod
     def phases(config: SearchConfig, *, can_prune: bool) -> list[Phase]:
-        first, repair = num_warmup(config), num_repair(config)
-        phases = [
+        first = num_warmup(config)
+        return [
             Phase("initial prunings", "surrogate", first, only_prunes=True),
-            Phase("proposed prunings", "surrogate", config.evaluations - repair - first, only_prunes=True),
+            Phase("proposed prunings", "surrogate", config.evaluations - first, only_prunes=True),
         ]
-        if repair:
-            phases.append(Phase("repair", "surrogate, repaired", repair, own_operators=(REPAIR,)))
-        return phases
 
     @staticmethod
     def parameters(config: SearchConfig) -> dict[str, Any]:
@@ -118,20 +100,13 @@ class SurrogateSearch(ArchiveSearch):
 
     @property
     def phase(self) -> str:
-        """'initial', 'proposed' or 'repair': what the next candidate belongs to."""
-        number = self._archive.next_number
-        if self._repairs and (number >= self.num_pruning or self._archive.num_prunings >= self._num_prunings):
-            return "repair"
-        return "initial" if number < self.num_warmup else "proposed"
+        """'initial' or 'proposed': what the next candidate belongs to."""
+        return "initial" if self._archive.next_number < self.num_warmup else "proposed"
 
     def _next(self) -> Candidate | None:
         number = self._archive.next_number
         rng = np.random.default_rng([self._seed, number])
-        proposed = None
-        if self.phase == "repair":
-            proposed = self._repair.candidate(number, self._archive, rng)
-        elif self.phase == "proposed":
-            proposed = self._proposed(number)
+        proposed = self._proposed(number) if self.phase == "proposed" else None
         if proposed is not None:
             return proposed
         if number < len(self._opinions) and self.space.can_prune:
@@ -182,10 +157,5 @@ class SurrogateSearch(ArchiveSearch):
 
 
 def num_warmup(config: SearchConfig) -> int:
-    """Candidates before the first proposed one: at most half of the prunings."""
-    return min(config.surrogate.num_warmup, max((config.evaluations - num_repair(config)) // 2, 1))
-
-
-def num_repair(config: SearchConfig) -> int:
-    """Evaluations that go into repair: less than the budget."""
-    return int(config.surrogate.repair * config.evaluations)
+    """Candidates before the first proposed one: at most half of the budget."""
+    return min(config.surrogate.num_warmup, max(config.evaluations // 2, 1))

@@ -24,7 +24,7 @@ from moe_evo.config.cluster import ClusterConfig, PlacementStrategy
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
-from moe_evo.config.search import EEPConfig, SearchConfig, SurrogateConfig
+from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, Problem
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
@@ -121,7 +121,6 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
         {"evaluations": 6, "init": ["reap"]},
         {"evaluations": 6, "algorithm": "surrogate", "num_kept": {"mean": 4, "min": 2, "max": 8}},
         {"evaluations": 6, "algorithm": "random", "objectives": ["quality", "active"]},
-        {"evaluations": 12, "algorithm": "surrogate", "surrogate": SurrogateConfig(repair=0.5)},
     ],
 )
 def test_a_run_makes_no_more_evaluations_than_told(config: dict[str, Any], tmp_path: Path) -> None:

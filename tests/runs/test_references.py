@@ -194,7 +194,7 @@ def test_what_criteria_think_of_experts_is_known_to_a_search_that_learns(
 ) -> None:
     told: list[Any] = []
     made = selection.build_search
-    monkeypatch.setattr(selection, "build_search", lambda *given: (told.append(given[4]), made(*given))[1])
+    monkeypatch.setattr(selection, "build_search", lambda *given: (told.append(given[-1]), made(*given))[1])
     surrogate = SurrogateConfig(num_warmup=8, priors=["reap", "aimer"])
     changed = replace(CONFIG.search, algorithm="surrogate", surrogate=surrogate, eep=EEPConfig())
     folder = run(tmp_path / "run", replace(CONFIG, search=changed))

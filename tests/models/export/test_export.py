@@ -18,7 +18,6 @@ import moe_evo
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ExportError, GenomeError, ModelError
 from moe_evo.genomes.genome import Genome, LayerGenome
-from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.models.agreement import TOLERANCES
 from moe_evo.models.export import export, target_folder
 from moe_evo.models.export.export import export_checkpoint
@@ -27,7 +26,6 @@ from moe_evo.models.export.pruned import load_pruned
 from moe_evo.models.load import load_model
 from moe_evo.models.source import ModelSource
 from moe_evo.models.view import MoEModel
-from moe_evo.searches.repair import Repairs
 
 PROVENANCE = {"base_model": "tiny/random", "search": {"algorithm": "eep", "seed": 0}, "test accuracy": 0.5}
 
@@ -45,12 +43,7 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def random_repair(shape: ModelShape, num_kept: int) -> Genome:
-    repairs = Repairs(SearchSpace.build(shape, num_kept=num_kept), random_pruning(shape, num_kept))
-    return repairs.genome(3 * np.random.default_rng(0).standard_normal(repairs.size))
-
-
-@pytest.mark.parametrize("make", [random_pruning, random_merge, random_repair])
+@pytest.mark.parametrize("make", [random_pruning, random_merge])
 def test_stock_reload_has_the_logits_of_the_view(
     moe: MoEModel, make: Callable[..., Genome], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
