@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.config.task import TaskConfig
+from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.models.source import ModelSource
 from moe_evo.runs.open_pool import load_evaluator
@@ -114,3 +116,45 @@ def test_the_quality_table_is_written_between_its_marks(tmp_path: Path) -> None:
     path.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
     quality.write_between_marks(path, "quality", "new")
     assert path.read_text() == "before\n<!-- quality: begin -->\nnew\n<!-- quality: end -->\nafter\n"
+
+
+def test_repairs_scale_kept_experts_and_take_in_the_dropped_ones_most_like_them() -> None:
+    repairs = script("repairs")
+    likeness = np.zeros((4, 4))
+    likeness[0, 3], likeness[1, 2] = 0.9, 0.5
+    pruning = Genome.from_kept([[0, 1], [1, 2]], 4, 1)
+    made = repairs.Repairs(pruning, [likeness, likeness])
+    assert made.size == 8 and made.genome(np.zeros(8)) == pruning
+    layer = made.genome(np.array([1.0, 0, 0, 0, 0, 2.0, 0, 0])).layers[0]
+    scale, share = np.exp(repairs.SCALE_STEP), 2 * repairs.SHARE_STEP
+    np.testing.assert_allclose(layer.expert_merging, [[scale, 0, 0, 0], [0, 1, share, 0]], rtol=1e-6)
+    assert np.array_equal(layer.router_mapping, pruning.layers[0].router_mapping)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_for_repairs_climbs_further_than_random_ones(seed: int) -> None:
+    repairs, rng = script("repairs"), np.random.default_rng(seed)
+    hidden = rng.standard_normal(16)
+    asked: list[np.ndarray] = []
+
+    def score(numbers: np.ndarray) -> np.ndarray:
+        asked.append(numbers)
+        return -((numbers - hidden) ** 2).mean(axis=1)
+
+    start = float(score(np.zeros((1, 16)))[0])
+    numbers, scores = repairs.searched(score, 16, start, 45, rng)
+    assert numbers.shape == (46, 16) and [len(one) for one in asked[1:]] == [20, 10, 10, 5]
+    assert scores.max() > score(rng.standard_normal((45, 16))).max() + 0.2
+    assert score(numbers[:10].mean(axis=0, keepdims=True))[0] > start + 0.2, "the mean of the best is good, too"
+
+
+def test_a_row_tells_what_each_way_adds_and_how_sure_that_is() -> None:
+    script("repairs")
+    repair = script("repair")
+    added = {name: np.array([0.0, 0.5, 1.0, 0.5]) for name in (*repair.ARMS, *repair.CHOSEN)}
+    cell = {"pruning": np.array([1.0, 0, 1, 0]), **added}
+    assert repair.row("one", [cell]) == "| one | 0.500 |" + 6 * " +0.500 ± 0.204 |"
+    assert repair.row("two", [cell, cell]).endswith(" +0.500 ± 0.000 |")
+    better = cell | {"best repair": np.array([1.0, 1.0, 1.0, 1.0])}
+    told = repair.difference("best repair", "free noise", [cell, better])
+    assert told == "best repair less free noise: +0.250 ± 0.250 (standard error over 2 cells)"
