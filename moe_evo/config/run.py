@@ -14,7 +14,7 @@ from moe_evo.config.check import require
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
-from moe_evo.config.search import TASKS, SearchConfig
+from moe_evo.config.search import ACTIVE, TASKS, SearchConfig
 from moe_evo.config.task import TaskConfig
 
 _MOST_OBJECTIVES = 6  # hypervolumes of more take long
@@ -150,6 +150,12 @@ class RunConfig(ScoringConfig):
             not self.search.has_front or self.evaluation.race is None, "evaluation.race", self.evaluation.race,
             "none, as search.objectives has several: what is worse in one may be better in another",
         )  # fmt: skip
+        for option in ("top_p", "dynamic_skipping"):
+            value = getattr(self.model, option)
+            require(
+                value is None or ACTIVE not in objectives, f"model.{option}", value,
+                "none, as experts active a token are an objective: how many run is then known of no genome",
+            )  # fmt: skip
 
 
 def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:

@@ -50,6 +50,14 @@ CASES = {
         ["search", "--search.objectives", "[quality,speed]"],
         "search.objectives: got ['quality', 'speed'], expected some of quality, tasks, parameters, active",
     ),
+    "active experts under top-p routing": (
+        [*SURROGATE, "--search.objectives", "[quality,active]", "--model.top_p", "0.5"],
+        "model.top_p: got 0.5, expected none, as experts active a token are an objective",
+    ),
+    "active experts under skipping": (
+        [*SURROGATE, "--search.objectives", "[quality,active]", "--model.dynamic_skipping", "0.5"],
+        "model.dynamic_skipping: got 0.5, expected none, as experts active a token are an objective",
+    ),
     "an objective twice": (
         ["search", "--search.objectives", "[quality,quality]"],
         "search.objectives: got ['quality', 'quality'], expected each objective once",
