@@ -31,7 +31,8 @@ _LONG_S = 60.0
 
 def outcome_of(genome: Genome, split: str) -> Outcome:
     """What every stand-in says of a genome."""
-    return Evaluation(zlib.crc32(f"{genome.digest} {split}".encode()) / 2**32, num_examples=16)
+    fitness = zlib.crc32(f"{genome.digest} {split}".encode()) / 2**32
+    return Evaluation(fitness, num_examples=16, scores={"syll": np.full(16, fitness)})
 
 
 class StandIn(Rank):
