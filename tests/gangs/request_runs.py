@@ -70,7 +70,8 @@ class Progress:
         return len(self.outcomes)
 
     def kinds(self) -> list[str]:
-        return [event.kind for event in self.events]
+        """Of the events, without waits: a busy machine frees what a dead gang held late."""
+        return [event.kind for event in self.events if event.kind != "waiting"]
 
     def pids(self, gang: int = 0) -> tuple[int, ...]:
         return self.status.gangs[gang].pids
