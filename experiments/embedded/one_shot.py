@@ -1,11 +1,11 @@
 """One-shot methods on the embedded model, against searches on the same examples.
 
-    python experiments/embedded/quality.py --jobs 2
-    python experiments/embedded/one_shot.py --runs runs/quality --readme experiments/embedded/README.md
+    python experiments/embedded/comparison.py --jobs 2
+    python experiments/embedded/one_shot.py --runs runs/comparison --readme experiments/embedded/README.md
 
-Each method observes 200 examples of a task's search split and makes a model for that task alone. Test accuracy, and
-its difference, example by example, from what EEP and random search found there (the mean over their seeds), with a
-95 % interval (paired bootstrap within each task). About ten minutes; prints the tables of the README.
+Each method observes a task's search split and makes a model for that task alone. Test accuracy, and its difference,
+example by example, from what two searches found (the mean over the seeds that there are), with a 95 % interval (paired
+bootstrap within each task). About ten minutes; prints the tables of the README.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import numpy as np
 import numpy.typing as npt
-from quality import write_between_marks
+from comparison import write_between_marks
 from rich.console import Console
 
 from moe_evo.commands.align import align
@@ -44,8 +44,8 @@ from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import check_tasks, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
-NUM_KEPT, SEEDS, NUM_SEARCH = (4, 2), (0, 1, 2), 200
-SEARCHES = {"EEP prune + merge": "best", "random, best of 200": "random_search"}
+NUM_KEPT = (4, 2)
+SEARCHES = {"surrogate": "surrogate", "random, best of 200": "random"}
 PROGRESSIVE = ("reap", "easy_ep", "leave_one_out", "naee", "ream")
 """Also scored on what each layer gets from those before it, once they are pruned or merged."""
 
@@ -91,27 +91,20 @@ def one_shot_scores(task: str, tracker: TerminalTracker) -> dict[tuple[str, int]
 
 
 def searched_scores(task: str, runs: Path, tracker: TerminalTracker) -> dict[tuple[str, int], ExampleScores]:
-    """The same of what searches found, each example's mean over seeds."""
+    """The same of what searches found, each example's mean over the seeds that were run."""
     evaluator = _evaluator(task, tracker)
     found: dict[tuple[str, int], ExampleScores] = {}
     for number in NUM_KEPT:
-        folders = [RunFolder.existing(runs / f"{task}-keep{number}-seed{seed}") for seed in SEEDS]
-        for label, key in SEARCHES.items():
-            of_seeds = _scores(evaluator, {(label, seed): _winner(folders[seed], key) for seed in SEEDS})
+        for label, method in SEARCHES.items():
+            folders = sorted((runs / "embedded").glob(f"{task}-keep{number}-seed*/{method}"))
+            winners = {(label, seed): load_genome(RunFolder.existing(one).best) for seed, one in enumerate(folders)}
+            of_seeds = _scores(evaluator, winners)
             found[label, number] = {task: np.mean([one[task] for one in of_seeds.values()], axis=0)}
     return found
 
 
-def _winner(folder: RunFolder, key: str) -> Genome:
-    if key == "best":
-        return load_genome(folder.best)
-    result = folder.read_result()
-    row = next(row for row in result.rows if row.key == key)
-    return Genome.from_kept(row.kept, result.model.num_experts, row.top_k)
-
-
 def _evaluator(task: str, tracker: TerminalTracker) -> Evaluator:
-    data = check_tasks([TaskConfig(data=task, num_search=NUM_SEARCH)])
+    data = check_tasks([TaskConfig(data=task)])
     return load_evaluator(ModelSource(ModelConfig(self_check=False)), data, EvaluationConfig(), tracker)
 
 
@@ -131,7 +124,7 @@ def table(scores: Mapping[tuple[str, int], ExampleScores], number: int, tasks: S
     rng = np.random.default_rng(0)
     lines = [
         f"**{number} of 8 experts**\n",
-        f"| | mean | against EEP | against random | {' | '.join(tasks)} |",
+        f"| | mean | against surrogate | against random | {' | '.join(tasks)} |",
         f"| --- | ---: | ---: | ---: |{' ---: |' * len(tasks)}",
     ]
     means = {
@@ -159,7 +152,7 @@ def _difference(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of quality.py's runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of comparison.py's runs")
     parser.add_argument("--readme", type=Path, help="also write the tables between the marks in this file")
     options = parser.parse_args()
     tasks = sorted(embedded_task_names())

@@ -8,9 +8,9 @@ or searches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -26,43 +26,19 @@ from moe_evo.evaluation.engine.scoring import Scored
 from moe_evo.evaluation.engine.sharing import sharing_for
 from moe_evo.evaluation.engine.states import StateCache
 from moe_evo.evaluation.fitness import evaluation_of
-from moe_evo.evaluation.racing import PARTS, is_beaten, parts_of
+from moe_evo.evaluation.prepared import Indices, Prepared, PreparedBatches
+from moe_evo.evaluation.racing import is_beaten
 from moe_evo.evaluation.task_report import TaskReport, joined
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.view import MoEModel
-from moe_evo.tasks.base import Batch, ForwardBatch, GenerateBatch, TaskScores
-from moe_evo.tasks.rank_share import rank_share
+from moe_evo.tasks.base import ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.samples import Sample
 from moe_evo.tasks.task import Task
 from moe_evo.versions import newer_than_tested
 
-Indices = Mapping[str, Sequence[int]]
-"""Example numbers by task name; a task that is not named is used whole."""
-
-
-_LATEST_SAMPLES = 3
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """One task's batches of one split on the model's device, each with its reference where the task needs one.
-
-    num_counted: the first `num_counted` batches are scored; the others repeat one, so that all ranks run equally many.
-    """
-
-    task: Task
-    split: str
-    batches: tuple[Batch, ...]
-    references: tuple[Tensor | None, ...]
-    num_counted: int
-
-    def score(self, batch: Batch, output: Tensor, reference: Tensor | None = None) -> Tensor:
-        """See `Task.score`."""
-        return self.task.score(self.split, batch, output, reference)
 
 
 class Evaluator:
@@ -87,12 +63,18 @@ class Evaluator:
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config
-        self._kept: dict[str, tuple[tuple[_Prepared, ...], ...]] = {}
         self._memory = BatchMemory(config.batch_tokens, model)
         sharing = sharing_for(model, config, states)
         self._engine = sharing.engine
         self.switched_off = (*model.switched_off, *sharing.switched_off)
         self._packing = packing_for(config, model, clock)
+        self._batches = PreparedBatches(
+            model,
+            self.tasks,
+            self.forward,
+            races=config.race is not None,
+            shared_prefixes=self._engine is not None and self._engine.reads_shared_prefixes,
+        )
 
     @property
     def batch_tokens(self) -> int:
@@ -151,7 +133,7 @@ class Evaluator:
         started = time.perf_counter()
         reports: list[list[Sequence[TaskReport]]] = [[] for _ in genomes]
         racing = list(range(len(genomes)))
-        for part in range(self._num_parts(split, indices)):
+        for part in range(self._batches.num_parts(split, indices)):
             if part and rivals is not None:
                 racing = [number for number in racing if not self._is_out(split, reports[number], rivals[number])]
             if not racing:
@@ -164,13 +146,6 @@ class Evaluator:
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
         self._memory.tidy_after(len(genomes))
         return [self._scores(split, found, duration_s) for found in reports]
-
-    def _num_parts(self, split: str, indices: Indices | None) -> int:
-        """The number of parts in which examples are scored: more than one where individuals race."""
-        return len(PARTS) if self._races(split, indices) else 1
-
-    def _races(self, split: str, indices: Indices | None) -> bool:
-        return self._config.race is not None and split == "search" and indices is None
 
     def _is_out(self, split: str, reports: Sequence[Sequence[TaskReport]], rival: ExampleScores | None) -> bool:
         """Whether a genome is surely worse than its rival, so that it is stopped; the same on all ranks."""
@@ -202,7 +177,7 @@ class Evaluator:
             except MEMORY_ERRORS as error:
                 self._memory.lower_after(error)
             # outside of `except`: the error keeps the tensors of its stack frames alive
-            self._kept.clear()  # references and states belong to the old batches
+            self._batches.forget()  # references and states belong to the old batches
             if self._engine is not None:
                 self._engine.forget()
             self._memory.free()
@@ -228,7 +203,7 @@ class Evaluator:
         A genome that fails does not end this early, as other ranks would wait.
         """
         with torch.inference_mode(), _threads(self._config.threads):
-            prepared = self._prepared(split, indices)[part]
+            prepared = self._batches.of(split, indices, self.batch_tokens)[part]
             reports = [tuple(TaskReport() for _ in self.tasks) for _ in genomes]
             whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
             if self._engine is not None:
@@ -243,7 +218,7 @@ class Evaluator:
         self,
         engine: Engine,
         genomes: Sequence[Genome],
-        prepared: Sequence[_Prepared],
+        prepared: Sequence[Prepared],
         reports: Sequence[Sequence[TaskReport]],
         is_whole: bool,
     ) -> None:
@@ -256,7 +231,7 @@ class Evaluator:
                     add = partial(_add_scored, [report[index] for report in reports], one, batch, reference)
                     engine.run(batch, genomes, add, copies=copies, keep=is_whole, packing=self._packing)
 
-    def _run_alone(self, genome: Genome, prepared: Sequence[_Prepared], reports: Sequence[TaskReport]) -> None:
+    def _run_alone(self, genome: Genome, prepared: Sequence[Prepared], reports: Sequence[TaskReport]) -> None:
         """Score all `ForwardBatch`es for one genome, without the engine."""
         with self.model.applied(genome):
             for one, report in zip(prepared, reports, strict=True):
@@ -274,7 +249,7 @@ class Evaluator:
     def _generate(
         self,
         genomes: Sequence[Genome],
-        prepared: Sequence[_Prepared],
+        prepared: Sequence[Prepared],
         reports: Sequence[Sequence[TaskReport]],
         is_whole: bool,
     ) -> None:
@@ -314,47 +289,6 @@ class Evaluator:
         """The most genomes that fit into one pass, where each has `num_tokens` tokens."""
         return max(most_tokens(self._config, self.model, self.batch_tokens) // num_tokens, 1)
 
-    def _prepared(self, split: str, indices: Indices | None) -> tuple[tuple[_Prepared, ...], ...]:
-        """Every task's batches, part by part."""
-        if indices is not None:
-            return (tuple(self._prepare(task, split, indices.get(task.name)) for task in self.tasks),)
-        if split not in self._kept:
-            if Sample.read(split) is not None:
-                self._forget_samples()
-            races = self._races(split, indices)
-            of_tasks = [parts_of(task.num_examples(split)) if races else [None] for task in self.tasks]
-            self._kept[split] = tuple(
-                tuple(self._prepare(task, split, numbers) for task, numbers in zip(self.tasks, part, strict=True))
-                for part in zip(*of_tasks, strict=True)
-            )
-        return self._kept[split]
-
-    def _forget_samples(self) -> None:
-        """Drop the batches of all samples but the latest few, which other genomes may still be scored on."""
-        samples = [name for name in self._kept if Sample.read(name) is not None]
-        for name in samples[: len(samples) - _LATEST_SAMPLES + 1]:
-            del self._kept[name]
-
-    def _prepare(self, task: Task, split: str, indices: Sequence[int] | None) -> _Prepared:
-        ranks = self.model.example_ranks
-        shared_prefixes = self._engine is not None and self._engine.reads_shared_prefixes
-        make = partial(
-            task.batches,
-            split,
-            batch_tokens=self.batch_tokens,
-            trees=self.model.reads_trees,
-            shared_prefixes=shared_prefixes,
-        )
-        share = rank_share(ranks.rank, ranks.size, task.numbers(split, indices), make)
-        batches = tuple(batch.to(self.model.device) for batch in share.batches)
-        references = tuple(
-            task.reference(batch, self.forward(batch))
-            if task.needs_reference and isinstance(batch, ForwardBatch)
-            else None
-            for batch in batches
-        )
-        return _Prepared(task, split, batches, references, share.num_counted)
-
     def _outcome(
         self,
         examined: dict[str, TaskScores] | EvaluationFailure,
@@ -380,7 +314,7 @@ class Evaluator:
 
 def _add_scored(
     reports: Sequence[TaskReport],
-    prepared: _Prepared,
+    prepared: Prepared,
     batch: ForwardBatch,
     reference: Tensor | None,
     number: int,

@@ -124,7 +124,8 @@ def _expected(result: RunResult) -> str:
     validation = result.best.validation
     if result.expected is None or validation is None:
         return ""
-    return f"expected {result.expected:.3f} on new examples, of {validation.fitness:.3f} on the validation split\n"
+    chosen_by = f"{validation.fitness:.3f} on the validation split, by which it was chosen, is partly luck"
+    return f"expected {result.expected:.3f} of the winner on new examples ({chosen_by})\n"
 
 
 def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str:

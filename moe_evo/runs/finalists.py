@@ -75,19 +75,19 @@ def judge(
     means = np.array(
         [over_tasks([float(part.mean()) for part in one.values()], [0.0] * len(one), rule)[0] for one in scores]
     )
-    shrunk = _shrunk(means, np.asarray(expected), _noise(scores))
+    shrunk = _shrunk(means, np.asarray(expected), _noise(scores, rule))
     order = np.argsort(-shrunk, kind="stable")
     return [Judged(individuals[place], float(shrunk[place])) for place in order]
 
 
-def _noise(scores: Sequence[ExampleScores]) -> float:
-    """The variance of a finalist's mean score less that of all finalists, on the average."""
-    total = 0.0
+def _noise(scores: Sequence[ExampleScores], rule: FitnessRule) -> float:
+    """The variance of a finalist's score less that of all finalists, on the average."""
+    total, tasks = 0.0, len(scores[0])
     for task in scores[0]:
         of_task = np.stack([one[task] for one in scores])
         apart = of_task - of_task.mean(axis=0)
         total += float(apart.var(axis=1, ddof=1).mean()) / of_task.shape[1]
-    return total / len(scores[0]) ** 2
+    return total / (tasks if rule == "worst" else tasks**2)  # the worst score is that of a single task
 
 
 def _shrunk(means: Numbers, expected: Numbers, noise: float) -> Numbers:

@@ -20,13 +20,16 @@ def num_parts(num_finalists: int, num_examples: Sequence[int]) -> int:
     return 2
 
 
-def cost(num_finalists: int, num_examples: Sequence[int]) -> int:
-    """How many evaluations on the whole validation split the choice among finalists takes, at most."""
+def cost(num_finalists: int, num_examples: Sequence[int], *, merges: bool) -> int:
+    """How many evaluations on the whole validation split the choice among finalists takes, at most.
+
+    merges: whether there are merged genomes, so that the best pruning may stay beside the better half.
+    """
     seen, left = 0.0, num_finalists
     for _ in range(num_parts(num_finalists, num_examples)):
         seen += left / _PART
-        left = (left + 1) // 2
-    return math.ceil(seen) + left + (left < num_finalists)
+        left = (left + 1) // 2 + merges
+    return math.ceil(seen) + left
 
 
 def part_size(num_examples: Sequence[int]) -> int:

@@ -41,9 +41,10 @@ def evaluations_by_split(
     differs = config.evaluation.is_fresh or any(task.sets_search_metric for task in config.tasks)
     front = min(MOST_ON_FRONT, budget) if config.search.has_front else 0
     reported = rows + front + 1 if differs else references + soups
+    own, of_random = (cost(min(finalists, budget), examples["validation"], merges=one) for one in (is_merged, False))
     return {
         "search": math.ceil(budget * searches * _share_seen(config, examples["search"])) + observes + reported,
-        "validation": searches * cost(min(finalists, budget), examples["validation"]) + references + averages + front,
+        "validation": own + of_random * compares_random + references + averages + front,
         "test": rows + front,
     }
 

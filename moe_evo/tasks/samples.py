@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_evo.tasks.examples import Example
 
@@ -38,8 +40,8 @@ class Sample:
         if self.size >= len(examples):
             return list(range(len(examples)))
         round_, place = divmod(self.number, len(examples) // self.size)
-        order = _order([one.label for one in examples], np.random.default_rng([len(examples), self.size, round_]))
-        return sorted(order[place * self.size : (place + 1) * self.size])
+        order = _order(tuple(one.label for one in examples), self.size, round_)
+        return sorted(order[place * self.size : (place + 1) * self.size].tolist())
 
 
 def scoring_of(name: str) -> str:
@@ -52,10 +54,12 @@ def without_number(name: str) -> str:
     return name.rpartition(_SEPARATOR)[0] or name
 
 
-def _order(labels: Sequence[int | None], rng: np.random.Generator) -> list[int]:
+@lru_cache(maxsize=64)  # asked again for every genome
+def _order(labels: tuple[int | None, ...], size: int, round_: int) -> npt.NDArray[np.int64]:
     """A random order in which every stretch has about equally many examples of each label."""
-    position = np.zeros(len(labels))
-    for label in dict.fromkeys(labels):
-        alike = np.flatnonzero([one == label for one in labels])
+    rng = np.random.default_rng([len(labels), size, round_])
+    of_example, position = np.array([-1 if one is None else one for one in labels]), np.zeros(len(labels))
+    for label in dict.fromkeys(of_example.tolist()):
+        alike = np.flatnonzero(of_example == label)
         position[alike] = (rng.permutation(len(alike)) + rng.random()) / len(alike)
-    return [int(one) for one in np.argsort(position, kind="stable")]
+    return np.argsort(position, kind="stable")

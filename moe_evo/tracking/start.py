@@ -145,6 +145,8 @@ def _settings(
         "search_metrics": "+".join(task.search_metric for task in config.tasks),
         "task_hashes": {task_name(task): hashes[task_name(task)] for task in config.tasks},
         "fitness_rule": evaluation.fitness,
+        "examples": evaluation.examples,
+        "sample_size": evaluation.sample_size if evaluation.is_fresh else None,
         "num_layers": len(num_experts),
         "num_experts": float(np.mean(num_experts)),
         "num_kept": float(np.mean(num_kept)),

@@ -132,7 +132,7 @@ def fits(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, most_tokens: int
 
 def test_references_are_made_anew_for_the_smaller_batches(evaluator, monkeypatch) -> None:
     (expected,) = evaluator.evaluate([PRUNED], "search")
-    evaluator._kept.clear()
+    evaluator._batches.forget()
     passes = fits(evaluator, monkeypatch, most_tokens=20, after=1)  # the reference still fits, the genome does not
     (outcome,) = evaluator.evaluate([PRUNED], "search")
     whole = passes[0]

@@ -94,30 +94,6 @@ def test_the_fine_model_is_a_qwen3_moe_in_float32_that_answers_as_its_readme_say
     assert f"| syll | {outcome.fitness:.3f} |" in table
 
 
-def test_the_quality_table_has_means_spreads_and_a_block_for_each_number_of_experts() -> None:
-    quality = script("quality")
-    scores = dict.fromkeys(quality.METHODS, 0.5)
-    results = {
-        quality.Cell(task, num_kept, seed, 10, "x"): {**scores, "best": 0.6 + 0.1 * seed}
-        for task in ("nli", "syll")
-        for num_kept in (2, 4)
-        for seed in (0, 1)
-    }
-    text = quality.table(results)
-    assert text.index("**4 of 8 experts kept**") < text.index("**2 of 8 experts kept**")
-    assert text.count("| nli | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.650 ± 0.071 |") == 2
-    assert "| **mean** | **0.500** " in text
-    assert text.count("EEP prune + merge less random, best of N: +0.150 ± 0.000 (standard error over tasks).") == 2
-
-
-def test_the_quality_table_is_written_between_its_marks(tmp_path: Path) -> None:
-    quality = script("quality")
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
-    quality.write_between_marks(path, "quality", "new")
-    assert path.read_text() == "before\n<!-- quality: begin -->\nnew\n<!-- quality: end -->\nafter\n"
-
-
 def test_repairs_scale_kept_experts_and_take_in_the_dropped_ones_most_like_them() -> None:
     repairs = script("repairs")
     likeness = np.zeros((4, 4))

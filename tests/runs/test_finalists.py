@@ -8,7 +8,7 @@ import pytest
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Candidate, Evaluation, Individual, Population
-from moe_evo.runs.finalists import are_apart, better_half, finalists, judge, put_together
+from moe_evo.runs.finalists import _noise, are_apart, better_half, finalists, judge, put_together
 from moe_evo.runs.halving import cost, num_parts, part_size
 from moe_evo.searches.scored import expected_scores
 from moe_evo.testing.searches import space_of
@@ -85,9 +85,25 @@ def test_parts_are_quarters_and_small_splits_are_not_divided() -> None:
     assert num_parts(20, [99, 400]) == num_parts(3, [320]) == 0
 
 
-@pytest.mark.parametrize(("number", "size", "wanted"), [(20, 320, 5 + 3 + 5 + 1), (1, 320, 1), (20, 40, 20)])
+@pytest.mark.parametrize(("number", "size", "wanted"), [(20, 320, 5 + 3 + 5), (1, 320, 1), (20, 40, 20)])
 def test_cost_is_counted_in_whole_evaluations(number: int, size: int, wanted: int) -> None:
-    assert cost(number, [size]) == wanted
+    assert cost(number, [size], merges=False) == wanted
+
+
+def test_cost_is_enough_where_the_best_pruning_comes_last_every_time() -> None:
+    left = [individual(n, merged(BASE, (n + 1) / 100), 0.5) for n in range(19)] + [individual(19, BASE, 0.1)]
+    seen = 0.0
+    for _ in range(num_parts(20, [320])):
+        seen += len(left) / 4
+        left = better_half(left)
+    assert seen + len(left) <= cost(20, [320], merges=True) <= seen + len(left) + 1
+
+
+def test_the_worst_of_two_tasks_is_as_noisy_as_one_and_their_mean_half_as_much() -> None:
+    rng = np.random.default_rng(4)
+    scores = [{task: rng.normal(size=4000) for task in ("a", "b")} for _ in range(30)]
+    assert _noise(scores, "worst") == pytest.approx(1 / 4000, rel=0.1)
+    assert _noise(scores, "mean") == pytest.approx(1 / 8000, rel=0.1)
 
 
 def test_scores_of_parts_are_put_together_task_by_task() -> None:

@@ -63,6 +63,7 @@ def test_a_run_says_what_it_is(record: Record, finished: RunFolder) -> None:
     assert config["task_hashes"] == {"syll": result.tasks[0].hash}
     assert config["software"] == result.software
     expected = {"ratio": 0.5, "num_kept": 4, "num_experts": 8, "algorithm": "eep", "seed": 3, "budget": 40}
+    expected |= {"examples": "fixed", "sample_size": None}
     assert {key: config[key] for key in expected} == expected
     text = DOCUMENT.read_text()
     assert [key for key in config if key != "_wandb" and f"`{key}`" not in text] == []

@@ -247,7 +247,12 @@ def test_scores_are_those_of_genomes_that_run_alone(tmp_path: Path, kind: str) -
     for one, other in zip(*found, strict=True):
         assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
         assert one.fitness == pytest.approx(other.fitness, abs=1e-5)
-    batches = [batch for part in evaluators[0]._prepared("search", None) for one in part for batch in one.batches]
+    batches = [
+        batch
+        for part in evaluators[0]._batches.of("search", None, evaluators[0].batch_tokens)
+        for one in part
+        for batch in one.batches
+    ]
     shared_prefixes = {(batch if isinstance(batch, ForwardBatch) else batch.prompt).shared_prefix for batch in batches}
     assert {len(shared_prefix) > 100 for shared_prefix in shared_prefixes} == {kind != "like"}, (
         "every token of `like` is scored"

@@ -1,7 +1,7 @@
 """What do fresh examples win? The same number of examples read, fixed or changing, from a large search split.
 
     python experiments/embedded/build_tasks.py --cache build/packages --out build/tasks
-    python experiments/fresh_examples.py --data build/tasks --jobs 2 --readme experiments/fine/README.md
+    python experiments/embedded/fresh_examples.py --data build/tasks --jobs 2 --readme experiments/fine/README.md
 
 Candidates are searched for on 3,000 training examples of a task, on which the model is no better than on others. Each
 run is kept in a folder of its own, so the script can be stopped and started again. Prints a table as Markdown.
@@ -13,15 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before torch is imported
 
 import numpy as np
-from comparison import loaded_model, write_between_marks
+from comparison import SIZES, loaded_model, run_all, write_between_marks
 from rich.console import Console
 
 from moe_evo.commands.search import search
@@ -128,6 +126,10 @@ def run_cell(cell: Cell) -> Found:
     return Found(best.scores["search"].fitness, best.scores["test"].fitness)
 
 
+def _told(cell: Cell, found: Found) -> str:
+    return f"{cell.task} seed {cell.seed}, {cell.way.title} {cell.way.size}: {found.test:.3f}"
+
+
 def table(results: Mapping[Cell, Found]) -> str:
     """Markdown: a line a way, test accuracy of each task over seeds, and what is lost from search to test examples."""
     tasks = sorted({cell.task for cell in results})
@@ -147,7 +149,7 @@ def table(results: Mapping[Cell, Found]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of build_tasks.py")
-    parser.add_argument("--model", default="embedded-fine", choices=["embedded", "embedded-fine"])
+    parser.add_argument("--model", default="embedded-fine", choices=list(SIZES))
     parser.add_argument("--num_kept", type=int, default=8)
     parser.add_argument("--tasks", nargs="+", default=["arith", "nli", "syll"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -163,17 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for cell in cells:
         cell.task_folder()  # before several processes would write the same files
-    results = {}
-    with (
-        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as workers,
-        TerminalTracker() as tracker,
-    ):
-        waiting = {workers.submit(run_cell, cell): cell for cell in cells}
-        for number, future in enumerate(as_completed(waiting), 1):
-            cell = waiting[future]
-            results[cell] = future.result()
-            told = f"{cell.task} seed {cell.seed}, {cell.way.title} {cell.way.size}: {results[cell].test:.3f}"
-            tracker.message(f"{number}/{len(cells)} {told}")
+    results = run_all(run_cell, cells, options.jobs, _told)
     text = table(results)
     print(text)
     if options.readme:

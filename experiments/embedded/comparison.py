@@ -1,7 +1,7 @@
 """Do searches beat luck, criteria and each other? Every embedded task, two sizes, several seeds, on held-out examples.
 
-    python experiments/comparison.py --model embedded --num_kept 4 2 --jobs 2 --readme experiments/embedded/README.md
-    python experiments/comparison.py --model embedded-fine --num_kept 16 8 --jobs 2 --readme experiments/fine/README.md
+    python experiments/embedded/comparison.py --jobs 2 --readme experiments/embedded/README.md
+    python experiments/embedded/comparison.py --model embedded-fine --jobs 2 --readme experiments/fine/README.md
 
 A seed also redraws which examples are searched on and which choose the winner; those of the test split stay. Each run
 is kept in a folder of its own, so the script can be stopped and started again. Prints tables as Markdown and writes
@@ -14,14 +14,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before torch is imported
 
@@ -37,9 +37,9 @@ from moe_evo.config.search import EEPConfig, SearchConfig, SurrogateConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import RunFolder, write_whole
-from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.records.journal import MAIN, REFERENCE
 from moe_evo.records.result import Row
-from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tasks.data import REPORTED, embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:
@@ -55,7 +55,11 @@ SEARCHES = {
 }
 METHODS = {"full": "full model", "one_shot": "best criterion", **SEARCHES}
 OURS = "surrogate"
+SIZES = {"embedded": (8, [4, 2]), "embedded-fine": (32, [16, 8])}
+"""Experts of each layer of a model, and how many are kept."""
 Scores = npt.NDArray[np.float64]
+Work = TypeVar("Work")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def redrawn(cell: Cell) -> Path:
 class Found:
     """What a method found: scores of its choice on the splits, those of every test example, and what it cost.
 
-    forwards: examples that the model read, all splits but the test split.
+    forwards: examples that the model read until the choice was made: of candidates and finalists, and where criteria
+    are used, of observing the model and of choosing among them.
     """
 
     search: float
@@ -137,12 +142,16 @@ def run_cell(cell: Cell) -> dict[str, Found]:
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
                 search(config, TerminalTracker(Console(file=nowhere)), loaded_model(cell.model))
         result = folder.read_result()
-        found[method] = _found(folder, MAIN, result.best)
+        (examples,) = (task.examples for task in result.tasks)
+        observed = examples["search"]
+        screened = observed + len(CRITERIA) * examples["validation"]
+        beside = {"surrogate": observed, "around": screened}.get(method, 0)
+        found[method] = _found(folder, MAIN, result.best, _forwards(folder) + beside)
         if method == "random":
-            found["full"] = _found(folder, REFERENCE, result.full)
+            found["full"] = _found(folder, REFERENCE, result.full, 0)
             row = result.row(_best_criterion(cell))
             assert row is not None
-            found["one_shot"] = _found(folder, REFERENCE, row)
+            found["one_shot"] = _found(folder, REFERENCE, row, screened)
     return found
 
 
@@ -161,46 +170,57 @@ def loaded_model(path: str) -> MoEModel:
     return load_model(ModelSource(ModelConfig(path=path, self_check=False)))
 
 
-def _found(folder: RunFolder, name: str, row: Row) -> Found:
+def _forwards(folder: RunFolder) -> int:
+    """Examples that candidates of the search were scored on, but for the final table."""
+    with folder.open_journal() as journal:
+        return sum(
+            one.num_examples
+            for split in journal.splits(MAIN)
+            if split not in ("test", REPORTED)
+            for one in journal.outcomes(MAIN, split).values()
+            if isinstance(one, Evaluation)
+        )
+
+
+def _found(folder: RunFolder, name: str, row: Row, forwards: int) -> Found:
     with folder.open_journal() as journal:
         outcome = journal.outcomes(name, "test")[row.candidate]
-        spent = [
-            one.num_examples
-            for search in (MAIN, RANDOM)
-            for split in journal.splits(search)
-            if split not in ("test", "search_reported")
-            for one in journal.outcomes(search, split).values()
-            if isinstance(one, Evaluation)
-        ]
     assert isinstance(outcome, Evaluation) and outcome.scores is not None
     (examples,) = outcome.scores.values()
     search, validation, test = (row.scores[split].fitness for split in ("search", "validation", "test"))
-    return Found(search, validation, test, tuple(examples.tolist()), sum(spent))
+    return Found(search, validation, test, tuple(examples.tolist()), forwards)
 
 
-def run_cells(cells: Sequence[Cell], jobs: int) -> dict[Cell, dict[str, Found]]:
-    """All cells, `jobs` at a time, with progress."""
+def run_all(
+    run: Callable[[Work], Done], cells: Sequence[Work], jobs: int, told: Callable[[Work, Done], str]
+) -> dict[Work, Done]:
+    """What `run` makes of each cell, `jobs` at a time in processes of their own, with a line for each that is done."""
     results = {}
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as workers,
         TerminalTracker() as tracker,
     ):
-        waiting = {workers.submit(run_cell, cell): cell for cell in cells}
+        waiting = {workers.submit(run, cell): cell for cell in cells}
         for number, future in enumerate(as_completed(waiting), 1):
             cell = waiting[future]
             results[cell] = future.result()
-            scores = "  ".join(f"{method} {results[cell][method].test:.3f}" for method in METHODS)
-            tracker.message(f"{number}/{len(cells)} {cell.task} keep {cell.num_kept} seed {cell.seed}: {scores}")
+            tracker.message(f"{number}/{len(cells)} {told(cell, results[cell])}")
     return results
+
+
+def _told(cell: Cell, found: dict[str, Found]) -> str:
+    scores = "  ".join(f"{method} {found[method].test:.3f}" for method in METHODS)
+    return f"{cell.task} keep {cell.num_kept} seed {cell.seed}: {scores}"
 
 
 def table(results: dict[Cell, dict[str, Found]]) -> str:
     """Markdown: a block a number of kept experts, a line a task, mean test accuracy and its deviation over seeds."""
     lines = []
     for num_kept in sorted({cell.num_kept for cell in results}, reverse=True):
-        lines += [f"**{num_kept} experts kept**", "", "| task | " + " | ".join(METHODS.values()) + " |"]
-        lines.append("| --- |" + " ---: |" * len(METHODS))
         of_size = {cell: one for cell, one in results.items() if cell.num_kept == num_kept}
+        num_experts, _ = SIZES[next(iter(of_size)).model]
+        lines += [f"**{num_kept} of {num_experts} experts kept**", ""]
+        lines += ["| task | " + " | ".join(METHODS.values()) + " |", "| --- |" + " ---: |" * len(METHODS)]
         for task in sorted({cell.task for cell in of_size}):
             scores = [one for cell, one in of_size.items() if cell.task == task]
             cells = [_with_spread([one[method].test for one in scores]) for method in METHODS]
@@ -290,9 +310,9 @@ def write_between_marks(path: Path, name: str, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", choices=["embedded", "embedded-fine"])
+    parser.add_argument("--model", default="embedded", choices=list(SIZES))
     parser.add_argument("--tasks", nargs="+", default=embedded_task_names(), help="default: all embedded tasks")
-    parser.add_argument("--num_kept", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--num_kept", nargs="+", type=int, help="default: half and a quarter of the experts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--evaluations", type=int, default=200, help="budget N of each search")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
@@ -302,10 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [
         Cell(options.model, task, num_kept, seed, options.evaluations, options.folder)
         for seed in options.seeds
-        for num_kept in options.num_kept
+        for num_kept in options.num_kept or SIZES[options.model][1]
         for task in options.tasks
     ]
-    results = run_cells(cells, options.jobs)
+    results = run_all(run_cell, cells, options.jobs, _told)
     text = table(results)
     print(text)
     figures: list[dict[str, Any]] = [
