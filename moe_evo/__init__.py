@@ -17,7 +17,7 @@ from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure,
 from moe_evo.genomes.space import ModelShape, SearchSpace
 
 if TYPE_CHECKING:
-    from moe_evo.api.functions import compare, evaluate, export, load_run, prune, search, sweep
+    from moe_evo.api.functions import compare, evaluate, export, load_run, prune, recover, search, sweep
     from moe_evo.api.run import Run, Sweep
     from moe_evo.models.export.pruned import load_pruned
 
@@ -39,11 +39,12 @@ __all__ = [
     "load_pruned",
     "load_run",
     "prune",
+    "recover",
     "search",
     "sweep",
 ]
 
-_FUNCTIONS = ("compare", "evaluate", "export", "load_run", "prune", "search", "sweep")
+_FUNCTIONS = ("compare", "evaluate", "export", "load_run", "prune", "recover", "search", "sweep")
 _IMPORTED_LATER = {
     **dict.fromkeys(_FUNCTIONS, "moe_evo.api.functions"),
     "Run": "moe_evo.api.run",

@@ -14,10 +14,11 @@ from typing import Literal
 from moe_evo.api.options import Config, Model, Tasks, config_of
 from moe_evo.api.run import GenomeLike, Run, Split, Sweep, Which, genome_named, run_of
 from moe_evo.api.turns import turn
+from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.errors import ConfigError
-from moe_evo.report.answers import ExportedRun, PrunedModel, ScoredGenome
+from moe_evo.report.answers import ExportedRun, PrunedModel, RecoveredModel, ScoredGenome
 from moe_evo.report.write import Comparison
 
 
@@ -147,6 +148,41 @@ def prune(
     )
     with turn(progress=progress) as tracker:
         return command(checked, wanted, Path(to), overwrite=overwrite, tracker=tracker)
+
+
+def recover(
+    pruned: Run | str | Path,
+    to: str | Path,
+    *,
+    model: Model | None = None,
+    tasks: Tasks | None = None,
+    which: Which = "best",
+    overwrite: bool = False,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> RecoveredModel:
+    """Let a pruned model learn from the full one what pruning broke, and write its checkpoint into the folder `to`.
+
+    pruned: an exported folder, whose full model is `model`; or a finished run, whose config is used where no other is
+    given, and whose genome `which` is taken. options: any flag of `moe-evo recover` by its last part.
+
+    >>> import moe_evo
+    >>> healed = moe_evo.recover("my-run", "recovered", steps=4, batch_size=4, checks=2)
+    >>> list(healed.facts.scores), healed.report.loader
+    (['full', 'pruned', 'recovered'], 'transformers')
+    >>> [check.step for check in healed.facts.learned.checks]
+    [0, 2, 4]
+    """
+    from moe_evo.commands.recover import is_run
+    from moe_evo.commands.recover import recover as command
+
+    folder = str(pruned.folder if isinstance(pruned, Run) else pruned)
+    if config is None and is_run(Path(folder)):
+        config = load_run(folder).config
+    checked = config_of(RecoveryConfig, config, model, tasks, options)
+    with turn(progress=progress) as tracker:
+        return command(checked, folder, Path(to), which, overwrite=overwrite, tracker=tracker)
 
 
 def export(

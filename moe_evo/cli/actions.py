@@ -204,6 +204,33 @@ def _prune(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None
         print_export(report)
 
 
+def _recover(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
+    from moe_evo.commands.recover import is_run, recover
+    from moe_evo.config.file import parse_config
+    from moe_evo.config.recover import RecoveryConfig
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    words = list(argv)
+    if argv and not argv[0].startswith("-"):
+        # the first bare word is the pruned model; with a run comes its config, and else the second word may be one
+        words = [*argv[1:], argv[0]]
+        if is_run(Path(argv[0])):
+            words = [argv[0], *words]
+    arguments, config = parse_config(parser, words, RecoveryConfig)
+    with TerminalTracker() as tracker:
+        recovered = recover(
+            config, arguments.pruned, Path(arguments.to), arguments.which, overwrite=arguments.overwrite,
+            tracker=tracker,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(plain(recovered)))
+    else:
+        from moe_evo.report.terminal import print_export, print_recovery
+
+        print_recovery(recovered)
+        print_export(recovered)
+
+
 def _compress(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from dataclasses import fields, replace
 
@@ -284,6 +311,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "plan": _plan,
     "evaluate": _evaluate,
     "prune": _prune,
+    "recover": _recover,
     "compress": _compress,
     "criteria": _criteria,
     "show": _show,

@@ -29,11 +29,19 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo evaluate RUN --split test           score its winner, or any --genome, on any split
   moe-evo export RUN --to DIR                 a checkpoint that stock transformers loads
   moe-evo prune --method reap --num_kept 4 --to DIR   without a search, by a one-shot criterion
+  moe-evo recover CHECKPOINT|RUN --to DIR     what pruning broke, learned from the full model
   moe-evo compress CHECKPOINT --method moe_pruner --to DIR   sparse or low-rank experts
   moe-evo criteria                            the one-shot criteria
   moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
   moe-evo doctor                              versions, GPU, memory, and whether what a run relies on holds here
 """
+
+_KEPT = {
+    "search": "; all finished evaluations are kept, the same command goes on",
+    "sweep": "; all finished evaluations are kept, the same command goes on",
+    "recover": "; what was learned until the last check is kept, the same command goes on",
+}
+"""What is told of a command that was interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,12 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoeEvoError as error:
         return _fail(f"error: {' '.join(str(error).split())}", 3 if isinstance(error, ClusterError) else 2, debug=debug)
     except KeyboardInterrupt:
-        kept = (
-            "; all finished evaluations are kept, the same command goes on"
-            if words[:1] in (["search"], ["sweep"])
-            else ""
-        )
-        return _fail(f"interrupted{kept}", 130, debug=debug)
+        return _fail(f"interrupted{_KEPT.get(words[0], '') if words else ''}", 130, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered must not raise at exit
         return 0

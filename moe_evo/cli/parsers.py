@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_evo.config.file import config_parser, plain_parser
 from moe_evo.config.parser import CommandParser
+from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.sweep import SweepConfig
 
@@ -126,6 +127,30 @@ def prune_parser() -> CommandParser:
         type=bool | None,
         help="merges: reorder each expert's neurons to match those of the expert that leads its group (default: as the "
         "method's paper does); other commands do so with --model.alignment DIR/moe_evo/alignment.safetensors",
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
+    return parser
+
+
+def recover_parser() -> CommandParser:
+    parser = config_parser(
+        "recover",
+        "Let a pruned model learn from the full one what pruning broke, by distillation: the full model reads prompts "
+        "and writes answers, and the pruned one learns to expect the same. Writes a stock checkpoint, and scores the "
+        "full, the pruned and the recovered model on the test split. The same command again goes on where it stood.",
+        "moe-evo recover CHECKPOINT | RUN [CONFIG.yaml] --to DIR [--recover.prompts FILE] [--section.key VALUE ...]",
+        RecoveryConfig,
+    )
+    parser.add_argument(
+        "pruned",
+        type=str,
+        metavar="CHECKPOINT | RUN",
+        help="what is to learn: an exported folder, whose full model is --model.path; or the folder of a finished run, "
+        "whose config says what model and tasks there are",
+    )
+    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--which", type=str, default="best", help="of a run: the genome, as for moe-evo export (default: the winner)"
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
     return parser
@@ -257,6 +282,7 @@ PARSERS = {
     "plan": plan_parser,
     "evaluate": evaluate_parser,
     "prune": prune_parser,
+    "recover": recover_parser,
     "compress": compress_parser,
     "criteria": criteria_parser,
     "show": show_parser,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_evo.commands.shared import base_model_name
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import RunError
 from moe_evo.genomes.file import load_genome
+from moe_evo.genomes.genome import Genome
 from moe_evo.plain import Plain
 from moe_evo.records.folder import RunFolder, resumed_config
 from moe_evo.records.result import Row, RunResult, TaskFacts
@@ -15,11 +18,48 @@ from moe_evo.report.answers import ExportedRun
 from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
+if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
+    from moe_evo.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A genome of a finished run that can be exported, and the model that was searched.
+
+    row: its line in the final table. source: of the model, on the device asked for.
+    """
+
+    result: RunResult
+    row: Row
+    genome: Genome
+    source: ModelSource
+
+    @property
+    def provenance(self) -> Plain:
+        """The facts about the run that the model card states, in words."""
+        return _provenance(self.result, self.row)
+
 
 def export(
     folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: Tracker
 ) -> ExportedRun:
     """Write a finished run's genome as a checkpoint, and check its logits against those of the evaluated model."""
+    found = winner(folder, which, replace(resumed_config(str(folder.path)).model, device=device))
+    from moe_evo.models.export.export import export_checkpoint
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.load import load_model
+
+    path = found.source.config.path
+    check_target(target.absolute(), Path(path), overwrite=overwrite)
+    tracker.message(f"loading {path}")
+    moe = load_model(found.source)
+    tracker.message(f"writing and checking {target}")
+    report = export_checkpoint(moe, found.genome, target, overwrite=overwrite, provenance=found.provenance)
+    return ExportedRun(report, which, found.row.title)
+
+
+def winner(folder: RunFolder, which: str, model: ModelConfig) -> Winner:
+    """The genome with the key `which` of a finished run; raises where it cannot be exported from this model."""
     result = folder.read_result()
     genome_file = folder.genome_file(which)
     if which not in folder.winners or not genome_file.is_file():
@@ -29,30 +69,22 @@ def export(
     row = result.row(which)
     if row is None:
         raise RunError(f"{folder.result}: has no row {which!r}, though {genome_file.name} is there; run it anew")
-    from moe_evo.models.export.export import check_fixed_top_k, check_own_experts, check_router, export_checkpoint
-    from moe_evo.models.export.target_folder import check_target
-    from moe_evo.models.load import load_model, resolve_device
+    from moe_evo.models.export.export import check_fixed_top_k, check_own_experts, check_router
+    from moe_evo.models.load import resolve_device
     from moe_evo.models.source import ModelSource
     from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
 
-    resolve_device(device)
-    model = replace(resumed_config(str(folder.path)).model, device=device)
+    resolve_device(model.device)
     source = ModelSource(model)
-    check_target(target.absolute(), Path(model.path), overwrite=overwrite)
     check_router(genome, model.router, renormalises=source.renormalises)
     check_fixed_top_k(dynamic_routing_of(model))
     check_own_experts(model.experts)
     if source.hash != result.model.hash:
         raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
-    tracker.message(f"loading {model.path}")
-    moe = load_model(source)
-    tracker.message(f"writing and checking {target}")
-    report = export_checkpoint(moe, genome, target, overwrite=overwrite, provenance=_provenance(result, row))
-    return ExportedRun(report, which, row.title)
+    return Winner(result, row, genome, source)
 
 
 def _provenance(result: RunResult, row: Row) -> Plain:
-    """The facts about a run that the model card states, in words."""
     search = result.search
     full = result.full.scores
     return {

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import Namespace
 
 from moe_evo.config.parser import CommandParser, Word, yaml_of
+from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.errors import ConfigError
@@ -19,7 +20,7 @@ Config = TypeVar("Config", bound=ScoringConfig)
 
 _LISTS = (
     "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "search.objectives",
-    "selection.baselines",
+    "selection.baselines", "recover.train",
 )  # fmt: skip
 """Options whose value is a list: a single value means a list of one, and a flag takes values separated by commas."""
 
@@ -103,7 +104,8 @@ def _read(path: Path, config: type[ScoringConfig], note: Callable[[str], None]) 
         raise ConfigError(f"{file}: got {type(content).__name__}, expected sections such as model and tasks")
     if config is RunConfig and content.get("sweep"):
         note(f"{file}: has a sweep: section; `moe-evo sweep {file}` runs it, this command takes the one search")
-    foreign = {one.name for one in fields(SweepConfig)} - {one.name for one in fields(config)}
+    foreign = {one.name for kind in (SweepConfig, RecoveryConfig) for one in fields(kind)}
+    foreign -= {one.name for one in fields(config)}
     kept = {key: value for key, value in content.items() if key not in foreign}
     if "tasks" in kept:
         kept["tasks"] = _spelt_out(kept["tasks"], one_is_list=True)

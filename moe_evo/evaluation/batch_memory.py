@@ -1,8 +1,4 @@
-"""`BatchMemory`: the largest batch that fits into memory, halved whenever memory runs out.
-
-A full memory shows in several ways: torch.OutOfMemoryError on a GPU, a RuntimeError of torch's allocator on the CPU,
-and Python's MemoryError.
-"""
+"""`BatchMemory`: the largest batch that fits into memory, halved whenever memory runs out."""
 
 from __future__ import annotations
 
@@ -11,14 +7,11 @@ import ctypes
 import torch
 
 from moe_evo.errors import OutOfMemory, RowOutOfMemory
+from moe_evo.models.free_memory import is_out_of_memory
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import Batch
 
-MEMORY_ERRORS = (RuntimeError, MemoryError)
-"""What may tell that memory ran out; torch.OutOfMemoryError is a RuntimeError, and so are others."""
-
 _TIDY_EVERY = 8  # genomes
-_SIGNS = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class BatchMemory:
@@ -41,7 +34,7 @@ class BatchMemory:
         Raises `error` where it does not mean a full memory. Raises OutOfMemory where the batch had one row, or where
         there are other ranks, which still wait in the pass that this one has left.
         """
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise error
         is_smallest = self._rows == 1 or self.batch_tokens == 1  # 1 where memory ran out before any batch ran
         if is_smallest or self._model.ranks.size > 1:
@@ -77,8 +70,3 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(sign in str(error) for sign in _SIGNS)

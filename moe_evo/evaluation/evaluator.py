@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_evo.config.evaluation import EvaluationConfig
-from moe_evo.evaluation.batch_memory import MEMORY_ERRORS, BatchMemory
+from moe_evo.evaluation.batch_memory import BatchMemory
 from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.evaluation.engine.generate import generate_together
 from moe_evo.evaluation.engine.packing import Clock, most_tokens, packing_for, size_class
@@ -32,6 +32,7 @@ from moe_evo.evaluation.task_report import TaskReport, joined
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import check_fits
+from moe_evo.models.free_memory import MEMORY_ERRORS
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.samples import Sample
@@ -202,7 +203,7 @@ class Evaluator:
 
         A genome that fails does not end this early, as other ranks would wait.
         """
-        with torch.inference_mode(), _threads(self._config.threads):
+        with torch.inference_mode(), torch_threads(self._config.threads):
             prepared = self._batches.of(split, indices, self.batch_tokens)[part]
             reports = [tuple(TaskReport() for _ in self.tasks) for _ in genomes]
             whole = [self.model.shape.identity() if genome is None else genome for genome in genomes]
@@ -327,7 +328,7 @@ def _add_scored(
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def torch_threads(number: int | None) -> Iterator[None]:
     """So many threads of torch, until the block is left."""
     previous = torch.get_num_threads()
     torch.set_num_threads(previous if number is None else number)

@@ -1,4 +1,8 @@
-"""How much memory is free on a device now, within the limits that a container sets."""
+"""How much memory is free on a device now, within the limits that a container sets; and whether it has run out.
+
+A full memory shows in several ways: torch.OutOfMemoryError on a GPU, a RuntimeError of torch's allocator on the CPU,
+and Python's MemoryError.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+MEMORY_ERRORS = (RuntimeError, MemoryError)
+"""What may tell that memory ran out; torch.OutOfMemoryError is a RuntimeError, and so are others."""
+
+_SIGNS = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # what version 1 writes where nothing is limited is larger
 
@@ -19,6 +27,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_left_in_cgroups(_own_cgroup())])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether one of `MEMORY_ERRORS` tells that memory ran out."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(sign in str(error) for sign in _SIGNS)
 
 
 def half_of_free_gib(device: torch.device) -> float:

@@ -89,6 +89,15 @@ def gated(experts: Any, hidden: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def checkpoint_layers(model: Any, *, enable: bool) -> None:
+    """Let every decoder layer be computed again in the backward pass, in training mode, instead of kept; or no more."""
+    verb = "enable" if enable else "disable"
+    # the older name is deprecated where the newer one is there
+    switch = getattr(model, f"activation_checkpointing_{verb}", None)
+    switch = switch or _private(model, f"gradient_checkpointing_{verb}", "the switch of checkpointing")
+    switch(*([{"use_reentrant": False}] if enable else []))
+
+
 def kept_in_float32(model: Any, dtype: torch.dtype) -> Sequence[str]:
     """Parts of the names of tensors that the library loads in float32 whatever dtype was asked for."""
     what = "the names of tensors that stay in float32"

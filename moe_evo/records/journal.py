@@ -6,16 +6,14 @@ transaction. One process writes, and holds a file lock that is released when it 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -25,6 +23,7 @@ from moe_evo.genomes.file import genome_from_bytes, genome_to_bytes
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
 from moe_evo.plain import Plain
+from moe_evo.records.lock import lock
 from moe_evo.tasks.samples import Sample
 
 SCHEMA_VERSION = "3"
@@ -60,7 +59,7 @@ class Journal:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
-        self._lock = None if read_only else _lock(path)
+        self._lock = None if read_only else lock(path.with_suffix(".lock"), JournalError)
         try:
             self._database = self._open(read_only=read_only)
         except BaseException:
@@ -309,24 +308,3 @@ def _explained(path: Path) -> Iterator[None]:
         raise JournalError(f"{path}: {error}; {advice}") from error
     except sqlite3.DatabaseError as error:
         raise JournalError(f"{path}: not a readable journal ({error}); {_RESTORE}") from error
-
-
-def _lock(path: Path) -> IO[str]:
-    """Lock `path`.lock for this process; the operating system releases it however the process ends."""
-    try:
-        lock = open(path.with_suffix(".lock"), "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise JournalError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        lock.close()
-        raise JournalError(
-            f"{path.parent}: process {owner} is working on this run; wait for it, end it, or use another folder"
-        ) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock

@@ -11,12 +11,14 @@ from moe_evo.config.run import RunConfig
 from moe_evo.plain import Plain, plain, plain_fields
 from moe_evo.records.folder import asdict_plain
 from moe_evo.records.result import FailureFacts, GangFacts, Score
+from moe_evo.records.statistics import Difference
 from moe_evo.report.html import scores_table, table
 from moe_evo.report.table import loader_label
 
 if TYPE_CHECKING:  # these import torch, which reading old runs does not need
     from moe_evo.models.compress.compression import ExpertSize, LayerChange
     from moe_evo.models.export.export import ExportReport
+    from moe_evo.recovery.state import Learned
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,61 @@ class CompressedModel:
         """The export's report, with the other fields beside it."""
         told = plain_fields(self)
         return {**told.pop("report"), **told}
+
+
+@dataclass(frozen=True)
+class RecoveryFacts:
+    """How a pruned model was recovered, and what that gained.
+
+    prompts, positions: how many were learned from, and how many tokens they and their answers have. scores: on the test
+    split, of the 'full', the 'pruned' and the 'recovered' model. gained, missing: the recovered model less the pruned
+    and less the full one, on the same examples.
+    """
+
+    method: str
+    prompts: int
+    positions: int
+    learned: Learned
+    scores: Mapping[str, Score] = field(hash=False)
+    gained: Difference
+    missing: Difference
+
+    @property
+    def verdict(self) -> str:
+        """In plain words whether it was worth it."""
+        lost = self.scores["full"].fitness - self.scores["pruned"].fitness
+        if self.learned.best.step == 0:
+            return "learning never lowered the validation loss, so the pruned model is left as it was"
+        if lost > 0:
+            back = f", {self.gained.value / lost:.0%} of what pruning cost" if self.gained.value > 0 else ""
+        else:
+            back = ""
+        if self.gained.low > 0:
+            return f"recovery gained {self.gained.value:.3f} on the test split{back}"
+        if self.gained.high < 0:
+            return f"recovery lost {-self.gained.value:.3f} on the test split: keep the pruned model"
+        return f"no gain that could be told from luck ({self.gained.value:+.3f} on the test split)"
+
+
+@dataclass(frozen=True)
+class RecoveredModel:
+    """A checkpoint that learned from the full model. figure: picture of the losses."""
+
+    report: ExportReport
+    facts: RecoveryFacts
+    figure: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.report.folder
+
+    def to_plain(self) -> Plain:
+        """The export's report, with the other fields beside it."""
+        return {**plain(self.report), **plain(self.facts), "figure": str(self.figure)}
+
+    def _repr_html_(self) -> str:
+        return _report_table(self.facts.method, self.report) + scores_table("test split", self.facts.scores)
 
 
 @dataclass(frozen=True)

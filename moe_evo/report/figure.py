@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.report.table import expert_weights
+
+if TYPE_CHECKING:  # imports torch
+    from moe_evo.recovery.state import Check
 
 _COLOURS = {
     "pruning": "#0072B2",
@@ -75,6 +79,25 @@ def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str
     if points:
         best = np.maximum.accumulate(points)
         axes.step(np.arange(1, len(best) + 1), best, where="post", color=colour, label=label)
+
+
+def losses_figure(path: Path, checks: Sequence[Check]) -> None:
+    """Write a picture of the losses of a recovery, against steps."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    trained = [(check.step, check.training) for check in checks if check.training is not None]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color=_COLOURS["random"], label="what is learned")
+    axes.plot([check.step for check in checks], [check.validation for check in checks], color="black", marker=".",
+              label="validation split")  # fmt: skip
+    best = min(checks, key=lambda check: check.validation)
+    axes.scatter([best.step], [best.validation], color=_COLOURS["merging"], zorder=3, label="kept")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss, nats")
+    axes.set_title("recovery")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def draw_experts(figure: Figure, axes: Axes, genome: Genome) -> None:

@@ -13,12 +13,14 @@ from moe_evo.config.task import fitness_label
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import GangFacts, RunResult, Score
+from moe_evo.records.statistics import Difference
 from moe_evo.report.answers import (
     CompressedModel,
     ExportedRun,
     MethodFacts,
     Progress,
     PrunedModel,
+    RecoveredModel,
     ScoredGenome,
     WrittenReport,
 )
@@ -150,7 +152,7 @@ def print_scores(scored: ScoredGenome) -> None:
         console.print(f"  {name}: {value:.4f}", highlight=False)
 
 
-def print_export(exported: ExportedRun | PrunedModel | CompressedModel) -> None:
+def print_export(exported: ExportedRun | PrunedModel | CompressedModel | RecoveredModel) -> None:
     """Print where the checkpoint is, its size, and how well its logits agree with the evaluated ones."""
     report, mib = exported.report, 2**20
     which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
@@ -215,6 +217,27 @@ def print_compression(compressed: CompressedModel) -> None:
         lines.append(f"would take  {packed / mib:.2f} MiB as {way} ({ratio:.1%} of dense{larger})")
     lines.append(f"that needs  {compressed.needs}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_recovery(recovered: RecoveredModel) -> None:
+    """Print the scores of the full, the pruned and the recovered model, and what the recovery gained and cost."""
+    console, facts = Console(), recovered.facts
+    learned, before = facts.learned, facts.learned.checks[0].validation
+    _print_scores_of_models(console, facts.scores)
+    lines = [
+        f"gained      {_interval(facts.gained)} over the pruned model, on the same examples (95 % interval)",
+        f"missing     {_interval(facts.missing)} against the full model",
+        f"learned     {learned.steps} steps on {facts.prompts:,} prompts in {learned.duration_s:.0f} s; loss on the "
+        f"validation split {before:.4f} -> {learned.best.validation:.4f} (step {learned.best.step})",
+        f"verdict     {facts.verdict}",
+        f"picture     {recovered.figure}",
+        f"next        moe-evo evaluate --model.path {recovered.folder} --split test",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _interval(difference: Difference) -> str:
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def print_criteria(methods: Sequence[MethodFacts]) -> None:

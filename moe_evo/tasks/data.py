@@ -106,7 +106,9 @@ def read_task(config: TaskConfig) -> TaskData:
 
 
 @dataclass(frozen=True)
-class _File:
+class DataFile:
+    """A file of examples as it was read. shown: its name for error messages."""
+
     shown: str
     content: bytes
 
@@ -115,7 +117,7 @@ def _embedded_folder() -> Traversable:
     return resources.files("moe_evo").joinpath("data", "tasks")
 
 
-def _split_files(config: TaskConfig) -> dict[str, _File]:
+def _split_files(config: TaskConfig) -> dict[str, DataFile]:
     """The files by split; one file that is still to be split stands under ''."""
     where = f"task {task_name(config)}"
     # a bare name is an embedded task even where a folder of that name lies about: write ./name for that
@@ -126,7 +128,7 @@ def _split_files(config: TaskConfig) -> dict[str, _File]:
     if len(Path(config.data).name) > 255:  # longer than file systems allow: asking them would raise
         raise TaskError(f"{where}: data: got {config.data[:40]!r}..., which is no file name")
     if folder.is_file():
-        return {"": _read(folder, config.data)}
+        return {"": read_file(folder, config.data)}
     if not folder.is_dir():
         raise TaskError(
             f"{where}: data: got {config.data!r}, which is no file, no folder and no embedded task; "
@@ -139,45 +141,53 @@ def _split_files(config: TaskConfig) -> dict[str, _File]:
             "search.jsonl, validation.jsonl and test.jsonl, or one file that is split by hash"
         )
     names = {split: f"{split}.jsonl" for split in SPLITS}
-    return {split: _read(folder.joinpath(name), f"{config.data}/{name}") for split, name in names.items()}
+    return {split: read_file(folder.joinpath(name), f"{config.data}/{name}") for split, name in names.items()}
 
 
-def _few_shot_files(config: TaskConfig) -> list[_File]:
+def _few_shot_files(config: TaskConfig) -> list[DataFile]:
     if config.few_shot is None:
         return []
     path = Path(config.few_shot).expanduser()
     if not path.is_file():
         raise TaskError(f"task {task_name(config)}: few_shot: no file {config.few_shot!r}")
-    return [_read(path, config.few_shot)]
+    return [read_file(path, config.few_shot)]
 
 
-def _read(file: Traversable, shown: str) -> _File:
+def read_file(file: Traversable, shown: str) -> DataFile:
+    """Raises TaskError where it cannot be read."""
     try:
-        return _File(shown, file.read_bytes())
+        return DataFile(shown, file.read_bytes())
     except OSError as error:
         raise TaskError(f"{shown}: cannot be read: {error.strerror}") from error
 
 
-def _rows(file: _File) -> Iterator[tuple[str, Any]]:
+def json_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line that is not blank."""
-    for number, line in enumerate(file.content.split(b"\n"), start=1):
-        where = f"{file.shown}:{number}"
+    for where, text in text_rows(file):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                yield where, json.loads(text)
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+            yield where, json.loads(text)
         except json.JSONDecodeError as error:
             raise TaskError(
                 f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
             ) from error
 
 
-def _examples(file: _File, kind: str, metrics: Sequence[str]) -> Iterator[Example]:
+def text_rows(file: DataFile) -> Iterator[tuple[str, str]]:
+    """(file:line, text without outer spaces) of each line that is not blank."""
+    for number, line in enumerate(file.content.split(b"\n"), start=1):
+        where = f"{file.shown}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        if text:
+            yield where, text
+
+
+def _examples(file: DataFile, kind: str, metrics: Sequence[str]) -> Iterator[Example]:
     """The examples, each of which suits all `metrics`."""
     empty, parse = True, KINDS[kind].parse
-    for where, row in _rows(file):
+    for where, row in json_rows(file):
         empty = False
         example, *_ = [parse(row, metric, where) for metric in dict.fromkeys(metrics)]
         yield example
@@ -185,7 +195,7 @@ def _examples(file: _File, kind: str, metrics: Sequence[str]) -> Iterator[Exampl
         raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
 
 
-def _shots(file: _File, kind: str) -> Iterator[Example]:
+def _shots(file: DataFile, kind: str) -> Iterator[Example]:
     """Few-shot examples: as the task's own, or, where those have no answers, any that have one."""
     shot_kind = _kind(file) if kind == "distillation" else kind
     if shot_kind == "perplexity":
@@ -193,8 +203,8 @@ def _shots(file: _File, kind: str) -> Iterator[Example]:
     return _examples(file, shot_kind, [DEFAULT])
 
 
-def _kind(file: _File) -> str:
-    for where, row in _rows(file):
+def _kind(file: DataFile) -> str:
+    for where, row in json_rows(file):
         if not isinstance(row, dict):
             raise TaskError(f"{where}: got {type(row).__name__}, expected a JSON object")
         return kind_of(row, where)

@@ -69,6 +69,10 @@ class PromptFormat:
         """Tokens of the prompt, cut from the left so that `reserved_tokens` more fit into max_length."""
         return self._shortened(self._encode(self.prompt(example)), reserved_tokens, example)
 
+    def bare_tokens(self, example: Example, reserved_tokens: int = 0) -> Tokens:
+        """As `prompt_tokens`, of the prompt without spaces at its end: what `pair_tokens` puts before answers."""
+        return self._shortened(self._encode(self.prompt(example).rstrip()), reserved_tokens, example)
+
     def pair_tokens(self, example: Example, answers: tuple[str, ...]) -> tuple[Tokens, list[Tokens]]:
         """Tokens of the prompt, and of each answer after it; the prompt is the same for all."""
         prompt = self.prompt(example)

@@ -14,15 +14,17 @@ from moe_evo.records.result import RunResult
 class Tracker(Protocol):
     """Gets the events of a run, by calls in the driver's thread.
 
-    message: a line to show. stage: a stage of `total` evaluations begins, `done` of which an earlier process made.
-    evaluated: one of them is done. recorded: an outcome was written into the journal; called once for every
-    candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool: events and status of the gangs. finished: the
-    result, and the files of the winners.
+    message: a line to show. stage: a stage of `total` evaluations, or of what else `unit` says, begins, `done` of which
+    an earlier process made. evaluated: an evaluation is done. advanced: so many others are. recorded: an outcome was
+    written into the journal; called once for every candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool:
+    events and status of the gangs. finished: the result, and the files of the winners.
     """
 
     def message(self, text: str) -> None: ...
 
-    def stage(self, title: str, total: int, done: int = 0) -> None: ...
+    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None: ...
+
+    def advanced(self, number: int, note: str = "") -> None: ...
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None: ...
 
@@ -43,9 +45,13 @@ class Trackers:
         for tracker in self._trackers:
             tracker.message(text)
 
-    def stage(self, title: str, total: int, done: int = 0) -> None:
+    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
         for tracker in self._trackers:
-            tracker.stage(title, total, done)
+            tracker.stage(title, total, done, unit)
+
+    def advanced(self, number: int, note: str = "") -> None:
+        for tracker in self._trackers:
+            tracker.advanced(number, note)
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
         for tracker in self._trackers:

@@ -94,8 +94,8 @@ class TerminalTracker:
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def stage(self, title: str, total: int, done: int = 0) -> None:
-        """Begin a bar of `total` evaluations, `done` of which an earlier process made."""
+    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
+        """Begin a bar of `total` evaluations or other units, `done` of which an earlier process made."""
         self._title, self._total, self._done, self._done_before = title, total, done, done
         self._started = self._last_line = time.monotonic()
         self._failures = 0
@@ -103,14 +103,17 @@ class TerminalTracker:
             self._task = self._progress.add_task(title, total=total, completed=done, rate="", note="")
         else:
             resumed = f", {done} done before" if done else ""
-            self.message(f"{title}: {total} evaluation{'s' if total != 1 else ''}{resumed}")
+            self.message(f"{title}: {total} {unit}{'s' if total != 1 else ''}{resumed}")
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
         """Advance the bar by one evaluation."""
-        self._done += 1
         self._failures += not isinstance(individual.outcome, Evaluation)
+        self.advanced(1, self._note(best, phase))
+
+    def advanced(self, number: int, note: str = "") -> None:
+        """Advance the bar; note: shown beside it."""
+        self._done += number
         rate = f"{self._rate():.1f}/s"
-        note = self._note(best, phase)
         if self._task is not None and self._live:
             self._progress.update(self._task, completed=self._done, rate=rate, note=note)
         elif self._done == self._total or time.monotonic() - self._last_line > _PLAIN_INTERVAL_S:

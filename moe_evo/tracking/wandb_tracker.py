@@ -96,7 +96,10 @@ class WandbTracker:
     def message(self, text: str) -> None:
         """Does nothing: the terminal shows lines."""
 
-    def stage(self, title: str, total: int, done: int = 0) -> None:
+    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
+        """Does nothing: the terminal shows stages."""
+
+    def advanced(self, number: int, note: str = "") -> None:
         """Does nothing: the terminal shows stages."""
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:

@@ -1,0 +1,97 @@
+"""The config of recovery: how a pruned model learns from the full one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from moe_evo.config.check import require
+from moe_evo.config.run import ScoringConfig
+
+PARTS = ("experts", "router", "norms", "attention", "all")
+"""What `RecoverConfig.train` may name."""
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """How a pruned model learns to answer as the full one does.
+
+    Args:
+        method: 'logits' learns the full model's next-token distributions; 'router' the same with router rows alone;
+            'labels' learns the right answers of the search split, too; or that of another package, by its name or as
+            package.module:name.
+        train: What is trained: experts, router, norms (all layer norms), attention, or all. Default: what the method
+            says (logits and labels: experts, router and norms).
+        search_split: Whether the prompts of the tasks' search split are learned from.
+        prompts: File with more prompts, which need no answers: JSONL with 'prompt' (formatted as the task's prompts
+            are) or 'text' in each line, or plain text with one text a line.
+        answer_tokens: Most tokens of its own answer that the full model writes behind each prompt, to be learned with
+            it; 0 learns prompts alone.
+        top_k: Most probable tokens of the full model that are stored for each position; the rest is one number.
+        prompt_weight: Weight of a position within a prompt, where those of an answer have 1.
+        label_weight: labels: weight of the right answer's cross entropy beside the divergence from the full model.
+        steps: Most steps of the optimizer (AdamW).
+        batch_size: Prompts a step.
+        batch_tokens: Most tokens, padding included, in one forward and backward pass; a step is made of as many passes
+            as it needs. Half of it is taken where memory runs out.
+        learning_rate: After a warm-up of a twentieth of the steps; falls to 0 as a cosine.
+        checks: How many times the loss on the validation split is computed, at equal distances; the weights with the
+            lowest loss are kept. The state is saved as often, from which a killed recovery goes on.
+        patience: Stop after so many checks without a lower validation loss.
+        gradient_checkpointing: Compute each layer again in the backward pass, which takes less memory and more time.
+        seed: Of the order of prompts.
+    """
+
+    method: str = "logits"
+    train: list[str] = field(default_factory=list)
+    search_split: bool = True
+    prompts: str | None = None
+    answer_tokens: int = 16
+    top_k: int = 64
+    prompt_weight: float = 0.1
+    label_weight: float = 1.0
+    steps: int = 300
+    batch_size: int = 32
+    batch_tokens: int = 4096
+    learning_rate: float = 1e-3
+    checks: int = 10
+    patience: int = 4
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.train if part not in PARTS]
+        require(not unknown, "recover.train", self.train, f"a list of {', '.join(PARTS)}")
+        require(
+            self.search_split or self.prompts is not None, "recover.search_split", self.search_split,
+            "true, or a file recover.prompts: there is nothing to learn from",
+        )  # fmt: skip
+        for option, least in (("answer_tokens", 0), ("top_k", 1), ("steps", 1), ("batch_size", 1), ("batch_tokens", 1),
+                              ("checks", 1), ("patience", 1), ("seed", 0)):  # fmt: skip
+            value = getattr(self, option)
+            require(value >= least, f"recover.{option}", value, f"{least} or more")
+        for option in ("prompt_weight", "label_weight"):
+            value = getattr(self, option)
+            require(0 <= value < math.inf, f"recover.{option}", value, "0 or more")
+        rate = self.learning_rate
+        require(0 < rate < math.inf, "recover.learning_rate", rate, "more than 0, such as 0.001")
+        require(
+            self.prompt_weight > 0 or self.answer_tokens > 0 or self.method == "labels", "recover.prompt_weight",
+            self.prompt_weight, "more than 0, as recover.answer_tokens is 0: only the last position would be learned",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecoveryConfig(ScoringConfig):
+    """What it takes to recover a model.
+
+    Args:
+        model: The full model, from which the smaller one learns.
+        tasks: List of tasks whose prompts are learned from, and on whose test split the result is scored; a bare
+            string is a task's data. --tasks.KEY changes the last task.
+        evaluation: How models are scored.
+        cluster: Where they are scored.
+        recover: How the smaller model learns.
+    """
+
+    recover: RecoverConfig = field(default_factory=RecoverConfig)

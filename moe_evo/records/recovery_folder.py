@@ -1,0 +1,81 @@
+"""The folder in which a recovery keeps its work, so that one that was killed goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from moe_evo.config.run import difference
+from moe_evo.errors import RunError
+from moe_evo.genomes.population import Evaluation
+from moe_evo.plain import Plain
+from moe_evo.records.folder import write_whole
+from moe_evo.records.lock import lock
+
+_NUMBERS = ("fitness", "tie_break", "standard_error", "num_examples", "duration_s")
+
+
+class RecoveryFolder:
+    """Paths of a recovery's files beside the checkpoint `target` that it will write."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.with_name(f"{target.name}.recovery")
+        self.job = self.path / "job.json"
+        self.student = self.path / "student"
+        self.lessons = self.path / "lessons"
+        self.training = self.path / "training.safetensors"
+
+    @contextmanager
+    def claim(self, job: Plain) -> Iterator[None]:
+        """Lock the folder until the block is left, and remove it if that ends without an error.
+
+        job: everything that the result depends on. Raises RunError where the folder holds the work of another one, or
+        where another process works in it.
+        """
+        if self.path.is_dir() and not self.job.is_file() and any(self.path.iterdir()):
+            raise RunError(f"{self.path}: holds other files; move them, or give another --to")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}); give another --to") from error
+        with lock(self.path / "job.lock", RunError):
+            if self.job.is_file():
+                self._check(job)
+            else:
+                write_whole(self.job, json.dumps(job, indent=2) + "\n")
+            yield
+            shutil.rmtree(self.path)
+
+    def _check(self, job: Plain) -> None:
+        lines = difference(json.loads(self.job.read_text("utf-8")), json.loads(json.dumps(job)))
+        if lines:
+            raise RunError(
+                f"{self.path}: holds the work of another recovery ({'; '.join(lines)}); delete it, or give another --to"
+            )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier process has trained."""
+        return self.training.is_file()
+
+    def score(self, name: str) -> Evaluation | None:
+        """What `keep_score` kept; None where there is nothing."""
+        file = self.path / f"score-{name}.json"
+        if not file.is_file():
+            return None
+        told = json.loads(file.read_text("utf-8"))
+        scores = {task: np.array(values) for task, values in told.pop("scores").items()}
+        return Evaluation(**told, scores=MappingProxyType(scores))
+
+    def keep_score(self, name: str, evaluation: Evaluation) -> None:
+        """Keep a model's score on the test split with that of every example."""
+        scores = evaluation.scores or {}
+        told = {name: getattr(evaluation, name) for name in _NUMBERS}
+        told |= {"metrics": dict(evaluation.metrics), "scores": {task: one.tolist() for task, one in scores.items()}}
+        write_whole(self.path / f"score-{name}.json", json.dumps(told) + "\n")

@@ -1,0 +1,283 @@
+"""`Training`: a smaller model learns from lessons by gradient steps, on one device.
+
+Every step is a function of the weights and its number, so that a training that goes on from its file has the same
+losses as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_evo.config.recover import RecoverConfig
+from moe_evo.errors import OutOfMemory
+from moe_evo.models.free_memory import MEMORY_ERRORS, is_out_of_memory
+from moe_evo.models.transformers_border import checkpoint_layers
+from moe_evo.recovery.lessons import UNLABELLED, Lessons, batches_of, logits_of
+from moe_evo.recovery.losses import cross_entropies, divergences
+from moe_evo.recovery.state import Check, Learned, TrainingState
+
+_WARM_UP = 0.05
+_MOST_NORM = 1.0  # of the gradient; a larger one is scaled down to it
+
+Done = Callable[[Learned], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What is minimised: the weighted mean of divergences, and of labelled positions the mean cross entropy."""
+
+    lessons: Lessons
+    prompt_weight: float
+    label_weight: float
+
+    def total(self, numbers: Sequence[int]) -> tuple[float, int]:
+        """Of some lessons the sum of their positions' weights, and how many positions have a label."""
+        weights = self.lessons.weights(numbers, self.prompt_weight)
+        labels = self.lessons.labels[self.lessons.positions(numbers)]
+        return float(weights.sum()), int((labels != UNLABELLED).sum())
+
+    def share(self, logits: Tensor, numbers: Sequence[int], total: tuple[float, int]) -> Tensor:
+        """What some lessons add to the loss of all lessons that `total` is of. logits: (M, V) float32 of them."""
+        positions, device = self.lessons.positions(numbers), logits.device
+        ids, log_probs, rest, labels = (
+            stored[positions].to(device)
+            for stored in (self.lessons.ids, self.lessons.log_probs, self.lessons.rest, self.lessons.labels)
+        )
+        weights = self.lessons.weights(numbers, self.prompt_weight).to(device)
+        loss = (weights * divergences(logits, ids, log_probs, rest)).sum() / max(total[0], 1e-9)
+        if self.label_weight and total[1]:
+            loss = loss + self.label_weight * cross_entropies(logits, labels).sum() / total[1]
+        return loss
+
+
+class Training:
+    """A smaller model and what it learns from.
+
+    parameters: of the language model, those that are trained; their float32 copies are what the optimizer changes.
+    label_weight: of right answers; 0 learns from the full model alone. file: where the state is kept.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        parameters: Mapping[str, nn.Parameter],
+        lessons: Lessons,
+        validation: Lessons,
+        config: RecoverConfig,
+        label_weight: float,
+        file: Path,
+    ) -> None:
+        self._model = language_model
+        self._parameters = parameters
+        self._objective = Objective(lessons, config.prompt_weight, label_weight)
+        self._validation = Objective(validation, config.prompt_weight, label_weight)
+        self._config = config
+        self._file = file
+        self._device = next(iter(parameters.values())).device
+        self._vocabulary = int(language_model.config.get_text_config().vocab_size)
+        self._batch_tokens = config.batch_tokens
+        self._learned = Learned()
+        # a parameter in float32 is its own copy
+        self._weights = {
+            name: one if one.dtype == torch.float32 else one.detach().float() for name, one in parameters.items()
+        }
+        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=config.learning_rate, weight_decay=0.0)
+        self._best: dict[str, Tensor] = {}
+
+    def run(self, done: Done = lambda learned: None) -> Learned:
+        """Train until the last step, or until it stops helping; the model has the best weights afterwards.
+
+        done: called after every step. Raises OutOfMemory where a single sequence does not fit.
+        """
+        try:
+            self._prepare()
+            if self._file.is_file():
+                self._load(TrainingState.load(self._file))
+            else:
+                self._check([])
+            self._learn(done)
+        finally:
+            self._restore()
+        return self._learned
+
+    def _learn(self, done: Done) -> None:
+        config = self._config
+        every = max(config.steps // config.checks, 1)
+        losses: list[float] = []
+        while self._learned.steps < config.steps and not self._learned.stopped:
+            started = time.perf_counter()
+            loss, tokens = self._within_memory(self._step)
+            if not math.isfinite(loss):
+                reason = f"the loss of step {self._learned.steps + 1} is not finite: lower recover.learning_rate"
+                self._learned = replace(self._learned, stopped=reason)
+                break
+            losses.append(loss)
+            self._learned = replace(
+                self._learned,
+                steps=self._learned.steps + 1,
+                tokens=self._learned.tokens + tokens,
+                duration_s=self._learned.duration_s + time.perf_counter() - started,
+            )
+            if self._learned.steps % every == 0 or self._learned.steps == config.steps:
+                self._check(losses)
+                losses = []
+            done(self._learned)
+
+    def _step(self) -> tuple[float, int]:
+        """One step of the optimizer; returns its loss and the number of tokens read. Changes nothing if it raises."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        numbers = self._drawn(self._learned.steps)
+        total, loss, tokens = self._objective.total(numbers), 0.0, 0
+        for batch in self._batches(self._objective, numbers):
+            rows = self._objective.lessons.rows(batch)
+            share = self._objective.share(logits_of(self._model, rows, self._device), batch, total)
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += float(share.detach())
+            tokens += sum(map(len, rows))
+        if math.isfinite(loss):
+            self._update()
+        return loss, tokens
+
+    def _update(self) -> None:
+        for name, weight in self._weights.items():
+            parameter = self._parameters[name]
+            if weight is not parameter and parameter.grad is not None:
+                weight.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self._weights.values(), _MOST_NORM)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * _schedule(self._learned.steps, self._config.steps)
+        self._optimizer.step()
+        self._put(self._weights)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights, by name, into the model, in its own number format."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if weights[name] is not parameter:
+                    parameter.copy_(weights[name])
+
+    def _drawn(self, step: int) -> list[int]:
+        """The numbers of a step's lessons: every lesson once, in an order of its own, before any comes again."""
+        size, number = self._config.batch_size, len(self._objective.lessons)
+        places = range(step * size, (step + 1) * size)
+        orders = {
+            epoch: np.random.default_rng([self._config.seed, epoch]).permutation(number)
+            for epoch in {place // number for place in places}
+        }
+        return [int(orders[place // number][place % number]) for place in places]
+
+    def _batches(self, objective: Objective, numbers: Sequence[int]) -> list[list[int]]:
+        lengths = objective.lessons.lengths.tolist()
+        return batches_of(lengths, numbers, self._batch_tokens, self._vocabulary)
+
+    def _check(self, losses: Sequence[float]) -> None:
+        """Compute the validation loss, keep the weights if it is the lowest, and save the state."""
+        config, validation = self._config, self._within_memory(self._validation_loss)
+        training = sum(losses) / len(losses) if losses else None
+        checks = (*self._learned.checks, Check(self._learned.steps, training, validation))
+        self._learned = replace(self._learned, checks=checks)
+        best = self._learned.best
+        if not math.isfinite(validation):
+            reason = f"the validation loss after step {self._learned.steps} is not finite: lower recover.learning_rate"
+            self._learned = replace(self._learned, stopped=reason)
+        elif best is checks[-1]:
+            self._best = {name: one.detach().to("cpu", copy=True) for name, one in self._weights.items()}
+        elif sum(check.step > best.step for check in checks) >= config.patience:
+            reason = f"the validation loss has not fallen since step {best.step}"
+            self._learned = replace(self._learned, stopped=reason)
+        self._save()
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        numbers = range(len(self._validation.lessons))
+        total, loss = self._validation.total(numbers), 0.0
+        for batch in self._batches(self._validation, numbers):
+            rows = self._validation.lessons.rows(batch)
+            loss += float(self._validation.share(logits_of(self._model, rows, self._device), batch, total))
+        return loss
+
+    def _within_memory(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns; where memory runs out it is called again with half the tokens in a pass."""
+        while True:
+            try:
+                return compute()
+            except MEMORY_ERRORS as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._batch_tokens == 1:
+                    raise OutOfMemory(
+                        f"out of memory on {self._device} with one sequence in a pass: shorten the prompts (tasks' "
+                        "max_length), train fewer parts (recover.train) or set recover.gradient_checkpointing"
+                    ) from error
+            self._batch_tokens //= 2
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _save(self) -> None:
+        tensors = {f"weight/{name}": one.detach() for name, one in self._weights.items()}
+        tensors |= {f"best/{name}": one for name, one in self._best.items()}
+        for name, weight in self._weights.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self._optimizer.state[weight]:
+                    tensors[f"{moment}/{name}"] = self._optimizer.state[weight][moment]
+        tensors = {name: one.contiguous() for name, one in tensors.items()}
+        TrainingState(self._learned, self._batch_tokens, tensors).save(self._file)
+
+    def _load(self, state: TrainingState) -> None:
+        self._learned, self._batch_tokens = state.learned, state.batch_tokens
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(state.tensors[f"weight/{name}"])
+                if self._learned.steps:
+                    moments = {one: state.tensors[f"{one}/{name}"].to(weight) for one in ("exp_avg", "exp_avg_sq")}
+                    self._optimizer.state[weight] = {"step": torch.tensor(float(self._learned.steps)), **moments}
+        self._best = {name: state.tensors[f"best/{name}"] for name in self._weights if f"best/{name}" in state.tensors}
+        self._put(self._weights)
+
+    def _prepare(self) -> None:
+        """Let the parameters have gradients; without dropout, as nothing random may change a loss."""
+        self._model.requires_grad_(False)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        if self._config.gradient_checkpointing:
+            checkpoint_layers(self._model, enable=True)
+            _train_without_noise(self._model)
+
+    def _restore(self) -> None:
+        """The best weights, and no gradients."""
+        if self._best:
+            self._put({name: one.to(self._device) for name, one in self._best.items()})
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self._config.gradient_checkpointing:
+            checkpoint_layers(self._model, enable=False)
+        self._model.requires_grad_(False).eval()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate: rises to 1 in a twentieth of the steps, and falls to 0 as a cosine."""
+    warm_up = max(math.ceil(_WARM_UP * steps), 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+def _train_without_noise(language_model: nn.Module) -> None:
+    """Set training mode, in which layers are checkpointed, with every dropout and router noise at 0."""
+    language_model.train()
+    for module in language_model.modules():
+        for name in ("p", "attention_dropout", "jitter_noise", "router_jitter_noise"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

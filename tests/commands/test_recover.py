@@ -1,0 +1,306 @@
+"""`moe-evo recover`, from the command line to the checkpoint; killed and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refusals import refusal, taken_folder
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from tiny_tasks import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from moe_evo.cli.main import main
+from moe_evo.commands import recover as command
+from moe_evo.recovery import training
+
+TASK = "[{data: syll, num_search: 40, num_validation: 24, num_test: 40}]"
+OPTIONS = ("--model.self_check", "false", "--tasks", TASK, "--evaluation.threads", "1")
+SHORT = ("--recover.steps", "12", "--recover.batch_size", "8", "--recover.checks", "3")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the embedded model with two experts in each layer."""
+    target = tmp_path_factory.mktemp("pruned") / "checkpoint"
+    words = ["--method", "aimer", "--num_kept", "2", "--to", str(target)]
+    assert main(["prune", *OPTIONS, *words]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose winner has three experts in each layer."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    words = ["--search.num_kept", "3", "--search.evaluations", "4", "--selection.finalists", "2"]
+    assert main(["search", *OPTIONS, *words, "--selection.baselines", "[]", "--folder", str(folder)]) == 0
+    return folder
+
+
+def recover(what: Path, target: Path, *words: str, capsys: pytest.CaptureFixture[str], options=OPTIONS) -> dict:
+    capsys.readouterr()
+    assert main(["recover", str(what), *options, *SHORT, "--to", str(target), *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def scores_of(model: str | Path, capsys: pytest.CaptureFixture[str]) -> dict:
+    capsys.readouterr()
+    assert main(["evaluate", "--model.path", str(model), *OPTIONS, "--split", "test", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
+@pytest.mark.parametrize("method", ["logits", "router", "labels"])
+def test_a_checkpoint_learns_and_its_scores_are_those_that_were_told(
+    method: str, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "recovered"
+    told = recover(pruned, target, "--recover.method", method, capsys=capsys)
+    assert told["loader"] == "transformers" and told["max_logit_difference"] <= 1e-5
+    scores = {"full": scores_of("embedded", capsys), "pruned": scores_of(pruned, capsys)}
+    scores["recovered"] = scores_of(target, capsys)
+    for name, score in told["scores"].items():
+        assert score["num_examples"] == 40 and score["fitness"] == scores[name]["fitness"]
+        assert score["metrics"]["syll/log_likelihood"] == pytest.approx(scores[name]["metrics"]["syll/log_likelihood"])
+    gained = scores["recovered"]["fitness"] - scores["pruned"]["fitness"]
+    assert told["gained"]["value"] == pytest.approx(gained) and told["gained"]["num_examples"] == 40
+    missing = scores["recovered"]["fitness"] - scores["full"]["fitness"]
+    assert told["missing"]["value"] == pytest.approx(missing)
+    checks = told["learned"]["checks"]
+    assert [check["step"] for check in checks] == [0, 4, 8, 12] and told["prompts"] == 40
+    assert checks[-1]["validation"] < checks[0]["validation"]
+    stock = AutoModelForCausalLM.from_pretrained(target)
+    assert stock.config.num_local_experts == 2
+    changed = {name for name, one in weights(target).items() if not torch.equal(one, weights(pruned)[name])}
+    assert changed and all(".gate." in name for name in changed) == (method == "router")
+    assert json.loads((target / "moe_evo" / "recovery.json").read_text("utf-8"))["method"] == method
+    assert (target / "moe_evo" / "recovery.png").read_bytes().startswith(b"\x89PNG")
+    assert not target.with_name("recovered.recovery").exists()
+    card = (target / "README.md").read_text("utf-8")
+    assert "with fewer experts, recovered" in card and f"method: {method}" in card
+    assert "learned from: 40 prompts" in card and "recovered model " in card
+
+
+def test_the_winner_of_a_run_learns_with_the_run_s_own_model_and_tasks(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "recovered"
+    told = recover(run, target, capsys=capsys, options=())
+    result = json.loads((run / "result.json").read_text("utf-8"))
+    rows = {row["key"]: row for row in result["rows"]}
+    assert told["scores"]["pruned"]["fitness"] == rows["best"]["scores"]["test"]["fitness"]
+    assert told["scores"]["full"]["fitness"] == rows["full"]["scores"]["test"]["fitness"]
+    assert AutoModelForCausalLM.from_pretrained(target).config.num_local_experts == 3
+    assert f"digest {rows['best']['digest']}" in (target / "README.md").read_text("utf-8")
+
+
+def test_what_is_printed_says_what_it_gained_and_what_to_do_next(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "recovered"
+    assert main(["recover", str(pruned), *OPTIONS, *SHORT, "--to", str(target)]) == 0
+    out, progress = capsys.readouterr()
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    for name in ("full model", "pruned model", "recovered model", "gained", "missing", "learned", "verdict", "picture"):
+        assert name in lines
+    assert "12 steps on 40 prompts" in lines["learned"] and "next" in lines
+    assert f"--model.path {target}" in lines["next"]
+    assert "recovering: 12 steps" in progress and "answering learned prompts: 40/40" in progress
+
+
+def test_prompts_of_a_file_are_learned_beside_or_in_place_of_the_search_split(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"how many syllables has word {n}?"}) + "\n" for n in range(9)))
+    both = recover(pruned, tmp_path / "both", "--recover.prompts", str(file), capsys=capsys)
+    words = ("--recover.prompts", str(file), "--recover.search_split", "false", "--recover.answer_tokens", "0")
+    alone = recover(pruned, tmp_path / "alone", *words, capsys=capsys)
+    assert (both["prompts"], alone["prompts"]) == (49, 9)
+
+
+def test_without_a_lower_validation_loss_the_pruned_model_is_left_as_it_is(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "recovered"
+    words = ("--recover.learning_rate", "30", "--recover.patience", "1", "--recover.checks", "12")
+    assert main(["recover", str(pruned), *OPTIONS, *SHORT, *words, "--to", str(target)]) == 0
+    out, progress = capsys.readouterr()
+    assert "learning never lowered the validation loss, so the pruned model is left as it was" in out
+    assert "stopped after 1 of 12 steps: " in progress
+    before = weights(pruned)
+    assert all(torch.equal(one, before[name]) for name, one in weights(target).items())
+
+
+PROGRAM = """
+import sys
+from moe_evo.cli.main import main
+from moe_evo.recovery import training
+
+step = training.Training._step
+
+def slow_step(self):
+    found = step(self)
+    print("step", flush=True)
+    sys.stdin.readline()
+    return found
+
+training.Training._step = slow_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = recover(pruned, tmp_path / "whole", capsys=capsys)
+    target = tmp_path / "killed"
+    words = ["recover", str(pruned), *OPTIONS, *SHORT, "--to", str(target)]
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(6):
+            assert process.stdout.readline() == "step\n"
+            process.stdin.write("\n")
+            process.stdin.flush()
+        os.kill(process.pid, signal.SIGKILL)
+    assert not target.exists() and (tmp_path / "killed.recovery" / "training.safetensors").is_file()
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
+        got = recover(pruned, target, capsys=capsys)
+    assert not asked
+    for key in ("scores", "gained", "missing", "prompts", "positions"):
+        one, two = got[key], expected[key]
+        assert one == two, key
+    assert [check["validation"] for check in got["learned"]["checks"]] == [
+        check["validation"] for check in expected["learned"]["checks"]
+    ]
+    other = weights(tmp_path / "whole")
+    assert all(torch.equal(one, other[name]) for name, one in weights(target).items())
+    assert not (tmp_path / "killed.recovery").exists()
+
+
+def test_work_of_another_recovery_is_neither_used_nor_lost(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "recovered"
+    words = ["recover", str(pruned), *OPTIONS, *SHORT, "--to", str(target)]
+    monkeypatch.setattr(training.Training, "_step", die)
+    assert main(words) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main([*words, "--recover.seed", "1"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "recovered.recovery: holds the work of another recovery (recover.seed: 0 -> 1); delete it, or" in line
+    assert (tmp_path / "recovered.recovery" / "training.safetensors").is_file()
+    foreign = tmp_path / "other.recovery"
+    foreign.mkdir()
+    (foreign / "mine").write_text("mine")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 2
+    assert "other.recovery: holds other files; move them, or give another --to" in capsys.readouterr().err
+    assert (foreign / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--recover.method", "logit"], "recover.method: got 'logit', did you mean 'logits'?"),
+        (
+            ["--recover.train", "[experts, heads]"],
+            "recover.train: got ['experts', 'heads'], expected a list of",
+        ),
+        (["--recover.steps", "0"], "recover.steps: got 0, expected 1 or more"),
+        (["--recover.learning_rate", "0"], "recover.learning_rate: got 0.0, expected more than 0, such as 0.001"),
+        (["--recover.search_split", "false"], "expected true, or a file recover.prompts: there is nothing to learn"),
+        (["--recover.prompts", "no.jsonl"], "recover.prompts: got 'no.jsonl', expected a file with one prompt"),
+        (["--recover.prompt_weight", "0", "--recover.answer_tokens", "0"], "only the last position would be learned"),
+        (["--cluster.address", "auto"], "cluster.address: got 'auto', expected none: recover needs no cluster"),
+        (["--model.router", "eep"], "model.router: got 'eep', expected 'exported': a stock checkpoint is made"),
+        (["--model.sharding", "device_map"], "model.sharding: got 'device_map', expected 'single': whole weights"),
+        (["--which", "soup"], "--which: got 'soup', expected none: "),
+        (["--to", "TAKEN"], "TAKEN: is not empty; give another folder, or replace it with --overwrite"),
+        (["--to", "TAKEN", "--overwrite"], "TAKEN: was not written by moe_evo, so it is not overwritten"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line_before_a_model_is_loaded(
+    words: list[str],
+    expected: str,
+    pruned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = str(taken_folder(tmp_path))
+    words = [taken if word == "TAKEN" else word for word in words]
+    target = tmp_path / "target"
+    to = [] if "--to" in words else ["--to", str(target)]
+    capsys.readouterr()
+    line = refusal(["recover", str(pruned), *OPTIONS, *to, *words], target, command, capsys, monkeypatch)
+    assert expected.replace("TAKEN", taken) in line
+    assert not target.with_name("target.recovery").exists()
+
+
+def test_a_full_model_of_other_tokens_or_the_target_itself_is_refused(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    tiny_model("mixtral", vocab_size=350).save_pretrained(other)
+    tiny_tokenizer(bos=True).save_pretrained(other)
+    words = ["recover", str(pruned), "--tasks", TASK, "--model.path", str(other), "--to", str(tmp_path / "t")]
+    capsys.readouterr()
+    line = refusal(words, tmp_path / "t", command, capsys, monkeypatch)
+    assert f"model.path: got {other}, whose vocabulary is not that of {pruned}; give the full model" in line
+    absent = [words[0], str(tmp_path / "none"), *words[2:]]
+    line = refusal(absent, tmp_path / "t", command, capsys, monkeypatch)
+    assert f"{tmp_path / 'none'}: no such folder" in line
+    assert main([*words[:-1], str(pruned), "--model.path", "embedded", "--overwrite"]) == 2
+    assert "is the model that is being exported; give another folder" in capsys.readouterr().err
+
+
+def test_a_winner_with_layers_of_different_size_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--search.num_kept", "[2, 3, 4, 4]", "--search.evaluations", "3", "--selection.finalists", "1"]
+    assert main(["search", *OPTIONS, *words, "--selection.baselines", "[]", "--folder", str(folder)]) == 0
+    capsys.readouterr()
+    line = refusal(["recover", str(folder), "--to", str(tmp_path / "t")], tmp_path / "t", command, capsys, monkeypatch)
+    assert "layers of 'best' keep different numbers of experts, which no stock checkpoint holds" in line
+
+
+def test_two_processes_do_not_work_on_the_same_recovery(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recover", str(pruned), *OPTIONS, *SHORT, "--to", str(tmp_path / "r")]
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "step\n"
+        started = time.monotonic()
+        assert main(words) == 2
+        assert time.monotonic() - started < 60
+        process.kill()
+    assert f"process {process.pid} is working on this run" in capsys.readouterr().err
+
+
+def test_losses_of_labels_are_lower_with_the_labels(pruned: Path, tmp_path: Path, capsys) -> None:
+    told = recover(pruned, tmp_path / "r", "--recover.method", "labels", "--recover.label_weight", "0", capsys=capsys)
+    more = recover(pruned, tmp_path / "s", "--recover.method", "labels", "--recover.label_weight", "1", capsys=capsys)
+    first = [one["learned"]["checks"][0]["validation"] for one in (told, more)]
+    assert np.isfinite(first).all() and first[0] < first[1]  # the cross entropy comes on top
