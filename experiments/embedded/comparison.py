@@ -138,7 +138,7 @@ def run_cell(cell: Cell) -> dict[str, Found]:
     for method in SEARCHES:
         folder = RunFolder(cell.path / method)
         if not folder.result.is_file():
-            config = cell.config(method, _best_criterion(cell) if method == "around" else "reap")
+            config = cell.config(method, best_criterion(cell) if method == "around" else "reap")
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
                 search(config, TerminalTracker(Console(file=nowhere)), loaded_model(cell.model))
         result = folder.read_result()
@@ -149,13 +149,13 @@ def run_cell(cell: Cell) -> dict[str, Found]:
         found[method] = _found(folder, MAIN, result.best, _forwards(folder) + beside)
         if method == "random":
             found["full"] = _found(folder, REFERENCE, result.full, 0)
-            row = result.row(_best_criterion(cell))
+            row = result.row(best_criterion(cell))
             assert row is not None
             found["one_shot"] = _found(folder, REFERENCE, row, screened)
     return found
 
 
-def _best_criterion(cell: Cell) -> str:
+def best_criterion(cell: Cell) -> str:
     """By the validation split."""
     result = RunFolder(cell.path / "random").read_result()
     rows = [row for row in result.rows if row.key in CRITERIA]

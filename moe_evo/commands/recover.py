@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.recover import RecoverConfig, RecoveryConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, GenomeError, RunError
-from moe_evo.genomes.population import Evaluation, EvaluationFailure
+from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores
 from moe_evo.plain import Plain, plain, plain_fields
 from moe_evo.records.folder import RunFolder, with_absolute_paths, write_whole
 from moe_evo.records.recovery_folder import RecoveryFolder
@@ -317,7 +317,7 @@ def _train(job: _Job, folder: RecoveryFolder, target: Path, *, overwrite: bool, 
     )
     of_full = read_size(job.full, 1)
     report = replace(report, parameters_before=of_full.parameters, bytes_before=of_full.size)
-    return RecoveredModel(report, facts, _save_beside(target, facts))
+    return RecoveredModel(report, facts, _save_beside(target, facts, examples))
 
 
 def _learn(
@@ -372,13 +372,17 @@ def _treatment(job: _Job) -> Treatment:
     return Treatment("fewer experts, recovered", f"experts were pruned, and what is left {learned}", "recovered")
 
 
-def _save_beside(checkpoint: Path, facts: RecoveryFacts) -> Path:
-    """Write what was learned, and a picture of the losses, into a subfolder of the checkpoint; returns the picture."""
+def _save_beside(checkpoint: Path, facts: RecoveryFacts, examples: Mapping[str, ExampleScores]) -> Path:
+    """Write what was learned, and a picture of the losses, into a subfolder of the checkpoint; returns the picture.
+
+    examples: scores of every test example, by model.
+    """
     from moe_evo.report.figure import losses_figure
 
     file = checkpoint / IN_CHECKPOINT
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, json.dumps(plain(facts), indent=2) + "\n")
+    told = {name: {task: one.tolist() for task, one in scores.items()} for name, scores in examples.items()}
+    write_whole(file, json.dumps({**plain(facts), "examples": told}) + "\n")
     figure = file.with_suffix(".png")
     losses_figure(figure, facts.learned.checks)
     return figure

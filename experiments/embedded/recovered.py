@@ -1,0 +1,254 @@
+"""What does recovery bring back, with few and with many prompts, and does the search still matter after it?
+
+    python experiments/embedded/comparison.py --seeds 0 --jobs 2
+    python experiments/embedded/build_tasks.py --cache build/packages --out build/tasks
+    python experiments/embedded/recovered.py --data build/tasks --seeds 0 --jobs 2
+
+Takes what comparison.py found on its redrawn splits: the surrogate's winner, and the pruning by the criterion that is
+best on the validation split. Each is recovered with the 300 prompts of the search split, and with 4,000 unlabelled ones
+of the training data beside them. Every recovery is kept in a folder of its own, so the script can be stopped and
+started again. Prints tables as Markdown; --readme writes them into a README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before torch is imported
+
+import numpy as np
+from comparison import SIZES, Cell, Scores, best_criterion, run_all, write_between_marks
+from rich.console import Console
+
+from moe_evo.commands.prune import PruneOptions, prune
+from moe_evo.commands.recover import IN_CHECKPOINT, recover
+from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.recover import RecoverConfig, RecoveryConfig
+from moe_evo.config.run import ScoringConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tracking.terminal import TerminalTracker
+
+MANY = 4000
+SEARCH, CRITERION = "surrogate", "best criterion"
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is pruned how, and how it is recovered."""
+
+    pruned: str
+    method: str
+    is_many: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, {'4,300' if self.is_many else '300'} prompts"
+
+
+WAYS = (
+    Way(SEARCH, "router", False),
+    Way(SEARCH, "labels", False),
+    Way(SEARCH, "logits", False),
+    Way(SEARCH, "logits", True),
+    Way(CRITERION, "logits", False),
+    Way(CRITERION, "logits", True),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recovery. data: folder of build_tasks.py. folder: where it is kept."""
+
+    cell: Cell
+    way: Way
+    data: str
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        cell = self.cell
+        name = f"{self.way.pruned.split()[0]}-{self.way.method}-{MANY if self.way.is_many else 0}"
+        return Path(self.folder) / cell.model / f"{cell.task}-keep{cell.num_kept}-seed{cell.seed}" / name
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Scores of every test example before, after, and of the full model; seconds of training."""
+
+    full: tuple[float, ...]
+    pruned: tuple[float, ...]
+    recovered: tuple[float, ...]
+    seconds: float
+
+
+def run_job(job: Job) -> Recovered:
+    """One recovery; a finished one is read back."""
+    kept = job.path.with_suffix(".json")
+    if not kept.is_file():
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            tracker = TerminalTracker(Console(file=nowhere))
+            recovered = recover(
+                _config(job), str(_pruned(job, tracker)), job.path, "best", overwrite=True, tracker=tracker
+            )
+        told = json.loads((recovered.folder / IN_CHECKPOINT).read_text("utf-8"))
+        write_whole(kept, json.dumps(told) + "\n")
+    told = json.loads(kept.read_text("utf-8"))
+    scores = (tuple(told["examples"][name][job.cell.task]) for name in ("full", "pruned", "recovered"))
+    return Recovered(*scores, told["learned"]["duration_s"])
+
+
+def _scoring(cell: Cell) -> ScoringConfig:
+    return ScoringConfig(
+        model=ModelConfig(path=cell.model, self_check=False),
+        tasks=[TaskConfig(name=cell.task, data=str(cell.path / "task"))],
+        evaluation=EvaluationConfig(threads=1),
+    )
+
+
+def _config(job: Job) -> RecoveryConfig:
+    scoring = _scoring(job.cell)
+    prompts = None
+    if job.way.is_many:
+        file = Path(job.folder) / f"{job.cell.task}-{MANY}.jsonl"
+        if not file.is_file():
+            lines = (Path(job.data) / job.cell.task / "train.jsonl").read_text("utf-8").splitlines()[:MANY]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, "".join(json.dumps({"prompt": json.loads(line)["prompt"]}) + "\n" for line in lines))
+        prompts = str(file)
+    return RecoveryConfig(
+        scoring.model, scoring.tasks, scoring.evaluation, recover=RecoverConfig(job.way.method, prompts=prompts)
+    )
+
+
+def _pruned(job: Job, tracker: TerminalTracker) -> Path:
+    """The run of the search, or a checkpoint that the best criterion made."""
+    cell = job.cell
+    if job.way.pruned == SEARCH:
+        return RunFolder.existing(cell.path / SEARCH).path
+    target = job.path.with_name("criterion-pruned")
+    if not target.is_dir():
+        options = PruneOptions(best_criterion(cell), cell.num_kept)
+        prune(_scoring(cell), options, target, overwrite=False, tracker=tracker)
+    return target
+
+
+def table(results: Mapping[Job, Recovered]) -> str:
+    """Markdown: a block a number of kept experts, a line a task, mean test accuracy over seeds."""
+    lines = []
+    for num_kept in sorted({job.cell.num_kept for job in results}, reverse=True):
+        of_size = {job: one for job, one in results.items() if job.cell.num_kept == num_kept}
+        num_experts, _ = SIZES[next(iter(of_size)).cell.model]
+        columns = [f"{SEARCH}, as it is", *(way.title for way in WAYS if way.pruned == SEARCH)]
+        columns += [f"{CRITERION}, as it is", *(way.title for way in WAYS if way.pruned == CRITERION)]
+        lines += [f"**{num_kept} of {num_experts} experts kept**", "", "| task | full | " + " | ".join(columns) + " |"]
+        lines.append("| --- |" + " ---: |" * (1 + len(columns)))
+        rows = []
+        for task in sorted({job.cell.task for job in of_size}):
+            rows.append(_row(of_size, task))
+            lines.append(f"| {task} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |")
+        lines += ["| **mean** | " + " | ".join(f"**{value:.3f}**" for value in np.mean(rows, axis=0)) + " |", ""]
+    return "\n".join([*lines, *_gains(results)])
+
+
+def _row(results: Mapping[Job, Recovered], task: str) -> list[float]:
+    def mean(way: Way, which: str) -> float:
+        found = [getattr(one, which) for job, one in results.items() if (job.cell.task, job.way) == (task, way)]
+        return float(np.mean(found))
+
+    row = [mean(WAYS[0], "full")]
+    for pruned in (SEARCH, CRITERION):
+        own = [way for way in WAYS if way.pruned == pruned]
+        row += [mean(own[0], "pruned"), *(mean(way, "recovered") for way in own)]
+    return row
+
+
+def _gains(results: Mapping[Job, Recovered]) -> list[str]:
+    """Differences on the same test examples, with a bootstrap over tasks and examples."""
+    lines = [
+        "| recovered | less as it was [95 %] | less the full model [95 %] | seconds |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for way in WAYS:
+        own = {job: one for job, one in results.items() if job.way == way}
+        seconds = np.mean([one.seconds for one in own.values()])
+        told = [_difference(own, other) for other in ("pruned", "full")]
+        lines.append(f"| {way.pruned}: {way.title} | {told[0]} | {told[1]} | {seconds:.0f} |")
+    return lines
+
+
+def _difference(results: Mapping[Job, Recovered], other: str) -> str:
+    tasks = sorted({job.cell.task for job in results})
+    differences = [
+        np.mean(
+            [np.subtract(one.recovered, getattr(one, other)) for job, one in results.items() if job.cell.task == task],
+            axis=0,
+        )
+        for task in tasks
+    ]
+    rng = np.random.default_rng(0)
+
+    def resampled(examples: Scores) -> float:
+        return float(rng.choice(examples, len(examples)).mean())
+
+    drawn = [
+        np.mean([resampled(differences[task]) for task in rng.integers(len(tasks), size=len(tasks))])
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return f"{np.mean([one.mean() for one in differences]):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of build_tasks.py")
+    parser.add_argument("--model", default="embedded", choices=list(SIZES))
+    parser.add_argument("--tasks", nargs="+", default=embedded_task_names(), help="default: all embedded tasks")
+    parser.add_argument("--num_kept", nargs="+", type=int, help="default: half and a quarter of the experts")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--evaluations", type=int, default=200, help="budget of the searches of comparison.py")
+    parser.add_argument("--jobs", type=int, default=1, help="recoveries at a time, one thread each")
+    parser.add_argument("--runs", default="runs/comparison", help="folder of comparison.py's runs")
+    parser.add_argument("--folder", default="runs/recovery")
+    parser.add_argument("--readme", type=Path, help="also write the tables between the marks in this file")
+    options = parser.parse_args(argv)
+    cells = [
+        Cell(options.model, task, num_kept, seed, options.evaluations, options.runs)
+        for seed in options.seeds
+        for num_kept in options.num_kept or SIZES[options.model][1]
+        for task in options.tasks
+    ]
+    # those of a cell one after the other, as they share a pruned checkpoint
+    jobs = [Job(cell, way, options.data, options.folder) for cell in cells for way in WAYS]
+    of_cells = [tuple(job for job in jobs if job.cell == cell) for cell in cells]
+    results = run_all(run_jobs, of_cells, options.jobs, _told)
+    text = table({job: one for found in results.values() for job, one in found.items()})
+    print(text)
+    if options.readme is not None:
+        write_between_marks(options.readme, "recovery", text)
+    return 0
+
+
+def run_jobs(jobs: Sequence[Job]) -> dict[Job, Recovered]:
+    """All recoveries of one cell."""
+    return {job: run_job(job) for job in jobs}
+
+
+def _told(jobs: Sequence[Job], found: Mapping[Job, Recovered]) -> str:
+    cell = jobs[0].cell
+    means = (f"{job.way.pruned} {job.way.title} {np.mean(one.recovered):.3f}" for job, one in found.items())
+    first = found[jobs[0]]
+    told = f"{cell.task} keep {cell.num_kept} seed {cell.seed}: full {np.mean(first.full):.3f}, "
+    return f"{told}pruned {np.mean(first.pruned):.3f}; " + "; ".join(means)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
