@@ -102,8 +102,8 @@ def run_job(job: Job) -> Recovered:
         told = json.loads((recovered.folder / IN_CHECKPOINT).read_text("utf-8"))
         write_whole(kept, json.dumps(told) + "\n")
     told = json.loads(kept.read_text("utf-8"))
-    scores = (tuple(told["examples"][name][job.cell.task]) for name in ("full", "pruned", "recovered"))
-    return Recovered(*scores, told["learned"]["duration_s"])
+    full, pruned, after = (tuple(told["examples"][name][job.cell.task]) for name in ("full", "pruned", "recovered"))
+    return Recovered(full, pruned, after, told["learned"]["duration_s"])
 
 
 def _scoring(cell: Cell) -> ScoringConfig:

@@ -16,7 +16,12 @@ from moe_evo.errors import ConfigError
 from moe_evo.plain import plain
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from moe_evo.config.parser import CommandParser
+    from moe_evo.config.recover import RecoveryConfig
+    from moe_evo.config.run import RunConfig, ScoringConfig
+    from moe_evo.report.answers import RecoveredModel
 
 
 def _note(line: str) -> None:
@@ -35,9 +40,34 @@ def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
         if len(parser.words(argv)) > 1:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = resumed_config(arguments.resume)
+    recovery = _recovery(config, arguments)
+    recovered = None
     with TerminalTracker() as tracker:
         folder = search(config, tracker)
+        if recovery is not None:
+            from moe_evo.commands.recover import recover
+
+            aim, target = recovery
+            recovered = recover(aim, str(folder.path), target, "best", overwrite=False, tracker=tracker)
     _print_run(str(folder.path), as_json=as_json)
+    if recovered is not None and not as_json:
+        _print_recovered(recovered)
+
+
+def _recovery(config: RunConfig, arguments: Namespace) -> tuple[RecoveryConfig, Path] | None:
+    """How the winner of a search is to learn, and where its checkpoint goes; None without --recover."""
+    if not arguments.and_recover:
+        return None
+    from moe_evo.commands.recover import of_winner
+
+    return of_winner(config, arguments.recover)
+
+
+def _print_recovered(recovered: RecoveredModel) -> None:
+    from moe_evo.report.terminal import print_export, print_recovery
+
+    print_recovery(recovered)
+    print_export(recovered)
 
 
 def _sweep(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -191,17 +221,33 @@ def _prune(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None
     given = {one.name: getattr(arguments, one.name) for one in fields(PruneOptions)}
     if given["observations"] is not None:
         given["observations"] = Path(given["observations"])
+    target = Path(arguments.to)
+    recovery, recovered = _recovery_of_pruned(config, arguments), None
     with TerminalTracker() as tracker:
-        report = prune(
-            config, PruneOptions(**given), Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker
-        )
+        report = prune(config, PruneOptions(**given), target, overwrite=arguments.overwrite, tracker=tracker)
+        if recovery is not None:
+            from moe_evo.commands.recover import recover
+
+            aim, folder = recovery
+            recovered = recover(aim, str(target), folder, "best", overwrite=arguments.overwrite, tracker=tracker)
     if as_json:
-        print(json.dumps(plain(report)))
+        print(json.dumps(plain(report) | ({} if recovered is None else {"recovered": plain(recovered)})))
     else:
         from moe_evo.report.terminal import print_export, print_one_shot
 
         print_one_shot(report)
         print_export(report)
+        if recovered is not None:
+            _print_recovered(recovered)
+
+
+def _recovery_of_pruned(config: ScoringConfig, arguments: Namespace) -> tuple[RecoveryConfig, Path] | None:
+    """How a pruned model is to learn, and where its checkpoint goes; None without --recover."""
+    if not arguments.and_recover:
+        return None
+    from moe_evo.commands.recover import of_pruned
+
+    return of_pruned(config, arguments.recover, Path(arguments.to), overwrite=arguments.overwrite)
 
 
 def _recover(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -225,10 +271,7 @@ def _recover(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> No
     if as_json:
         print(json.dumps(plain(recovered)))
     else:
-        from moe_evo.report.terminal import print_export, print_recovery
-
-        print_recovery(recovered)
-        print_export(recovered)
+        _print_recovered(recovered)
 
 
 def _compress(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_evo.config.file import config_parser, plain_parser
 from moe_evo.config.parser import CommandParser
-from moe_evo.config.recover import RecoveryConfig
+from moe_evo.config.recover import RecoverConfig, RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.sweep import SweepConfig
 
@@ -12,12 +12,20 @@ from moe_evo.config.sweep import SweepConfig
 def search_parser() -> CommandParser:
     parser = config_parser(
         "search",
-        "Search which experts to keep and merge. The same command again goes on where it stood.",
-        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] | --resume RUN",
+        "Search which experts to keep and merge. The same command again goes on where it stood. With --recover the "
+        "winner then learns from the full model what pruning broke (moe-evo recover), into the folder RUN/recovered.",
+        "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] [--recover] | --resume RUN",
         RunConfig,
     )
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    _add_recovery(parser)
     return parser
+
+
+def _add_recovery(parser: CommandParser) -> None:
+    """The switch --recover, and the options of what comes then."""
+    parser.add_section(RecoverConfig, "recover")
+    parser.add_switch("recover", "and_recover")
 
 
 def sweep_parser() -> CommandParser:
@@ -84,8 +92,9 @@ def prune_parser() -> CommandParser:
     parser = config_parser(
         "prune",
         "Prune or merge without a search, by a one-shot method that looks at the tasks' search split; "
-        "write the checkpoint, and score the full and the smaller model on the test split.",
-        "moe-evo prune [CONFIG.yaml] --method reap --num_kept 4 --to DIR [--section.key VALUE ...]",
+        "write the checkpoint, and score the full and the smaller model on the test split. With --recover the smaller "
+        "one then learns from the full one what pruning broke (moe-evo recover), into the folder DIR-recovered.",
+        "moe-evo prune [CONFIG.yaml] --method reap --num_kept 4 --to DIR [--section.key VALUE ...] [--recover]",
         ScoringConfig,
     )
     parser.add_argument("--method", type=str, required=True, help="a one-shot method; `moe-evo criteria` lists them")
@@ -129,6 +138,7 @@ def prune_parser() -> CommandParser:
         "method's paper does); other commands do so with --model.alignment DIR/moe_evo/alignment.safetensors",
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
+    _add_recovery(parser)
     return parser
 
 

@@ -21,18 +21,19 @@ from moe_evo.commands.shared import provenance, require_one_process
 from moe_evo.config.check import require
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.recover import RecoverConfig, RecoveryConfig
+from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, GenomeError, RunError
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores
 from moe_evo.plain import Plain, plain, plain_fields
-from moe_evo.records.folder import RunFolder, with_absolute_paths, write_whole
+from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths, write_whole
 from moe_evo.records.recovery_folder import RecoveryFolder
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import paired_difference
 from moe_evo.recovery.prompts import FilePrompts, Prompt, file_prompts, read_prompts, split_prompts
 from moe_evo.report.answers import RecoveredModel, RecoveryFacts
 from moe_evo.runs.open_pool import load_evaluator
-from moe_evo.tasks.data import TaskData, check_tasks, is_share
+from moe_evo.tasks.data import TaskData, check_tasks, is_share, reported
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
@@ -55,16 +56,22 @@ IN_CHECKPOINT = Path("moe_evo") / "recovery.json"
 
 
 @dataclass(frozen=True)
-class _Job:
-    """The input of one recovery, after all checks. winner: of a run; None for a checkpoint."""
+class _Input:
+    """What a recovery needs beside the pruned model, after all checks."""
 
     config: RecoveryConfig
     data: tuple[TaskData, ...]
     prompts: FilePrompts | None
     full: ModelSource
+    method: RecoveryMethod
+
+
+@dataclass(frozen=True)
+class _Job(_Input):
+    """The whole input of a recovery. pruned: folder of a checkpoint or run. winner: of a run; None for a checkpoint."""
+
     pruned: str
     winner: Winner | None
-    method: RecoveryMethod
 
     @property
     def recover(self) -> RecoverConfig:
@@ -87,8 +94,61 @@ def recover(
         return _train(job, folder, target, overwrite=overwrite, tracker=tracker)
 
 
+def of_winner(config: RunConfig, recover: RecoverConfig) -> tuple[RecoveryConfig, Path]:
+    """The config with which the winner of a search is to learn, and the folder of its checkpoint.
+
+    Raises before the search where anything is wrong.
+    """
+    address = config.cluster.address
+    require(address is None, "--recover", True, f"it without cluster.address ({address}): recover the run afterwards")
+    kept = config.search.num_kept
+    require(isinstance(kept, int), "--recover", True, f"one search.num_kept for all layers, not {kept}")
+    target = Path(config.folder or default_folder(config)) / RECOVERED
+    if target.exists():
+        raise ConfigError(f"--recover: {target} is there already; move it, or recover the run with another --to")
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, recover=recover)
+    _check_input(found)
+    return found, target
+
+
+def of_pruned(
+    config: ScoringConfig, recover: RecoverConfig, pruned: Path, *, overwrite: bool
+) -> tuple[RecoveryConfig, Path]:
+    """The same for a model that is to be pruned into the folder `pruned`."""
+    from moe_evo.models.export.target_folder import check_target
+
+    target = pruned.absolute().with_name(f"{pruned.name}-{RECOVERED}")
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, config.cluster, recover)
+    _check_input(found)
+    check_target(target, Path(config.model.path), overwrite=overwrite)
+    return found, target
+
+
 def _checked(config: RecoveryConfig, pruned: str, target: Path, which: str, *, overwrite: bool) -> _Job:
     """Raises where anything is wrong with the input; loads no weights."""
+    given = _check_input(config)
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.source import ModelSource
+
+    found, path = None, Path(pruned).expanduser()
+    if is_run(path):
+        found = winner(RunFolder.existing(path), which, given.config.model)
+        if found.row.loader != "transformers":
+            raise RunError(
+                f"{path}: layers of {which!r} keep different numbers of experts, which no stock checkpoint holds; "
+                "recover one of equal numbers (--which), or search with one search.num_kept"
+            )
+    else:
+        require(which == "best", "--which", which, f"none: {pruned} is a checkpoint and no run")
+        _check_alike(given.full, ModelSource(_small(given.config.model, path)))
+    check_target(target, path, overwrite=overwrite)
+    if target == Path(given.full.location).absolute():
+        raise ConfigError(f"--to: got {target}, which is the full model; give another folder")
+    return _Job(**vars(given), pruned=str(path.absolute() if path.exists() else pruned), winner=found)
+
+
+def _check_input(config: RecoveryConfig) -> _Input:
+    """Raises where anything but the pruned model is wrong."""
     require_one_process(config, "recover")
     sharding = config.model.sharding
     require(sharding == "single", "model.sharding", sharding, "'single': whole weights are trained")
@@ -96,7 +156,6 @@ def _checked(config: RecoveryConfig, pruned: str, target: Path, which: str, *, o
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     prompts = None if config.recover.prompts is None else read_prompts(config.recover.prompts, data)
-    from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.load import resolve_device
     from moe_evo.models.source import ModelSource
     from moe_evo.recovery.methods import RECOVERY_METHODS
@@ -107,22 +166,7 @@ def _checked(config: RecoveryConfig, pruned: str, target: Path, which: str, *, o
         f"true: the answers that recover.method {config.recover.method!r} learns are those of the search split",
     )  # fmt: skip
     resolve_device(config.model.device)
-    full = ModelSource(config.model)
-    found, path = None, Path(pruned).expanduser()
-    if is_run(path):
-        found = winner(RunFolder.existing(path), which, config.model)
-        if found.row.loader != "transformers":
-            raise RunError(
-                f"{path}: layers of {which!r} keep different numbers of experts, which no stock checkpoint holds; "
-                "recover one of equal numbers (--which), or search with one search.num_kept"
-            )
-    else:
-        require(which == "best", "--which", which, f"none: {pruned} is a checkpoint and no run")
-        _check_alike(full, ModelSource(_small(config.model, path)))
-    check_target(target, path, overwrite=overwrite)
-    if target == Path(full.location).absolute():
-        raise ConfigError(f"--to: got {target}, which is the full model; give another folder")
-    return _Job(config, data, prompts, full, str(path.absolute() if path.exists() else pruned), found, method)
+    return _Input(config, data, prompts, ModelSource(config.model), method)
 
 
 def is_run(path: Path) -> bool:
@@ -315,9 +359,24 @@ def _train(job: _Job, folder: RecoveryFolder, target: Path, *, overwrite: bool, 
         provenance=_provenance(job, facts),
         treatment=_treatment(job),
     )
+    if job.winner is not None:
+        _tell_run(job, job.winner, trained, scores[RECOVERED])
     of_full = read_size(job.full, 1)
     report = replace(report, parameters_before=of_full.parameters, bytes_before=of_full.size)
     return RecoveredModel(report, facts, _save_beside(target, facts, examples))
+
+
+def _tell_run(job: _Job, found: Winner, trained: Evaluator, test: Score) -> None:
+    """Add a line to the final table of the run whose genome was recovered."""
+    scores = {"test": test}
+    for split in ("search", "validation"):
+        (outcome,) = trained.evaluate([None], reported(split, job.data))
+        if isinstance(outcome, Evaluation):
+            scores[split] = Score.of(outcome, is_share=is_share(job.data))
+    key = RECOVERED if found.row.key == "best" else f"{RECOVERED}_{found.row.key}"
+    row = replace(found.row, key=key, title=f"{found.row.title}, recovered", scores=scores)
+    run = RunFolder.existing(job.pruned)
+    run.write_result(run.read_result().with_recovered(row))
 
 
 def _learn(

@@ -61,7 +61,7 @@ def parse_config(
     if words and words[0].option is None and not str(words[0]).startswith("-"):
         words[0] = Word("config", words[0].value)
     files = [word.value for word in words if word.option == "config" and word.value is not None]
-    words = [_spelt_out_word(word, config, note) for word in words]
+    words = [_spelt_out_word(word, config, note, parser.options) for word in words]
     try:
         arguments = parser.parse(words)
     except ConfigError as error:
@@ -69,12 +69,14 @@ def parse_config(
     return arguments, config(**{one.name: getattr(arguments, one.name) for one in fields(config)})
 
 
-def _spelt_out_word(word: Word, config: type[ScoringConfig], note: Callable[[str], None]) -> Word:
+def _spelt_out_word(
+    word: Word, config: type[ScoringConfig], note: Callable[[str], None], known: frozenset[str]
+) -> Word:
     """A word in the form that the parser takes: content for a file's name, lists for single values, dicts for tasks."""
     if word.option is None or word.value is None:
         return word
     if word.option == "config":
-        return replace(word, value=yaml.safe_dump(_read(Path(word.value), config, note)))
+        return replace(word, value=yaml.safe_dump(_read(Path(word.value), config, note, known)))
     if word.option in _LISTS and not word.value.lstrip().startswith(("[", "{")):
         return replace(word, value=f"[{word.value}]")
     if word.option in ("tasks", "tasks+"):
@@ -88,8 +90,10 @@ def read_config(path: Path) -> RunConfig:
     return parse_config(config_parser("search", "", "", RunConfig), ["--config", str(path)], RunConfig)[1]
 
 
-def _read(path: Path, config: type[ScoringConfig], note: Callable[[str], None]) -> dict[str, Any]:
-    """The sections of a YAML file, or of the config in a run's folder, that `config` has."""
+def _read(
+    path: Path, config: type[ScoringConfig], note: Callable[[str], None], known: frozenset[str]
+) -> dict[str, Any]:
+    """The sections of a YAML file, or of the config in a run's folder, that the command has. known: its options."""
     file = path / "config.yaml" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise ConfigError(
@@ -105,8 +109,7 @@ def _read(path: Path, config: type[ScoringConfig], note: Callable[[str], None]) 
     if config is RunConfig and content.get("sweep"):
         note(f"{file}: has a sweep: section; `moe-evo sweep {file}` runs it, this command takes the one search")
     foreign = {one.name for kind in (SweepConfig, RecoveryConfig) for one in fields(kind)}
-    foreign -= {one.name for one in fields(config)}
-    kept = {key: value for key, value in content.items() if key not in foreign}
+    kept = {key: value for key, value in content.items() if key not in foreign - known}
     if "tasks" in kept:
         kept["tasks"] = _spelt_out(kept["tasks"], one_is_list=True)
     for section, option in (name.split(".") for name in _LISTS):

@@ -5,7 +5,7 @@ Whether a value makes sense is checked by the config's sections.
 
 from __future__ import annotations
 
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -44,6 +44,7 @@ class CommandParser:
         self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
         self._types: dict[str, Any] = {"help": Any}
         self._bare: dict[str, Any] = {}  # arguments that take bare words, and how many
+        self._switches: dict[str, str] = {}  # sections whose name alone is an option that takes true or false
         self.print_help = self._parser.print_help
         self.set_defaults = self._parser.set_defaults
 
@@ -76,6 +77,12 @@ class CommandParser:
             self._types[name] = config
         self._types.update(_types_of(config, f"{name}." if name else ""))
 
+    def add_switch(self, section: str, argument: str) -> None:
+        """Let the bare name of a section be an option that takes true or false, whose value `argument` has."""
+        self._parser.add_argument(f"--{argument}", type=bool, default=False, help=SUPPRESS)
+        self._types[argument] = bool
+        self._switches[section] = argument
+
     def parse(self, words: Sequence[Word]) -> Namespace:
         """Check and parse words, and construct the options' values; raises ConfigError with a message of one line."""
         self.check(words)
@@ -99,6 +106,14 @@ class CommandParser:
                 found.append(Word(None, name + is_joined + value))
                 continue
             option = name.removeprefix("--")
+            if option in self._switches:
+                given = value if is_joined else rest[0] if rest else ""
+                is_value = given.lower() in ("true", "false")
+                if is_value or not given.lstrip().startswith("{"):
+                    if is_value and not is_joined:
+                        rest.pop(0)
+                    found.append(Word(self._switches[option], given if is_value else "true"))
+                    continue
             if is_joined:
                 found.append(Word(option, value))
                 continue

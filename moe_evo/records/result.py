@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_evo.errors import RunError
@@ -79,10 +79,10 @@ def _wilson(evaluation: Evaluation) -> tuple[float, float]:
 class Row:
     """One line of the final table: a genome and its scores.
 
-    key: full | random_search | soup | best_pruning | best, or the name of a one-shot method. evaluations: how many
-    were spent to find the genome. candidate: its number in its search. num_kept, top_k: one number a MoE layer.
-    kept: the experts that each layer keeps; where experts are merged, the one with the largest weight in each slot.
-    scores: by split, `search`, `validation` and `test`; without the splits on which the evaluation failed.
+    key: full | random_search | soup | best_pruning | best | recovered, or the name of a one-shot method. evaluations:
+    how many were spent to find the genome. candidate: its number in its search. num_kept, top_k: one number a MoE
+    layer. kept: the experts that each layer keeps; where experts are merged, the one with the largest weight in each
+    slot. scores: by split, `search`, `validation` and `test`; without the splits on which the evaluation failed.
     parameters, bytes: of its checkpoint; None in results of older versions, which did not record them.
     """
 
@@ -257,7 +257,7 @@ class RunResult:
     over the full model is lost from one split to the next. expected: what the winner can be expected to score on new
     examples of the validation split's kind, as the best of several validation scores is partly luck; None in older
     results. gangs: None for a run in one process. rows: the final table, the full model first and the winner last.
-    front: of a search with several objectives.
+    front: of a search with several objectives. recovered: genomes whose model learned from the full one afterwards.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -274,10 +274,21 @@ class RunResult:
     gangs: GangFacts | None = None
     rows: tuple[Row, ...]
     front: tuple[FrontPoint, ...] = ()
+    recovered: tuple[Row, ...] = ()
+
+    @property
+    def lines(self) -> tuple[Row, ...]:
+        """What tables show: the final table, and what was recovered afterwards."""
+        return (*self.rows, *self.recovered)
+
+    def with_recovered(self, row: Row) -> RunResult:
+        """The result with this line of a recovered model, in place of one with the same key."""
+        others = (one for one in self.recovered if one.key != row.key)
+        return replace(self, recovered=(*others, row))
 
     def row(self, key: str) -> Row | None:
         """The line with this key, such as 'full', 'best_pruning' or 'front-1'; None where there is none."""
-        lines = (*self.rows, *(point.row for point in self.front))
+        lines = (*self.lines, *(point.row for point in self.front))
         return next((row for row in lines if row.key == key), None)
 
     def is_on_front(self, key: str) -> bool:
@@ -319,9 +330,9 @@ class RunResult:
         return self.experts == "own" and self.dynamic_skipping is None and self.top_p is None
 
     def to_plain(self) -> Plain:
-        """The content of result.json, without a top_p, an expected score or a front where there is none."""
+        """The content of result.json, without what not every result has where there is none of it."""
         told = plain_fields(self)
-        absent = {name for name in ("top_p", "expected", "front") if told[name] in (None, [])}
+        absent = {name for name in ("top_p", "expected", "front", "recovered") if told[name] in (None, [])}
         return {"version": RESULT_VERSION} | {name: value for name, value in told.items() if name not in absent}
 
     @classmethod

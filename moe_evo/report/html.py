@@ -39,11 +39,11 @@ def result_table(result: RunResult) -> str:
     """The final table of a run."""
     headings = ["", "experts", "evaluations", "search", "validation", "test [95 % interval]"]
     rows = []
-    for row in result.rows:
+    for row in result.lines:
         short = ["failed" if score is None else f"{score.fitness:.3f}" for score in (row.search, row.validation)]
         test = "failed" if row.test is None else str(row.test)
         rows.append([row.title, experts_label(row.num_kept), str(row.evaluations or ""), *short, test])
-    bold = [number for number, row in enumerate(result.rows) if row.key == "best"]
+    bold = [number for number, row in enumerate(result.lines) if row.key == "best"]
     title = "; ".join(
         filter(None, [f"{result.fitness} over {result.tasks_label}", "higher is better", result.search_note])
     )

@@ -90,7 +90,7 @@ def lines_of(record: Record) -> list[Line]:
             evaluations=row.evaluations,
             **_intervals(row),
         )
-        for row in record.result.rows
+        for row in record.result.lines
     ]
 
 

@@ -232,7 +232,7 @@ def task_table(record: Record) -> TaskTable | None:
     """
     if record.result is None:
         return None
-    rows, tasks = record.result.rows[::-1], record.result.tasks  # the winner first
+    rows, tasks = record.result.lines[::-1], record.result.tasks  # the winner first
     metrics = []
     for task in tasks:
         prefix = f"{task.name}/"

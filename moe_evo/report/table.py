@@ -41,11 +41,11 @@ def final_table(result: RunResult) -> Table:
     table = plain_table(f"{result.fitness} over {result.tasks_label}; higher is better")
     table.caption, table.caption_justify = result.search_note, "left"
     table.add_column("", no_wrap=True)
-    active = [None if row.test is None else row.test.active_experts for row in result.rows]
+    active = [None if row.test is None else row.test.active_experts for row in result.lines]
     shows_active = any(one is not None for one in active)
     for heading in ("experts", *["active"] * shows_active, "evals", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, one in zip(result.rows, active, strict=True):
+    for row, one in zip(result.lines, active, strict=True):
         table.add_row(
             row.title,
             experts_label(row.num_kept),

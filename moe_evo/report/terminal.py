@@ -66,7 +66,7 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
-        f"next     {_next_step(folder, result, is_pruning=winner.is_pruning)}",
+        f"next     {_next_step(folder, result, is_pruning=winner.is_pruning)}{_recovery(folder, result)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -137,6 +137,15 @@ def _next_step(folder: RunFolder, result: RunResult, *, is_pruning: bool) -> str
         return f"moe-evo evaluate {folder.path} --split test"
     which = "" if exportable else " --which best_pruning"
     return f"moe-evo export {folder.path} --to {target}{which}"
+
+
+def _recovery(folder: RunFolder, result: RunResult) -> str:
+    """The command with which the winner learns from the full model, where there is none yet that did and it can."""
+    can = result.runs_stock_experts and result.router == "exported" and result.best.loader == "transformers"
+    is_whole = result.best.num_kept == result.full.num_kept
+    if result.recovered or is_whole or not can:
+        return ""
+    return f"\n         moe-evo recover {folder.path} --to {folder.path / 'recovered'}"
 
 
 def print_scores(scored: ScoredGenome) -> None:

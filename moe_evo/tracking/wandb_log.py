@@ -272,7 +272,7 @@ def _summary(result: RunResult) -> dict[str, float]:
     """Numbers to sort runs by: `best/test`, `best/test_low`, `gain/test`, ..."""
     values: dict[str, float] = {}
     names = {"search": REPORTED} if result.search_note else {}  # `search` is the fitness that curves show
-    for row in result.rows:
+    for row in result.lines:
         for split, score in row.scores.items():
             values[f"{row.key}/{names.get(split, split)}"] = score.fitness
             if split == "test":
@@ -294,7 +294,7 @@ def _final_table(result: RunResult) -> wandb.Table:
     splits = ("search", "validation", "test")
     parts = [f"{split}{part}" for split in splits for part in ("", "_low", "_high")]
     table = wandb.Table(columns=["key", "title", "num_kept", "evaluations", *parts])
-    for row in result.rows:
+    for row in result.lines:
         found = (row.scores.get(split) for split in splits)
         scores = [part for one in found for part in ((one.fitness, one.low, one.high) if one else (None, None, None))]
         table.add_data(row.key, row.title, float(np.mean(row.num_kept)), row.evaluations, *scores)

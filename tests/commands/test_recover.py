@@ -97,6 +97,8 @@ def test_the_winner_of_a_run_learns_with_the_run_s_own_model_and_tasks(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "recovered"
+    assert main(["show", str(run)]) == 0
+    assert f"moe-evo recover {run} --to {run / 'recovered'}" in capsys.readouterr().out
     told = recover(run, target, capsys=capsys, options=())
     result = json.loads((run / "result.json").read_text("utf-8"))
     rows = {row["key"]: row for row in result["rows"]}
@@ -104,6 +106,71 @@ def test_the_winner_of_a_run_learns_with_the_run_s_own_model_and_tasks(
     assert told["scores"]["full"]["fitness"] == rows["full"]["scores"]["test"]["fitness"]
     assert AutoModelForCausalLM.from_pretrained(target).config.num_local_experts == 3
     assert f"digest {rows['best']['digest']}" in (target / "README.md").read_text("utf-8")
+    (row,) = result["recovered"]
+    assert row["key"] == "recovered" and row["title"] == f"{rows['best']['title']}, recovered"
+    assert row["scores"]["test"] == told["scores"]["recovered"] and set(row["scores"]) == {
+        "search",
+        "validation",
+        "test",
+    }
+    assert main(["show", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert row["title"] in shown and "moe-evo recover" not in shown
+    assert main(["compare", str(run), "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(",recovered," in line for line in lines) == 1
+    assert main(["report", str(run), "--to", str(tmp_path / "report.html")]) == 0
+    again = recover(run, tmp_path / "again", "--recover.seed", "1", capsys=capsys, options=())
+    (row,) = json.loads((run / "result.json").read_text("utf-8"))["recovered"]  # the newest in place of the older one
+    assert row["scores"]["test"] == again["scores"]["recovered"]
+    assert main(["wandb-replay", str(run), "--tracking.wandb", "offline"]) == 0
+
+
+def test_search_and_prune_recover_what_they_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    words = ["--search.num_kept", "3", "--search.evaluations", "4", "--selection.finalists", "2"]
+    words += ["--selection.baselines", "[]", "--folder", str(folder)]
+    assert main(["search", *OPTIONS, *words, *SHORT, "--recover"]) == 0
+    out = capsys.readouterr().out
+    assert "recovered model" in out and "EEP prune + merge, recovered" in out
+    assert AutoModelForCausalLM.from_pretrained(folder / "recovered").config.num_local_experts == 3
+    assert main(["search", *OPTIONS, *words, *SHORT, "--recover"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--recover: {folder / 'recovered'} is there already; move it, or recover the run with another" in line
+    target = tmp_path / "pruned"
+    pruning = ["--method", "aimer", "--num_kept", "2", "--to", str(target), "--recover", "true"]
+    assert main(["prune", *OPTIONS, *pruning, *SHORT, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["recovered"]["folder"] == f"{target}-recovered" and told["folder"] == str(target)
+    assert told["scores"]["smaller"] == told["recovered"]["scores"]["pruned"]
+    before, after = weights(target), weights(tmp_path / "pruned-recovered")
+    assert not any(torch.equal(before[name], one) for name, one in after.items() if ".gate." in name)
+
+
+def test_options_of_recovery_may_stand_in_the_config_of_a_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("tasks: [{data: syll, num_search: 8, num_validation: 4, num_test: 4}]\nrecover: {steps: 0}\n")
+    assert main(["search", str(file), "--folder", str(tmp_path / "run"), "--recover"]) == 2
+    assert "recover.steps: got 0, expected 1 or more" in capsys.readouterr().err
+    assert main(["evaluate", str(file), "--split", "validation"]) == 0  # which has no such section
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--cluster.address", "local"], "--recover: got True, expected it without cluster.address (local)"),
+        (["--search.num_kept", "[2, 3, 3, 3]"], "--recover: got True, expected one search.num_kept for all layers"),
+        (["--recover.method", "heal"], "recover.method: got 'heal', expected one of logits, router, labels"),
+        (["--model.router", "eep"], "model.router: got 'eep', expected 'exported'"),
+    ],
+)
+def test_a_search_whose_winner_cannot_be_recovered_does_not_begin(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", "--tasks", TASK, "--recover", *words, "--folder", str(tmp_path / "run")]) == 2
+    assert expected in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_what_is_printed_says_what_it_gained_and_what_to_do_next(
