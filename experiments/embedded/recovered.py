@@ -46,21 +46,26 @@ class Way:
     """What is pruned how, and how it is recovered."""
 
     pruned: str
-    method: str
-    is_many: bool
+    methods: tuple[str, ...]
+    is_many: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.method}, {'4,300' if self.is_many else '300'} prompts"
+        return f"{' + '.join(self.methods)}, {'4,300' if self.is_many else '300'}"
 
 
+BOTH = ("closed_form", "logits")
 WAYS = (
-    Way(SEARCH, "router", False),
-    Way(SEARCH, "labels", False),
-    Way(SEARCH, "logits", False),
-    Way(SEARCH, "logits", True),
-    Way(CRITERION, "logits", False),
-    Way(CRITERION, "logits", True),
+    Way(SEARCH, ("router",)),
+    Way(SEARCH, ("labels",)),
+    Way(SEARCH, ("logits",)),
+    Way(SEARCH, ("layerwise",)),
+    Way(SEARCH, ("closed_form",)),
+    Way(SEARCH, BOTH),
+    Way(SEARCH, ("closed_form",), is_many=True),
+    Way(SEARCH, BOTH, is_many=True),
+    Way(CRITERION, BOTH),
+    Way(CRITERION, BOTH, is_many=True),
 )
 
 
@@ -76,7 +81,7 @@ class Job:
     @property
     def path(self) -> Path:
         cell = self.cell
-        name = f"{self.way.pruned.split()[0]}-{self.way.method}-{MANY if self.way.is_many else 0}"
+        name = f"{self.way.pruned.split()[0]}-{'-'.join(self.way.methods)}-{MANY if self.way.is_many else 0}"
         return Path(self.folder) / cell.model / f"{cell.task}-keep{cell.num_kept}-seed{cell.seed}" / name
 
 
@@ -103,7 +108,7 @@ def run_job(job: Job) -> Recovered:
         write_whole(kept, json.dumps(told) + "\n")
     told = json.loads(kept.read_text("utf-8"))
     full, pruned, after = (tuple(told["examples"][name][job.cell.task]) for name in ("full", "pruned", "recovered"))
-    return Recovered(full, pruned, after, told["learned"]["duration_s"])
+    return Recovered(full, pruned, after, sum(stage["learned"]["duration_s"] for stage in told["stages"]))
 
 
 def _scoring(cell: Cell) -> ScoringConfig:
@@ -125,7 +130,7 @@ def _config(job: Job) -> RecoveryConfig:
             write_whole(file, "".join(json.dumps({"prompt": json.loads(line)["prompt"]}) + "\n" for line in lines))
         prompts = str(file)
     return RecoveryConfig(
-        scoring.model, scoring.tasks, scoring.evaluation, recover=RecoverConfig(job.way.method, prompts=prompts)
+        scoring.model, scoring.tasks, scoring.evaluation, recover=RecoverConfig(list(job.way.methods), prompts=prompts)
     )
 
 

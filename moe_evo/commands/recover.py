@@ -31,7 +31,7 @@ from moe_evo.records.recovery_folder import RecoveryFolder
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import paired_difference
 from moe_evo.recovery.prompts import FilePrompts, Prompt, file_prompts, read_prompts, split_prompts
-from moe_evo.report.answers import RecoveredModel, RecoveryFacts
+from moe_evo.report.answers import RecoveredModel, RecoveryFacts, Stage
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import TaskData, check_tasks, is_share, reported
 from moe_evo.tracking.base import Tracker
@@ -41,7 +41,8 @@ if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not b
     from moe_evo.models.export.model_card import Treatment
     from moe_evo.models.source import ModelSource
     from moe_evo.models.view import MoEModel
-    from moe_evo.recovery.lessons import Lessons, Reading
+    from moe_evo.recovery.lessons import Reading
+    from moe_evo.recovery.material import Material
     from moe_evo.recovery.methods import RecoveryMethod
     from moe_evo.recovery.state import Learned
 
@@ -63,7 +64,15 @@ class _Input:
     data: tuple[TaskData, ...]
     prompts: FilePrompts | None
     full: ModelSource
-    method: RecoveryMethod
+    methods: tuple[RecoveryMethod, ...]
+
+    @property
+    def learns_labels(self) -> bool:
+        return any(method.learns_labels for method in self.methods)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return any(method.needs_blocks for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -160,13 +169,14 @@ def _check_input(config: RecoveryConfig) -> _Input:
     from moe_evo.models.source import ModelSource
     from moe_evo.recovery.methods import RECOVERY_METHODS
 
-    method = RECOVERY_METHODS.get(config.recover.method, "recover.method")
-    require(
-        not method.learns_labels or config.recover.search_split, "recover.search_split", False,
-        f"true: the answers that recover.method {config.recover.method!r} learns are those of the search split",
-    )  # fmt: skip
+    methods = tuple(RECOVERY_METHODS.get(name, "recover.methods") for name in config.recover.methods)
+    for name, method in zip(config.recover.methods, methods, strict=True):
+        require(
+            not method.learns_labels or config.recover.search_split, "recover.search_split", False,
+            f"true: the answers that {name!r} of recover.methods learns are those of the search split",
+        )  # fmt: skip
     resolve_device(config.model.device)
-    return _Input(config, data, prompts, ModelSource(config.model), method)
+    return _Input(config, data, prompts, ModelSource(config.model), methods)
 
 
 def is_run(path: Path) -> bool:
@@ -212,10 +222,12 @@ def _options(task: TaskConfig) -> Plain:
 def _ask_full_model(job: _Job, folder: RecoveryFolder, tracker: Tracker) -> None:
     """Write what is needed of the full model: its score, its lessons, and the pruned checkpoint of a run."""
     from moe_evo.models.export.export import export_checkpoint
+    from moe_evo.recovery.blocks import has_blocks
     from moe_evo.recovery.lessons import has_lessons
 
     is_done = all(has_lessons(folder.lessons, name) for name in (LEARNED, VALIDATION))
-    if is_done and folder.score(FULL) is not None:
+    has_all = has_blocks(folder.lessons) or not job.needs_blocks
+    if is_done and has_all and folder.score(FULL) is not None:
         return
     evaluator = load_evaluator(job.full, job.data, job.config.evaluation, tracker)
     if folder.score(FULL) is None:
@@ -229,6 +241,8 @@ def _ask_full_model(job: _Job, folder: RecoveryFolder, tracker: Tracker) -> None
     for name, prompts in _prompts(job, evaluator).items():
         if not has_lessons(folder.lessons, name):
             _write_lessons(evaluator, prompts, folder.lessons, name, job.recover, tracker)
+    if not has_all:
+        _write_blocks(evaluator, folder.lessons, job.recover, tracker)
     del evaluator
     gc.collect()  # the pruned model may need the memory
 
@@ -248,7 +262,7 @@ def _prompts(job: _Job, evaluator: Evaluator) -> dict[str, list[Prompt]]:
     tokenizer, recover = evaluator.model.tokenizer, job.recover
     formats = [PromptFormat(one.config, one, tokenizer) for one in job.data]
     of_split = partial(
-        split_prompts, job.data, formats, answer_tokens=recover.answer_tokens, labelled=job.method.learns_labels
+        split_prompts, job.data, formats, answer_tokens=recover.answer_tokens, labelled=job.learns_labels
     )
     learned = of_split("search") if recover.search_split else []
     if job.prompts is not None:
@@ -271,6 +285,22 @@ def _write_lessons(
             folder, name, readings, model.language_model, model.device,
             top_k=recover.top_k, batch_tokens=evaluator.batch_tokens, done=tracker.advanced,
         )  # fmt: skip
+
+    evaluator.within_memory(write)
+
+
+def _write_blocks(evaluator: Evaluator, folder: Path, recover: RecoverConfig, tracker: Tracker) -> None:
+    """Keep what the full model's layers put out, at some of the tokens of its lessons."""
+    from moe_evo.recovery.blocks import write_blocks
+    from moe_evo.recovery.lessons import read_lessons
+
+    tracker.message(f"keeping the outputs of {len(evaluator.model.layers)} MoE layers")
+    lessons = read_lessons(folder, LEARNED)
+
+    def write() -> None:
+        write_blocks(
+            folder, lessons, evaluator.model, most_tokens=recover.block_tokens, batch_tokens=evaluator.batch_tokens
+        )
 
     evaluator.within_memory(write)
 
@@ -324,7 +354,9 @@ def _train(job: _Job, folder: RecoveryFolder, target: Path, *, overwrite: bool, 
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.size.size import read_size
     from moe_evo.models.source import ModelSource
+    from moe_evo.recovery.blocks import BlockTargets
     from moe_evo.recovery.lessons import read_lessons
+    from moe_evo.recovery.material import Material
 
     path = folder.student if job.winner is not None else Path(job.pruned)
     source = ModelSource(_small(job.config.model, path))
@@ -333,7 +365,10 @@ def _train(job: _Job, folder: RecoveryFolder, target: Path, *, overwrite: bool, 
         tracker.message("scoring the pruned model on the test split")
         folder.keep_score(PRUNED, _scored(evaluator, PRUNED))
     lessons, validation = (read_lessons(folder.lessons, name) for name in (LEARNED, VALIDATION))
-    learned = _learn(job, folder, evaluator.model, lessons, validation, tracker)
+    blocks = BlockTargets.load(folder.lessons) if job.needs_blocks else None
+    material = Material(lessons, validation, blocks)
+    learn = partial(_learn, job, folder, evaluator.model, material, tracker)
+    stages = tuple(map(learn, range(len(job.methods))))
     tracker.message("scoring the recovered model on the test split")
     # another evaluator, as the old one may have hidden states of the weights before
     trained = Evaluator(evaluator.model, evaluator.tasks, job.config.evaluation)
@@ -342,10 +377,9 @@ def _train(job: _Job, folder: RecoveryFolder, target: Path, *, overwrite: bool, 
     scores = {name: Score.of(one, is_share=is_share(job.data)) for name, one in outcomes.items()}
     examples = {name: one.scores or {} for name, one in outcomes.items()}
     facts = RecoveryFacts(
-        method=job.recover.method,
         prompts=len(lessons),
         positions=len(lessons.tokens),
-        learned=learned,
+        stages=stages,
         scores=scores,
         gained=paired_difference(examples[RECOVERED], examples[PRUNED], np.random.default_rng(0)),
         missing=paired_difference(examples[RECOVERED], examples[FULL], np.random.default_rng(0)),
@@ -380,24 +414,26 @@ def _tell_run(job: _Job, found: Winner, trained: Evaluator, test: Score) -> None
 
 
 def _learn(
-    job: _Job, folder: RecoveryFolder, model: MoEModel, lessons: Lessons, validation: Lessons, tracker: Tracker
-) -> Learned:
+    job: _Job, folder: RecoveryFolder, model: MoEModel, material: Material, tracker: Tracker, number: int
+) -> Stage:
+    """Let one method change the model; one that an earlier process has finished takes no time."""
     from moe_evo.evaluation.evaluator import torch_threads
     from moe_evo.recovery.state import TrainingState
 
-    recover = job.recover
-    begun = TrainingState.load(folder.training).learned.steps if folder.training.is_file() else 0
-    tracker.stage("recovering", recover.steps, begun, unit="step")
+    recover, method, file = job.recover, job.methods[number], folder.state(number)
+    begun = TrainingState.load(file).learned.steps if file.is_file() else 0
+    steps = method.num_steps(recover, len(model.layers))
+    tracker.stage(f"recovering ({recover.methods[number]})", steps, begun, unit=method.unit)
 
     def done(learned: Learned) -> None:
         first, last = learned.checks[0], learned.checks[-1]
         tracker.advanced(1, f"validation loss {last.validation:.4f} (before: {first.validation:.4f})")
 
     with torch_threads(job.config.evaluation.threads):
-        learned = job.method.recover(model, lessons, validation, recover, folder.training, done)
+        learned = method.recover(model, material, recover, file, done)
     if learned.stopped:
-        tracker.message(f"stopped after {learned.steps} of {recover.steps} steps: {learned.stopped}")
-    return learned
+        tracker.message(f"stopped after {learned.steps} of {steps} {method.unit}s: {learned.stopped}")
+    return Stage(recover.methods[number], method.unit, learned)
 
 
 def _kept(folder: RecoveryFolder, name: str) -> Evaluation:
@@ -408,15 +444,10 @@ def _kept(folder: RecoveryFolder, name: str) -> Evaluation:
 
 def _provenance(job: _Job, facts: RecoveryFacts) -> Plain:
     """For the model card: the base model, the data, how it was pruned, what it learned, and the scores."""
-    learned, recover = facts.learned, job.recover
     how = {
         "recovery": {
-            "method": recover.method,
             "learned from": f"{facts.prompts:,} prompts, {facts.positions:,} tokens of them and of their answers",
-            "steps": f"{learned.steps:,} of {recover.batch_size} prompts, {learned.tokens:,} tokens read",
-            "weights": f"those after step {learned.best.step:,}, which have the lowest loss on the validation split",
-            "loss on the validation split": f"{learned.checks[0].validation:.4f} -> {learned.best.validation:.4f} nats",
-            "seconds": f"{learned.duration_s:.0f}",
+            **{stage.method: stage.in_words for stage in facts.stages},
         }
     }
     if job.winner is not None:
@@ -427,8 +458,9 @@ def _provenance(job: _Job, facts: RecoveryFacts) -> Plain:
 def _treatment(job: _Job) -> Treatment:
     from moe_evo.models.export.model_card import Treatment
 
-    learned = f"learned {job.method.description}"
-    return Treatment("fewer experts, recovered", f"experts were pruned, and what is left {learned}", "recovered")
+    learned = ", then ".join(method.description for method in job.methods)
+    description = f"experts were pruned, and what is left learned {learned}"
+    return Treatment("fewer experts, recovered", description, "recovered")
 
 
 def _save_beside(checkpoint: Path, facts: RecoveryFacts, examples: Mapping[str, ExampleScores]) -> Path:
@@ -443,5 +475,5 @@ def _save_beside(checkpoint: Path, facts: RecoveryFacts, examples: Mapping[str, 
     told = {name: {task: one.tolist() for task, one in scores.items()} for name, scores in examples.items()}
     write_whole(file, json.dumps({**plain(facts), "examples": told}) + "\n")
     figure = file.with_suffix(".png")
-    losses_figure(figure, facts.learned.checks)
+    losses_figure(figure, facts.stages)
     return figure

@@ -20,7 +20,7 @@ Config = TypeVar("Config", bound=ScoringConfig)
 
 _LISTS = (
     "sweep.num_kept", "sweep.seeds", "sweep.algorithms", "sweep.tasks", "search.init", "search.objectives",
-    "selection.baselines", "recover.train",
+    "selection.baselines", "recover.methods", "recover.train",
 )  # fmt: skip
 """Options whose value is a list: a single value means a list of one, and a flag takes values separated by commas."""
 

@@ -17,11 +17,13 @@ class RecoverConfig:
     """How a pruned model learns to answer as the full one does.
 
     Args:
-        method: 'logits' learns the full model's next-token distributions; 'router' the same with router rows alone;
-            'labels' learns the right answers of the search split, too; or that of another package, by its name or as
-            package.module:name.
-        train: What is trained: experts, router, norms (all layer norms), attention, or all. Default: what the method
-            says (logits and labels: experts, router and norms).
+        methods: What is done, one after the other. 'closed_form' fits the experts' down matrices to the outputs of the
+            full model's layers by least squares, one MoE layer after the other, without gradients; 'layerwise' trains
+            router and experts of each layer on these outputs; 'logits' learns the full model's next-token
+            distributions; 'router' the same with router rows alone; 'labels' learns the right answers of the search
+            split, too; or the method of another package, by its name or as package.module:name.
+        train: logits, labels: what is trained: experts, router, norms (all layer norms), attention, or all. Default:
+            experts, router and norms.
         search_split: Whether the prompts of the tasks' search split are learned from.
         prompts: File with more prompts, which need no answers: JSONL with 'prompt' (formatted as the task's prompts
             are) or 'text' in each line, or plain text with one text a line.
@@ -29,8 +31,11 @@ class RecoverConfig:
             it; 0 learns prompts alone.
         top_k: Most probable tokens of the full model that are stored for each position; the rest is one number.
         prompt_weight: Weight of a position within a prompt, where those of an answer have 1.
+        block_tokens: layerwise, closed_form: about how many tokens the layers' outputs are stored and compared at.
+        ridge: closed_form: how strongly weights are held where they were, as a share of the mean square of what enters
+            them.
         label_weight: labels: weight of the right answer's cross entropy beside the divergence from the full model.
-        steps: Most steps of the optimizer (AdamW).
+        steps: Most steps of the optimizer (AdamW); layerwise: in each layer.
         batch_size: Prompts a step.
         batch_tokens: Most tokens, padding included, in one forward and backward pass; a step is made of as many passes
             as it needs. Half of it is taken where memory runs out.
@@ -42,13 +47,15 @@ class RecoverConfig:
         seed: Of the order of prompts.
     """
 
-    method: str = "logits"
+    methods: list[str] = field(default_factory=lambda: ["closed_form", "logits"])
     train: list[str] = field(default_factory=list)
     search_split: bool = True
     prompts: str | None = None
     answer_tokens: int = 16
     top_k: int = 64
     prompt_weight: float = 0.1
+    block_tokens: int = 32_768
+    ridge: float = 0.001
     label_weight: float = 1.0
     steps: int = 300
     batch_size: int = 32
@@ -60,6 +67,7 @@ class RecoverConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(bool(self.methods), "recover.methods", self.methods, "at least one, such as logits")
         unknown = [part for part in self.train if part not in PARTS]
         require(not unknown, "recover.train", self.train, f"a list of {', '.join(PARTS)}")
         require(
@@ -67,16 +75,17 @@ class RecoverConfig:
             "true, or a file recover.prompts: there is nothing to learn from",
         )  # fmt: skip
         for option, least in (("answer_tokens", 0), ("top_k", 1), ("steps", 1), ("batch_size", 1), ("batch_tokens", 1),
-                              ("checks", 1), ("patience", 1), ("seed", 0)):  # fmt: skip
+                              ("checks", 1), ("patience", 1), ("seed", 0), ("block_tokens", 1)):  # fmt: skip
             value = getattr(self, option)
             require(value >= least, f"recover.{option}", value, f"{least} or more")
         for option in ("prompt_weight", "label_weight"):
             value = getattr(self, option)
             require(0 <= value < math.inf, f"recover.{option}", value, "0 or more")
+        require(0 < self.ridge < math.inf, "recover.ridge", self.ridge, "more than 0, such as 0.001")
         rate = self.learning_rate
         require(0 < rate < math.inf, "recover.learning_rate", rate, "more than 0, such as 0.001")
         require(
-            self.prompt_weight > 0 or self.answer_tokens > 0 or self.method == "labels", "recover.prompt_weight",
+            self.prompt_weight > 0 or self.answer_tokens > 0 or "labels" in self.methods, "recover.prompt_weight",
             self.prompt_weight, "more than 0, as recover.answer_tokens is 0: only the last position would be learned",
         )  # fmt: skip
 

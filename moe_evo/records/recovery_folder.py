@@ -29,7 +29,6 @@ class RecoveryFolder:
         self.job = self.path / "job.json"
         self.student = self.path / "student"
         self.lessons = self.path / "lessons"
-        self.training = self.path / "training.safetensors"
 
     @contextmanager
     def claim(self, job: Plain) -> Iterator[None]:
@@ -59,10 +58,9 @@ class RecoveryFolder:
                 f"{self.path}: holds the work of another recovery ({'; '.join(lines)}); delete it, or give another --to"
             )
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether an earlier process has trained."""
-        return self.training.is_file()
+    def state(self, number: int) -> Path:
+        """The file for the state of the method with this number among those that are done one after the other."""
+        return self.path / f"state-{number}.safetensors"
 
     def score(self, name: str) -> Evaluation | None:
         """What `keep_score` kept; None where there is nothing."""

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from moe_evo.config.recover import RecoverConfig
 from moe_evo.models.view import MoEModel
 from moe_evo.plugins import Registry, lacking
-from moe_evo.recovery.lessons import Lessons
+from moe_evo.recovery.layer_repair import Repair, repaired_by_layers, train_layer
+from moe_evo.recovery.least_squares import refit_down
+from moe_evo.recovery.material import Material
 from moe_evo.recovery.parts import trained_parameters
 from moe_evo.recovery.state import Learned
 from moe_evo.recovery.training import Done, Training
@@ -18,8 +20,9 @@ from moe_evo.recovery.training import Done, Training
 class RecoveryMethod(Protocol):
     """A way to make a smaller model compute what the full one does.
 
-    description: one line for people. source: the paper that it is from. learns_labels: whether the lessons are to hold
-    the right answers of the search split.
+    description: one line for people. source: the paper that it is from. unit: what one of its steps is called.
+    learns_labels: whether the lessons are to hold the right answers of the search split. needs_blocks: whether it
+    compares the outputs of single layers.
     """
 
     @property
@@ -29,15 +32,22 @@ class RecoveryMethod(Protocol):
     def source(self) -> str: ...
 
     @property
+    def unit(self) -> str: ...
+
+    @property
     def learns_labels(self) -> bool: ...
 
-    def recover(
-        self, model: MoEModel, lessons: Lessons, validation: Lessons, config: RecoverConfig, file: Path, done: Done
-    ) -> Learned:
+    @property
+    def needs_blocks(self) -> bool: ...
+
+    def num_steps(self, config: RecoverConfig, num_layers: int) -> int:
+        """How many steps there will be at most."""
+        ...
+
+    def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
         """Change the weights of `model`, and tell what was done.
 
-        validation: lessons by which the weights that are kept are chosen. file: for the state, from which a killed
-        recovery goes on. done: called after every step.
+        file: for the state, from which a killed recovery goes on. done: called after every step.
         """
         ...
 
@@ -53,21 +63,39 @@ class Distillation:
     source: str
     parts: tuple[str, ...]
     learns_labels: bool = False
+    needs_blocks = False
+    unit = "step"
 
-    def recover(
-        self, model: MoEModel, lessons: Lessons, validation: Lessons, config: RecoverConfig, file: Path, done: Done
-    ) -> Learned:
+    def num_steps(self, config: RecoverConfig, num_layers: int) -> int:
+        return config.steps
+
+    def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
         parameters = trained_parameters(model, config.train or self.parts)
         weight = config.label_weight if self.learns_labels else 0.0
-        return Training(model.language_model, parameters, lessons, validation, config, weight, file).run(done)
+        return Training(model.language_model, parameters, material, config, weight, file).run(done)
+
+
+@dataclass(frozen=True)
+class LayerByLayer:
+    """One MoE layer after the other, fitted to the outputs of the full model's layer."""
+
+    description: str
+    source: str
+    repair: Repair
+    learns_labels = False
+    needs_blocks = True
+    unit = "layer"
+
+    def num_steps(self, config: RecoverConfig, num_layers: int) -> int:
+        return num_layers
+
+    def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
+        return repaired_by_layers(model, material, config, file, done, self.repair)
 
 
 def _problem(method: Any) -> str | None:
-    return lacking(
-        method,
-        ("description", "source", "learns_labels", "recover"),
-        "moe_evo.recovery.methods.RecoveryMethod",
-    )
+    members = ("description", "source", "unit", "learns_labels", "needs_blocks", "num_steps", "recover")
+    return lacking(method, members, "moe_evo.recovery.methods.RecoveryMethod")
 
 
 _HINTON = (
@@ -85,6 +113,12 @@ RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
             _HINTON,
             ("experts", "router", "norms"),
             learns_labels=True,
+        ),
+        "layerwise": LayerByLayer(
+            "the outputs of the full model's experts, layer by layer", "MoE-Pruner: arXiv 2410.12013", train_layer
+        ),
+        "closed_form": LayerByLayer(
+            "the same by least squares on the down matrices, without gradients", "ridge regression", refit_down
         ),
     },
     _problem,

@@ -23,9 +23,12 @@ from moe_evo.models.free_memory import MEMORY_ERRORS, is_out_of_memory
 from moe_evo.models.transformers_border import checkpoint_layers
 from moe_evo.recovery.lessons import UNLABELLED, Lessons, batches_of, logits_of
 from moe_evo.recovery.losses import cross_entropies, divergences
+from moe_evo.recovery.masters import Masters
+from moe_evo.recovery.material import Material
 from moe_evo.recovery.state import Check, Learned, TrainingState
 
 _WARM_UP = 0.05
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_NORM = 1.0  # of the gradient; a larger one is scaled down to it
 
 Done = Callable[[Learned], None]
@@ -58,6 +61,20 @@ class Objective:
             loss = loss + self.label_weight * cross_entropies(logits, labels).sum() / total[1]
         return loss
 
+    @torch.no_grad()
+    def loss(self, language_model: Any, device: torch.device, batch_tokens: int) -> float:
+        """Of all lessons; batch_tokens: most tokens of a pass."""
+        numbers = range(len(self.lessons))
+        total, loss = self.total(numbers), 0.0
+        for batch in self.batches(language_model, numbers, batch_tokens):
+            loss += float(self.share(logits_of(language_model, self.lessons.rows(batch), device), batch, total))
+        return loss
+
+    def batches(self, language_model: Any, numbers: Sequence[int], batch_tokens: int) -> list[list[int]]:
+        """Some lessons in passes of at most so many tokens."""
+        vocabulary = int(language_model.config.get_text_config().vocab_size)
+        return batches_of(self.lessons.lengths.tolist(), numbers, batch_tokens, vocabulary)
+
 
 class Training:
     """A smaller model and what it learns from.
@@ -70,28 +87,22 @@ class Training:
         self,
         language_model: Any,
         parameters: Mapping[str, nn.Parameter],
-        lessons: Lessons,
-        validation: Lessons,
+        material: Material,
         config: RecoverConfig,
         label_weight: float,
         file: Path,
     ) -> None:
         self._model = language_model
-        self._parameters = parameters
-        self._objective = Objective(lessons, config.prompt_weight, label_weight)
-        self._validation = Objective(validation, config.prompt_weight, label_weight)
+        self._masters = Masters(parameters)
+        self._objective = Objective(material.lessons, config.prompt_weight, label_weight)
+        self._validation = Objective(material.validation, config.prompt_weight, label_weight)
         self._config = config
         self._file = file
         self._device = next(iter(parameters.values())).device
-        self._vocabulary = int(language_model.config.get_text_config().vocab_size)
         self._batch_tokens = config.batch_tokens
         self._learned = Learned()
-        # a parameter in float32 is its own copy
-        self._weights = {
-            name: one if one.dtype == torch.float32 else one.detach().float() for name, one in parameters.items()
-        }
-        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=config.learning_rate, weight_decay=0.0)
-        self._best: dict[str, Tensor] = {}
+        weights = self._masters.weights.values()
+        self._optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
 
     def run(self, done: Done = lambda learned: None) -> Learned:
         """Train until the last step, or until it stops helping; the model has the best weights afterwards.
@@ -134,12 +145,10 @@ class Training:
 
     def _step(self) -> tuple[float, int]:
         """One step of the optimizer; returns its loss and the number of tokens read. Changes nothing if it raises."""
-        self._optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._masters.drop_gradients()
         numbers = self._drawn(self._learned.steps)
         total, loss, tokens = self._objective.total(numbers), 0.0, 0
-        for batch in self._batches(self._objective, numbers):
+        for batch in self._objective.batches(self._model, numbers, self._batch_tokens):
             rows = self._objective.lessons.rows(batch)
             share = self._objective.share(logits_of(self._model, rows, self._device), batch, total)
             share.backward()  # type: ignore[no-untyped-call]
@@ -150,22 +159,12 @@ class Training:
         return loss, tokens
 
     def _update(self) -> None:
-        for name, weight in self._weights.items():
-            parameter = self._parameters[name]
-            if weight is not parameter and parameter.grad is not None:
-                weight.grad, parameter.grad = parameter.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(self._weights.values(), _MOST_NORM)
+        self._masters.take_gradients()
+        torch.nn.utils.clip_grad_norm_(self._masters.weights.values(), _MOST_NORM)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * _schedule(self._learned.steps, self._config.steps)
+            group["lr"] = self._config.learning_rate * schedule(self._learned.steps, self._config.steps)
         self._optimizer.step()
-        self._put(self._weights)
-
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        """Write weights, by name, into the model, in its own number format."""
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if weights[name] is not parameter:
-                    parameter.copy_(weights[name])
+        self._masters.put()
 
     def _drawn(self, step: int) -> list[int]:
         """The numbers of a step's lessons: every lesson once, in an order of its own, before any comes again."""
@@ -176,10 +175,6 @@ class Training:
             for epoch in {place // number for place in places}
         }
         return [int(orders[place // number][place % number]) for place in places]
-
-    def _batches(self, objective: Objective, numbers: Sequence[int]) -> list[list[int]]:
-        lengths = objective.lessons.lengths.tolist()
-        return batches_of(lengths, numbers, self._batch_tokens, self._vocabulary)
 
     def _check(self, losses: Sequence[float]) -> None:
         """Compute the validation loss, keep the weights if it is the lowest, and save the state."""
@@ -192,20 +187,14 @@ class Training:
             reason = f"the validation loss after step {self._learned.steps} is not finite: lower recover.learning_rate"
             self._learned = replace(self._learned, stopped=reason)
         elif best is checks[-1]:
-            self._best = {name: one.detach().to("cpu", copy=True) for name, one in self._weights.items()}
+            self._masters.keep()
         elif sum(check.step > best.step for check in checks) >= config.patience:
             reason = f"the validation loss has not fallen since step {best.step}"
             self._learned = replace(self._learned, stopped=reason)
         self._save()
 
-    @torch.no_grad()
     def _validation_loss(self) -> float:
-        numbers = range(len(self._validation.lessons))
-        total, loss = self._validation.total(numbers), 0.0
-        for batch in self._batches(self._validation, numbers):
-            rows = self._validation.lessons.rows(batch)
-            loss += float(self._validation.share(logits_of(self._model, rows, self._device), batch, total))
-        return loss
+        return self._validation.loss(self._model, self._device, self._batch_tokens)
 
     def _within_memory(self, compute: Callable[[], Any]) -> Any:
         """What `compute` returns; where memory runs out it is called again with half the tokens in a pass."""
@@ -225,30 +214,24 @@ class Training:
                 torch.cuda.empty_cache()
 
     def _save(self) -> None:
-        tensors = {f"weight/{name}": one.detach() for name, one in self._weights.items()}
-        tensors |= {f"best/{name}": one for name, one in self._best.items()}
-        for name, weight in self._weights.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in self._optimizer.state[weight]:
-                    tensors[f"{moment}/{name}"] = self._optimizer.state[weight][moment]
-        tensors = {name: one.contiguous() for name, one in tensors.items()}
+        tensors = self._masters.tensors()
+        for name, weight in self._masters.weights.items():
+            state = self._optimizer.state[weight]
+            tensors |= {f"{moment}/{name}": state[moment].contiguous() for moment in _MOMENTS if moment in state}
         TrainingState(self._learned, self._batch_tokens, tensors).save(self._file)
 
     def _load(self, state: TrainingState) -> None:
         self._learned, self._batch_tokens = state.learned, state.batch_tokens
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(state.tensors[f"weight/{name}"])
-                if self._learned.steps:
-                    moments = {one: state.tensors[f"{one}/{name}"].to(weight) for one in ("exp_avg", "exp_avg_sq")}
-                    self._optimizer.state[weight] = {"step": torch.tensor(float(self._learned.steps)), **moments}
-        self._best = {name: state.tensors[f"best/{name}"] for name in self._weights if f"best/{name}" in state.tensors}
-        self._put(self._weights)
+        self._masters.load(state.tensors)
+        for name, weight in self._masters.weights.items():
+            if self._learned.steps:
+                moments = {one: state.tensors[f"{one}/{name}"].to(weight) for one in _MOMENTS}
+                self._optimizer.state[weight] = {"step": torch.tensor(float(self._learned.steps)), **moments}
 
     def _prepare(self) -> None:
         """Let the parameters have gradients; without dropout, as nothing random may change a loss."""
         self._model.requires_grad_(False)
-        for parameter in self._parameters.values():
+        for parameter in self._masters.parameters.values():
             parameter.requires_grad_(True)
         if self._config.gradient_checkpointing:
             checkpoint_layers(self._model, enable=True)
@@ -256,17 +239,14 @@ class Training:
 
     def _restore(self) -> None:
         """The best weights, and no gradients."""
-        if self._best:
-            self._put({name: one.to(self._device) for name, one in self._best.items()})
-        self._optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._masters.put_best()
+        self._masters.drop_gradients()
         if self._config.gradient_checkpointing:
             checkpoint_layers(self._model, enable=False)
         self._model.requires_grad_(False).eval()
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Factor of the learning rate: rises to 1 in a twentieth of the steps, and falls to 0 as a cosine."""
     warm_up = max(math.ceil(_WARM_UP * steps), 1)
     if step < warm_up:

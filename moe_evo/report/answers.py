@@ -173,18 +173,36 @@ class CompressedModel:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one method of a recovery did. unit: what its steps are called."""
+
+    method: str
+    unit: str
+    learned: Learned
+
+    @property
+    def in_words(self) -> str:
+        """Steps, losses and time, as the model card and the terminal tell them."""
+        learned = self.learned
+        before, best = learned.checks[0].validation, learned.best
+        return (
+            f"{learned.steps:,} {self.unit}s, {learned.tokens:,} tokens read, in {learned.duration_s:.0f} s; "
+            f"validation loss {before:.4f} -> {best.validation:.4f} nats ({self.unit} {best.step:,})"
+        )
+
+
+@dataclass(frozen=True)
 class RecoveryFacts:
     """How a pruned model was recovered, and what that gained.
 
-    prompts, positions: how many were learned from, and how many tokens they and their answers have. scores: on the test
-    split, of the 'full', the 'pruned' and the 'recovered' model. gained, missing: the recovered model less the pruned
-    and less the full one, on the same examples.
+    prompts, positions: how many were learned from, and how many tokens they and their answers have. stages: the methods
+    that were used, one after the other. scores: on the test split, of the 'full', the 'pruned' and the 'recovered'
+    model. gained, missing: the recovered model less the pruned and less the full one, on the same examples.
     """
 
-    method: str
     prompts: int
     positions: int
-    learned: Learned
+    stages: tuple[Stage, ...]
     scores: Mapping[str, Score] = field(hash=False)
     gained: Difference
     missing: Difference
@@ -193,7 +211,7 @@ class RecoveryFacts:
     def verdict(self) -> str:
         """In plain words whether it was worth it."""
         lost = self.scores["full"].fitness - self.scores["pruned"].fitness
-        if self.learned.best.step == 0:
+        if all(stage.learned.best.step == 0 for stage in self.stages):
             return "learning never lowered the validation loss, so the pruned model is left as it was"
         if lost > 0:
             back = f", {self.gained.value / lost:.0%} of what pruning cost" if self.gained.value > 0 else ""
@@ -224,7 +242,7 @@ class RecoveredModel:
         return {**plain(self.report), **plain(self.facts), "figure": str(self.figure)}
 
     def _repr_html_(self) -> str:
-        return _report_table(self.facts.method, self.report) + scores_table("test split", self.facts.scores)
+        return _report_table("recovered", self.report) + scores_table("test split", self.facts.scores)
 
 
 @dataclass(frozen=True)

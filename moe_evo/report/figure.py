@@ -19,8 +19,8 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.report.table import expert_weights
 
-if TYPE_CHECKING:  # imports torch
-    from moe_evo.recovery.state import Check
+if TYPE_CHECKING:
+    from moe_evo.report.answers import Stage
 
 _COLOURS = {
     "pruning": "#0072B2",
@@ -81,22 +81,23 @@ def _draw_best_so_far(axes: Axes, individuals: Sequence[Individual], colour: str
         axes.step(np.arange(1, len(best) + 1), best, where="post", color=colour, label=label)
 
 
-def losses_figure(path: Path, checks: Sequence[Check]) -> None:
-    """Write a picture of the losses of a recovery, against steps."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    trained = [(check.step, check.training) for check in checks if check.training is not None]
-    if trained:
-        axes.plot(*zip(*trained, strict=True), color=_COLOURS["random"], label="what is learned")
-    axes.plot([check.step for check in checks], [check.validation for check in checks], color="black", marker=".",
-              label="validation split")  # fmt: skip
-    best = min(checks, key=lambda check: check.validation)
-    axes.scatter([best.step], [best.validation], color=_COLOURS["merging"], zorder=3, label="kept")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("loss, nats")
-    axes.set_title("recovery")
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+def losses_figure(path: Path, stages: Sequence[Stage]) -> None:
+    """Write a picture of the losses of a recovery: those of each method in a part of their own."""
+    figure = Figure(figsize=(1 + 4 * len(stages), 4), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        checks, best = stage.learned.checks, stage.learned.best
+        trained = [(check.step, check.training) for check in checks if check.training is not None]
+        if trained:
+            axes.plot(*zip(*trained, strict=True), color=_COLOURS["random"], label="what is learned")
+        losses = [check.validation for check in checks]
+        axes.plot([check.step for check in checks], losses, color="black", marker=".", label="validation split")
+        axes.scatter([best.step], [best.validation], color=_COLOURS["merging"], zorder=3, label="kept")
+        axes.set_xlabel(f"{stage.unit}s")
+        axes.set_ylabel("loss, nats")
+        axes.set_yscale("log")
+        axes.set_title(stage.method)
+        axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 

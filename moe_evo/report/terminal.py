@@ -231,13 +231,12 @@ def print_compression(compressed: CompressedModel) -> None:
 def print_recovery(recovered: RecoveredModel) -> None:
     """Print the scores of the full, the pruned and the recovered model, and what the recovery gained and cost."""
     console, facts = Console(), recovered.facts
-    learned, before = facts.learned, facts.learned.checks[0].validation
     _print_scores_of_models(console, facts.scores)
     lines = [
         f"gained      {_interval(facts.gained)} over the pruned model, on the same examples (95 % interval)",
         f"missing     {_interval(facts.missing)} against the full model",
-        f"learned     {learned.steps} steps on {facts.prompts:,} prompts in {learned.duration_s:.0f} s; loss on the "
-        f"validation split {before:.4f} -> {learned.best.validation:.4f} (step {learned.best.step})",
+        f"learned     {facts.prompts:,} prompts with their answers, {facts.positions:,} tokens",
+        *(f"{stage.method:<12}{stage.in_words}" for stage in facts.stages),
         f"verdict     {facts.verdict}",
         f"picture     {recovered.figure}",
         f"next        moe-evo evaluate --model.path {recovered.folder} --split test",

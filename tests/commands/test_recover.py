@@ -26,6 +26,7 @@ from moe_evo.recovery import training
 TASK = "[{data: syll, num_search: 40, num_validation: 24, num_test: 40}]"
 OPTIONS = ("--model.self_check", "false", "--tasks", TASK, "--evaluation.threads", "1")
 SHORT = ("--recover.steps", "12", "--recover.batch_size", "8", "--recover.checks", "3")
+LOGITS = ("--recover.methods", "logits")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +63,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
 
 
-@pytest.mark.parametrize("method", ["logits", "router", "labels"])
+@pytest.mark.parametrize("method", ["logits", "router", "labels", "layerwise", "closed_form"])
 def test_a_checkpoint_learns_and_its_scores_are_those_that_were_told(
     method: str, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "recovered"
-    told = recover(pruned, target, "--recover.method", method, capsys=capsys)
+    told = recover(pruned, target, "--recover.methods", method, capsys=capsys)
     assert told["loader"] == "transformers" and told["max_logit_difference"] <= 1e-5
     scores = {"full": scores_of("embedded", capsys), "pruned": scores_of(pruned, capsys)}
     scores["recovered"] = scores_of(target, capsys)
@@ -78,18 +79,21 @@ def test_a_checkpoint_learns_and_its_scores_are_those_that_were_told(
     assert told["gained"]["value"] == pytest.approx(gained) and told["gained"]["num_examples"] == 40
     missing = scores["recovered"]["fitness"] - scores["full"]["fitness"]
     assert told["missing"]["value"] == pytest.approx(missing)
-    checks = told["learned"]["checks"]
-    assert [check["step"] for check in checks] == [0, 4, 8, 12] and told["prompts"] == 40
+    (stage,) = told["stages"]
+    checks, is_layers = stage["learned"]["checks"], method in ("layerwise", "closed_form")
+    assert [check["step"] for check in checks] == ([0, 1, 2, 3, 4] if is_layers else [0, 4, 8, 12])
+    assert told["prompts"] == 40 and stage["method"] == method and stage["unit"] == ("layer" if is_layers else "step")
     assert checks[-1]["validation"] < checks[0]["validation"]
     stock = AutoModelForCausalLM.from_pretrained(target)
     assert stock.config.num_local_experts == 2
     changed = {name for name, one in weights(target).items() if not torch.equal(one, weights(pruned)[name])}
     assert changed and all(".gate." in name for name in changed) == (method == "router")
-    assert json.loads((target / "moe_evo" / "recovery.json").read_text("utf-8"))["method"] == method
+    assert all(".w2." in name for name in changed) == (method == "closed_form")  # down matrices, as files name them
+    assert json.loads((target / "moe_evo" / "recovery.json").read_text("utf-8"))["stages"] == told["stages"]
     assert (target / "moe_evo" / "recovery.png").read_bytes().startswith(b"\x89PNG")
     assert not target.with_name("recovered.recovery").exists()
     card = (target / "README.md").read_text("utf-8")
-    assert "with fewer experts, recovered" in card and f"method: {method}" in card
+    assert "with fewer experts, recovered" in card and f"  - {method}: {checks[-1]['step']} " in card
     assert "learned from: 40 prompts" in card and "recovered model " in card
 
 
@@ -162,7 +166,7 @@ def test_options_of_recovery_may_stand_in_the_config_of_a_search(
     [
         (["--cluster.address", "local"], "--recover: got True, expected it without cluster.address (local)"),
         (["--search.num_kept", "[2, 3, 3, 3]"], "--recover: got True, expected one search.num_kept for all layers"),
-        (["--recover.method", "heal"], "recover.method: got 'heal', expected one of logits, router, labels"),
+        (["--recover.methods", "heal"], "recover.methods: got 'heal', expected one of logits, router, labels"),
         (["--model.router", "eep"], "model.router: got 'eep', expected 'exported'"),
     ],
 )
@@ -180,11 +184,22 @@ def test_what_is_printed_says_what_it_gained_and_what_to_do_next(
     assert main(["recover", str(pruned), *OPTIONS, *SHORT, "--to", str(target)]) == 0
     out, progress = capsys.readouterr()
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
-    for name in ("full model", "pruned model", "recovered model", "gained", "missing", "learned", "verdict", "picture"):
+    for name in (
+        "full model",
+        "pruned model",
+        "recovered model",
+        "gained",
+        "missing",
+        "learned",
+        "verdict",
+        "picture",
+    ):
         assert name in lines
-    assert "12 steps on 40 prompts" in lines["learned"] and "next" in lines
+    assert "40 prompts with their answers" in lines["learned"] and "next" in lines
+    assert any(line.startswith("closed_form 4 layers, ") for line in out.splitlines())
+    assert any(line.startswith("logits      12 steps, ") for line in out.splitlines())
     assert f"--model.path {target}" in lines["next"]
-    assert "recovering: 12 steps" in progress and "answering learned prompts: 40/40" in progress
+    assert "recovering (logits): 12 steps" in progress and "answering learned prompts: 40/40" in progress
 
 
 def test_prompts_of_a_file_are_learned_beside_or_in_place_of_the_search_split(
@@ -202,7 +217,7 @@ def test_without_a_lower_validation_loss_the_pruned_model_is_left_as_it_is(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "recovered"
-    words = ("--recover.learning_rate", "30", "--recover.patience", "1", "--recover.checks", "12")
+    words = (*LOGITS, "--recover.learning_rate", "30", "--recover.patience", "1", "--recover.checks", "12")
     assert main(["recover", str(pruned), *OPTIONS, *SHORT, *words, "--to", str(target)]) == 0
     out, progress = capsys.readouterr()
     assert "learning never lowered the validation loss, so the pruned model is left as it was" in out
@@ -244,7 +259,7 @@ def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
             process.stdin.write("\n")
             process.stdin.flush()
         os.kill(process.pid, signal.SIGKILL)
-    assert not target.exists() and (tmp_path / "killed.recovery" / "training.safetensors").is_file()
+    assert not target.exists() and (tmp_path / "killed.recovery" / "state-1.safetensors").is_file()
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
@@ -253,8 +268,8 @@ def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
     for key in ("scores", "gained", "missing", "prompts", "positions"):
         one, two = got[key], expected[key]
         assert one == two, key
-    assert [check["validation"] for check in got["learned"]["checks"]] == [
-        check["validation"] for check in expected["learned"]["checks"]
+    assert [check["validation"] for check in got["stages"][-1]["learned"]["checks"]] == [
+        check["validation"] for check in expected["stages"][-1]["learned"]["checks"]
     ]
     other = weights(tmp_path / "whole")
     assert all(torch.equal(one, other[name]) for name, one in weights(target).items())
@@ -275,7 +290,7 @@ def test_work_of_another_recovery_is_neither_used_nor_lost(
     assert main([*words, "--recover.seed", "1"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "recovered.recovery: holds the work of another recovery (recover.seed: 0 -> 1); delete it, or" in line
-    assert (tmp_path / "recovered.recovery" / "training.safetensors").is_file()
+    assert (tmp_path / "recovered.recovery" / "state-1.safetensors").is_file()
     foreign = tmp_path / "other.recovery"
     foreign.mkdir()
     (foreign / "mine").write_text("mine")
@@ -287,7 +302,8 @@ def test_work_of_another_recovery_is_neither_used_nor_lost(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--recover.method", "logit"], "recover.method: got 'logit', did you mean 'logits'?"),
+        (["--recover.methods", "logit"], "recover.methods: got 'logit', did you mean 'logits'?"),
+        (["--recover.methods", "[]"], "recover.methods: got [], expected at least one, such as logits"),
         (
             ["--recover.train", "[experts, heads]"],
             "recover.train: got ['experts', 'heads'], expected a list of",
@@ -367,7 +383,7 @@ def test_two_processes_do_not_work_on_the_same_recovery(
 
 
 def test_losses_of_labels_are_lower_with_the_labels(pruned: Path, tmp_path: Path, capsys) -> None:
-    told = recover(pruned, tmp_path / "r", "--recover.method", "labels", "--recover.label_weight", "0", capsys=capsys)
-    more = recover(pruned, tmp_path / "s", "--recover.method", "labels", "--recover.label_weight", "1", capsys=capsys)
-    first = [one["learned"]["checks"][0]["validation"] for one in (told, more)]
+    told = recover(pruned, tmp_path / "r", "--recover.methods", "labels", "--recover.label_weight", "0", capsys=capsys)
+    more = recover(pruned, tmp_path / "s", "--recover.methods", "labels", "--recover.label_weight", "1", capsys=capsys)
+    first = [one["stages"][-1]["learned"]["checks"][0]["validation"] for one in (told, more)]
     assert np.isfinite(first).all() and first[0] < first[1]  # the cross entropy comes on top

@@ -18,6 +18,7 @@ from moe_evo.errors import ConfigError, OutOfMemory
 from moe_evo.models.view import MoEModel
 from moe_evo.recovery import training as module
 from moe_evo.recovery.lessons import Lessons, read_lessons, write_lessons
+from moe_evo.recovery.material import Material
 from moe_evo.recovery.parts import trained_parameters
 from moe_evo.recovery.state import Learned, TrainingState
 from moe_evo.recovery.training import Training
@@ -49,7 +50,7 @@ def trained(
     label_weight: float = 0.0,
 ) -> Learned:
     parameters = trained_parameters(model, parts)
-    return Training(model.language_model, parameters, *lessons, config, label_weight, file).run()
+    return Training(model.language_model, parameters, Material(*lessons), config, label_weight, file).run()
 
 
 def losses(learned: Learned) -> list[float]:
@@ -156,7 +157,7 @@ def test_a_killed_training_goes_on_with_the_same_losses_and_weights(
 
     parameters = trained_parameters(killed, TRAINED)
     with pytest.raises(Killed):
-        Training(killed.language_model, parameters, *lessons, CONFIG, 0.0, tmp_path / "state").run(kill)
+        Training(killed.language_model, parameters, Material(*lessons), CONFIG, 0.0, tmp_path / "state").run(kill)
     assert TrainingState.load(tmp_path / "state").learned.steps == 4
     again = small_model()
     got = trained(again, lessons, tmp_path / "state")

@@ -1,0 +1,112 @@
+"""MoE layer after MoE layer, each fitted to what the full model's layer puts out at the same tokens.
+
+What enters a layer comes from the layers before it as they were repaired, so that their errors are made up for. Only
+one layer is looked at at a time, and no gradients go through the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_evo.config.recover import RecoverConfig
+from moe_evo.models.layer import MoELayer
+from moe_evo.models.view import MoEModel
+from moe_evo.recovery.blocks import BlockInputs, block_inputs
+from moe_evo.recovery.masters import Masters
+from moe_evo.recovery.material import Material
+from moe_evo.recovery.state import Check, Learned, TrainingState
+from moe_evo.recovery.training import Done, Objective, schedule
+
+_TOKENS_A_STEP = 1024
+
+Repair = Callable[[MoELayer, BlockInputs, Tensor, RecoverConfig], None]
+"""Changes the weights of one layer so that at its inputs it puts out the targets (N, H)."""
+
+
+def repaired_by_layers(
+    model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done, repair: Repair
+) -> Learned:
+    """Repair every MoE layer in turn; the model has the best weights afterwards. A step is a layer.
+
+    A repair that was killed goes on behind the last layer that was done.
+    """
+    assert material.blocks is not None, "the full model's outputs were asked for"
+    objective = Objective(material.validation, config.prompt_weight, 0.0)
+    masters = Masters(_parameters(model))
+    learned = Learned()
+
+    def check(learned: Learned) -> Learned:
+        loss = objective.loss(model.language_model, model.device, config.batch_tokens)
+        learned = replace(learned, checks=(*learned.checks, Check(learned.steps, None, loss)))
+        if learned.best is learned.checks[-1]:
+            masters.keep()
+        TrainingState(learned, config.batch_tokens, masters.tensors()).save(file)
+        return learned
+
+    if file.is_file():
+        state = TrainingState.load(file)
+        learned = state.learned
+        masters.load(state.tensors)
+    else:
+        learned = check(learned)
+    for layer in model.layers[learned.steps :]:
+        started = time.perf_counter()
+        inputs = block_inputs(model, material.lessons, material.blocks.numbers, layer.number, config.batch_tokens)
+        repair(layer, inputs, material.blocks.of(layer.number), config)
+        masters.refresh()
+        learned = replace(
+            learned,
+            steps=learned.steps + 1,
+            tokens=learned.tokens + len(inputs.hidden),
+            duration_s=learned.duration_s + time.perf_counter() - started,
+        )
+        learned = check(learned)
+        done(learned)
+    masters.put_best()
+    return learned
+
+
+def _parameters(model: MoEModel) -> dict[str, nn.Parameter]:
+    names = {id(one): name for name, one in model.language_model.named_parameters()}
+    tensors = [one for layer in model.layers for one in _trained(layer)]
+    return {names[id(one)]: one for one in tensors}
+
+
+def _trained(layer: MoELayer) -> list[nn.Parameter]:
+    tensors = (*layer.router_tensors().values(), *layer.expert_tensors().values())
+    return [one for one in tensors if isinstance(one, nn.Parameter)]
+
+
+def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: RecoverConfig) -> None:
+    """Train router and experts of one layer on the mean squared difference of its outputs from the targets."""
+    parameters = {str(number): one for number, one in enumerate(_trained(layer))}
+    masters = Masters(parameters)
+    device = next(iter(parameters.values())).device
+    hidden, targets = inputs.hidden.to(device), targets.to(device)
+    scale = targets.float().square().mean().clamp(min=1e-12)
+    optimizer = torch.optim.AdamW(masters.weights.values(), lr=config.learning_rate, weight_decay=0.0)
+    for one in parameters.values():
+        one.requires_grad_(True)
+    for step in range(config.steps):
+        rng = np.random.default_rng([config.seed, layer.number, step])
+        chosen = torch.from_numpy(rng.permutation(len(hidden))[:_TOKENS_A_STEP]).to(device)
+        _, gates, index = layer.router(hidden[chosen])
+        outputs = layer.experts(hidden[chosen], index, gates)
+        loss = (outputs.float() - targets[chosen].float()).square().mean() / scale
+        masters.drop_gradients()
+        loss.backward()
+        masters.take_gradients()
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(step, config.steps)
+        optimizer.step()
+        masters.put()
+    masters.drop_gradients()
+    for one in parameters.values():
+        one.requires_grad_(False)
