@@ -16,6 +16,7 @@ MODULES = [
     "moe_evo.testing.families",
     "moe_evo.testing.methods",
     "moe_evo.testing.pools",
+    "moe_evo.testing.recovery",
     "moe_evo.testing.searches",
     "moe_evo.testing.tasks",
 ]

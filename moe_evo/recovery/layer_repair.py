@@ -91,7 +91,8 @@ def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: R
     device = next(iter(parameters.values())).device
     hidden, targets = inputs.hidden.to(device), targets.to(device)
     scale = targets.float().square().mean().clamp(min=1e-12)
-    optimizer = torch.optim.AdamW(masters.weights.values(), lr=config.learning_rate, weight_decay=0.0)
+    rate = config.rate(hidden.shape[1])
+    optimizer = torch.optim.AdamW(masters.weights.values(), lr=rate, weight_decay=0.0)
     for one in parameters.values():
         one.requires_grad_(True)
     for step in range(config.steps):
@@ -104,7 +105,7 @@ def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: R
         loss.backward()
         masters.take_gradients()
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config.steps)
+            group["lr"] = rate * schedule(step, config.steps)
         optimizer.step()
         masters.put()
     masters.drop_gradients()

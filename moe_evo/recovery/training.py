@@ -102,7 +102,8 @@ class Training:
         self._batch_tokens = config.batch_tokens
         self._learned = Learned()
         weights = self._masters.weights.values()
-        self._optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
+        self._rate = config.rate(language_model.config.get_text_config().hidden_size)
+        self._optimizer = torch.optim.AdamW(weights, lr=self._rate, weight_decay=0.0)
 
     def run(self, done: Done = lambda learned: None) -> Learned:
         """Train until the last step, or until it stops helping; the model has the best weights afterwards.
@@ -162,7 +163,7 @@ class Training:
         self._masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(self._masters.weights.values(), _MOST_NORM)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * schedule(self._learned.steps, self._config.steps)
+            group["lr"] = self._rate * schedule(self._learned.steps, self._config.steps)
         self._optimizer.step()
         self._masters.put()
 

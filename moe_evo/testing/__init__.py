@@ -1,4 +1,4 @@
-"""Test suites, as pytest classes, for searches, kinds of task, metrics, one-shot methods, families and pools.
+"""Test suites, as pytest classes: searches, kinds of task, metrics, one-shot and recovery methods, families, pools.
 
 Subclass one in your own test file and name what it tests; pytest then runs all tests of the suite:
 
@@ -13,4 +13,6 @@ The package's own tests use the same suites. They need pytest, which moe_evo doe
 import pytest
 
 # so that a failing assertion shows its values, as in a test file
-pytest.register_assert_rewrite(*(f"{__name__}.{one}" for one in ("searches", "tasks", "methods", "families", "pools")))
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{one}" for one in ("searches", "tasks", "methods", "families", "pools", "recovery"))
+)

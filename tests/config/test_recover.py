@@ -1,0 +1,20 @@
+"""The config of recovery."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_evo.config.recover import RecoverConfig
+from moe_evo.errors import ConfigError
+
+
+def test_the_learning_rate_falls_with_the_width_of_the_model_unless_it_is_given() -> None:
+    assert RecoverConfig().rate(128) == pytest.approx(1e-3) and RecoverConfig().rate(4096) == pytest.approx(3.125e-5)
+    assert RecoverConfig(learning_rate=0.5).rate(4096) == 0.5
+
+
+@pytest.mark.parametrize("option", ["ridge", "learning_rate", "label_weight", "prompt_weight"])
+def test_numbers_that_make_no_sense_are_refused(option: str) -> None:
+    for value in (-1.0, float("inf")):
+        with pytest.raises(ConfigError, match=rf"recover\.{option}: got "):
+            RecoverConfig(**{option: value})
