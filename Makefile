@@ -37,7 +37,7 @@ WITH_TORCH = sed 's|^torch==.*|$(or $(TORCH),&)|'
 
 demo: .venv/ready
 	$(BIN)/moe-evo search experiments/embedded/demo.yaml
-	$(BIN)/moe-evo export runs/demo --to runs/demo/checkpoint --overwrite
+	$(BIN)/moe-evo recover runs/demo --to runs/demo/checkpoint --overwrite
 	$(BIN)/python experiments/embedded/generate.py runs/demo/checkpoint
 
 test: .venv/dev
