@@ -152,26 +152,27 @@ def table(results: Mapping[Job, Recovered]) -> str:
     for num_kept in sorted({job.cell.num_kept for job in results}, reverse=True):
         of_size = {job: one for job, one in results.items() if job.cell.num_kept == num_kept}
         num_experts, _ = SIZES[next(iter(of_size)).cell.model]
-        columns = [f"{SEARCH}, as it is", *(way.title for way in WAYS if way.pruned == SEARCH)]
-        columns += [f"{CRITERION}, as it is", *(way.title for way in WAYS if way.pruned == CRITERION)]
+        ways = [way for way in WAYS if any(job.way == way for job in of_size)]
+        columns = [f"{SEARCH}, as it is", *(way.title for way in ways if way.pruned == SEARCH)]
+        columns += [f"{CRITERION}, as it is", *(way.title for way in ways if way.pruned == CRITERION)]
         lines += [f"**{num_kept} of {num_experts} experts kept**", "", "| task | full | " + " | ".join(columns) + " |"]
         lines.append("| --- |" + " ---: |" * (1 + len(columns)))
         rows = []
         for task in sorted({job.cell.task for job in of_size}):
-            rows.append(_row(of_size, task))
+            rows.append(_row(of_size, ways, task))
             lines.append(f"| {task} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |")
         lines += ["| **mean** | " + " | ".join(f"**{value:.3f}**" for value in np.mean(rows, axis=0)) + " |", ""]
     return "\n".join([*lines, *_gains(results)])
 
 
-def _row(results: Mapping[Job, Recovered], task: str) -> list[float]:
+def _row(results: Mapping[Job, Recovered], ways: Sequence[Way], task: str) -> list[float]:
     def mean(way: Way, which: str) -> float:
         found = [getattr(one, which) for job, one in results.items() if (job.cell.task, job.way) == (task, way)]
         return float(np.mean(found))
 
-    row = [mean(WAYS[0], "full")]
+    row = [mean(ways[0], "full")]
     for pruned in (SEARCH, CRITERION):
-        own = [way for way in WAYS if way.pruned == pruned]
+        own = [way for way in ways if way.pruned == pruned]
         row += [mean(own[0], "pruned"), *(mean(way, "recovered") for way in own)]
     return row
 
@@ -182,7 +183,7 @@ def _gains(results: Mapping[Job, Recovered]) -> list[str]:
         "| recovered | less as it was [95 %] | less the full model [95 %] | seconds |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for way in WAYS:
+    for way in (way for way in WAYS if any(job.way == way for job in results)):
         own = {job: one for job, one in results.items() if job.way == way}
         seconds = np.mean([one.seconds for one in own.values()])
         told = [_difference(own, other) for other in ("pruned", "full")]
@@ -221,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=200, help="budget of the searches of comparison.py")
     parser.add_argument("--jobs", type=int, default=1, help="recoveries at a time, one thread each")
+    parser.add_argument("--default_only", action="store_true", help="leave out methods that are not used by default")
     parser.add_argument("--runs", default="runs/comparison", help="folder of comparison.py's runs")
     parser.add_argument("--folder", default="runs/recovery")
     parser.add_argument("--readme", type=Path, help="also write the tables between the marks in this file")
@@ -232,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task in options.tasks
     ]
     # those of a cell one after the other, as they share a pruned checkpoint
-    jobs = [Job(cell, way, options.data, options.folder) for cell in cells for way in WAYS]
+    ways = [way for way in WAYS if way.methods[0] == BOTH[0]] if options.default_only else WAYS
+    jobs = [Job(cell, way, options.data, options.folder) for cell in cells for way in ways]
     of_cells = [tuple(job for job in jobs if job.cell == cell) for cell in cells]
     results = run_all(run_jobs, of_cells, options.jobs, _told)
     text = table({job: one for found in results.values() for job, one in found.items()})

@@ -7,12 +7,13 @@ one layer is looked at at a time, and no gradients go through the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_evo.config.recover import RecoverConfig
@@ -33,60 +34,72 @@ Repair = Callable[[MoELayer, BlockInputs, Tensor, RecoverConfig], None]
 def repaired_by_layers(
     model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done, repair: Repair
 ) -> Learned:
-    """Repair every MoE layer in turn; the model has the best weights afterwards. A step is a layer.
+    """Repair every MoE layer in turn; a step is a layer. The model has the best weights afterwards.
 
-    A repair that was killed goes on behind the last layer that was done.
+    The best are those after the layer behind which the validation loss was lowest: later layers are put back. A repair
+    that was killed goes on behind the last layer that was done; each layer has a file of its own beside `file`.
     """
     assert material.blocks is not None, "the full model's outputs were asked for"
     objective = Objective(material.validation, config.prompt_weight, 0.0)
-    masters = Masters(_parameters(model))
-    learned = Learned()
 
-    def check(learned: Learned) -> Learned:
+    def checked(learned: Learned) -> Learned:
         loss = objective.loss(model.language_model, model.device, config.batch_tokens)
         learned = replace(learned, checks=(*learned.checks, Check(learned.steps, None, loss)))
-        if learned.best is learned.checks[-1]:
-            masters.keep()
-        TrainingState(learned, config.batch_tokens, masters.tensors()).save(file)
+        TrainingState(learned, config.batch_tokens).save(file)
         return learned
 
-    if file.is_file():
-        state = TrainingState.load(file)
-        learned = state.learned
-        masters.load(state.tensors)
-    else:
-        learned = check(learned)
+    learned = TrainingState.load(file).learned if file.is_file() else checked(Learned())
+    before = {layer.number: _load(layer, file) for layer in model.layers[: learned.steps]}
     for layer in model.layers[learned.steps :]:
         started = time.perf_counter()
         inputs = block_inputs(model, material.lessons, material.blocks.numbers, layer.number, config.batch_tokens)
+        before[layer.number] = _copied(layer)
         repair(layer, inputs, material.blocks.of(layer.number), config)
-        masters.refresh()
-        learned = replace(
-            learned,
-            steps=learned.steps + 1,
-            tokens=learned.tokens + len(inputs.hidden),
-            duration_s=learned.duration_s + time.perf_counter() - started,
+        save_file(_copied(layer), _file_of(layer, file))
+        learned = checked(
+            replace(
+                learned,
+                steps=learned.steps + 1,
+                tokens=learned.tokens + len(inputs.hidden),
+                duration_s=learned.duration_s + time.perf_counter() - started,
+            )
         )
-        learned = check(learned)
+        before = {number: one for number, one in before.items() if number >= learned.best.step}
         done(learned)
-    masters.put_best()
+    for layer in model.layers[learned.best.step :]:
+        _put(layer, before[layer.number])
     return learned
 
 
-def _parameters(model: MoEModel) -> dict[str, nn.Parameter]:
-    names = {id(one): name for name, one in model.language_model.named_parameters()}
-    tensors = [one for layer in model.layers for one in _trained(layer)]
-    return {names[id(one)]: one for one in tensors}
+def _trained(layer: MoELayer) -> dict[str, nn.Parameter]:
+    tensors = {**layer.router_tensors(), **{f"experts.{name}": one for name, one in layer.expert_tensors().items()}}
+    return {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
 
 
-def _trained(layer: MoELayer) -> list[nn.Parameter]:
-    tensors = (*layer.router_tensors().values(), *layer.expert_tensors().values())
-    return [one for one in tensors if isinstance(one, nn.Parameter)]
+def _copied(layer: MoELayer) -> dict[str, Tensor]:
+    return {name: one.detach().to("cpu", copy=True) for name, one in _trained(layer).items()}
+
+
+def _put(layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, one in _trained(layer).items():
+            one.copy_(tensors[name])
+
+
+def _file_of(layer: MoELayer, file: Path) -> Path:
+    return file.with_name(f"{file.stem}-layer-{layer.number}.safetensors")
+
+
+def _load(layer: MoELayer, file: Path) -> dict[str, Tensor]:
+    """Put a layer's repaired weights into the model; returns those that were there."""
+    before = _copied(layer)
+    _put(layer, load_file(_file_of(layer, file)))
+    return before
 
 
 def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: RecoverConfig) -> None:
     """Train router and experts of one layer on the mean squared difference of its outputs from the targets."""
-    parameters = {str(number): one for number, one in enumerate(_trained(layer))}
+    parameters = _trained(layer)
     masters = Masters(parameters)
     device = next(iter(parameters.values())).device
     hidden, targets = inputs.hidden.to(device), targets.to(device)

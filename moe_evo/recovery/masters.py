@@ -45,13 +45,6 @@ class Masters:
         if self.best:
             self._put(self.best)
 
-    def refresh(self) -> None:
-        """Take the copies from the model, whose parameters were changed."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                if weight is not self.parameters[name]:
-                    weight.copy_(self.parameters[name])
-
     def tensors(self) -> dict[str, Tensor]:
         """The copies and the best ones, to be stored."""
         found = {f"weight/{name}": one.detach().contiguous() for name, one in self.weights.items()}
