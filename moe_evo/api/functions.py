@@ -174,8 +174,8 @@ def recover(
     >>> [check.step for check in healed.facts.learned.checks]
     [0, 2, 4]
     """
-    from moe_evo.commands.recover import is_run
     from moe_evo.commands.recover import recover as command
+    from moe_evo.commands.recovery_input import is_run
 
     folder = str(pruned.folder if isinstance(pruned, Run) else pruned)
     if config is None and is_run(Path(folder)):

@@ -58,7 +58,7 @@ def _recovery(config: RunConfig, arguments: Namespace) -> tuple[RecoveryConfig, 
     """How the winner of a search is to learn, and where its checkpoint goes; None without --recover."""
     if not arguments.and_recover:
         return None
-    from moe_evo.commands.recover import of_winner
+    from moe_evo.commands.recovery_input import of_winner
 
     return of_winner(config, arguments.recover)
 
@@ -98,7 +98,8 @@ def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
 
     arguments, config = parse_config(parser, argv, RunConfig, _note)
     with TerminalTracker() as tracker:
-        answer = planned(config, arguments.memory_gib, calibrate=arguments.calibrate, tracker=tracker)
+        recover = arguments.recover if arguments.and_recover else None
+        answer = planned(config, arguments.memory_gib, recover, calibrate=arguments.calibrate, tracker=tracker)
     if as_json:
         print(json.dumps(plain(answer)))
     else:
@@ -245,13 +246,14 @@ def _recovery_of_pruned(config: ScoringConfig, arguments: Namespace) -> tuple[Re
     """How a pruned model is to learn, and where its checkpoint goes; None without --recover."""
     if not arguments.and_recover:
         return None
-    from moe_evo.commands.recover import of_pruned
+    from moe_evo.commands.recovery_input import of_pruned
 
     return of_pruned(config, arguments.recover, Path(arguments.to), overwrite=arguments.overwrite)
 
 
 def _recover(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from moe_evo.commands.recover import is_run, recover
+    from moe_evo.commands.recover import recover
+    from moe_evo.commands.recovery_input import is_run
     from moe_evo.config.file import parse_config
     from moe_evo.config.recover import RecoveryConfig
     from moe_evo.tracking.terminal import TerminalTracker

@@ -49,8 +49,9 @@ def plan_parser() -> CommandParser:
     parser = config_parser(
         "plan",
         "Tell what a search would take, without loading weights: the model's size, memory of each rank for each way "
-        "of sharding, gangs that fit the cluster, and everything that is wrong with the config.",
-        "moe-evo plan [CONFIG.yaml] [--section.key VALUE ...] [--calibrate]",
+        "of sharding, gangs that fit the cluster, and everything that is wrong with the config. With --recover also "
+        "what the winner's recovery stores and takes.",
+        "moe-evo plan [CONFIG.yaml] [--section.key VALUE ...] [--calibrate] [--recover]",
         RunConfig,
     )
     parser.add_argument(
@@ -64,6 +65,7 @@ def plan_parser() -> CommandParser:
         default=False,
         help="load the model once and time a few evaluations, so that the time of the whole search can be told",
     )
+    _add_recovery(parser)
     return parser
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_evo.commands.memory import planned_memory
+from moe_evo.config.recover import RecoverConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.errors import ClusterError, ConfigError, Problem, Problems
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
@@ -21,7 +22,7 @@ from moe_evo.genomes.bounds import Bounds
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.folder import default_folder
-from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, SearchPlan, TaskPlan
+from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, RecoveryPlan, SearchPlan, TaskPlan
 from moe_evo.runs.checks import Inspection, inspect
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
@@ -42,12 +43,14 @@ def plan(
     capacity: ClusterCapacity | None = None,
     memory_gib: float | None = None,
     calibrate: Callable[[], float] | None = None,
+    recover: RecoverConfig | None = None,
 ) -> Plan:
     """The plan of a run: everything that can be known before it starts; raises no MoeEvoError.
 
     capacity: the cluster's nodes, where there is a cluster. memory_gib: memory of the device of one rank;
     default: what is free here, for a run in this process. calibrate: measures the seconds that one
-    evaluation on the search split takes on one gang; called where nothing is wrong.
+    evaluation on the search split takes on one gang; called where nothing is wrong. recover: how the winner is to
+    learn from the full model, if it is.
 
     `problems` of the returned plan would stop the search; `notes` are remarks on what the user may not expect.
     """
@@ -65,6 +68,10 @@ def plan(
             examples = {split: sum(len(one.splits[split]) for one in data) for split in SPLITS}
             counts = evaluations_by_split(config, _sizes(data), can_prune=space.can_prune)
             time = estimate(counts, examples, calibrate(), 1 if cluster is None else max(cluster.gangs, 1))
+    recovery = None
+    if recover is not None:
+        with problems.noted():
+            recovery = _recovery(config, recover, size, space)
     return Plan(
         model=None if size is None else _model_plan(config, size),
         tasks=tuple(_task_plan(one) for one in data),
@@ -75,10 +82,18 @@ def plan(
         estimate=time,
         problems=problems.found,
         notes=tuple(notes),
+        recovery=recovery,
     )
 
 
-def planned(config: RunConfig, memory_gib: float | None, *, calibrate: bool, tracker: TerminalTracker) -> Plan:
+def planned(
+    config: RunConfig,
+    memory_gib: float | None,
+    recover: RecoverConfig | None = None,
+    *,
+    calibrate: bool,
+    tracker: TerminalTracker,
+) -> Plan:
     """`plan` for the cluster that the config names; calibrate: also measure the time of an evaluation there.
 
     A cluster that cannot be reached becomes one of the plan's problems.
@@ -86,16 +101,17 @@ def planned(config: RunConfig, memory_gib: float | None, *, calibrate: bool, tra
     if memory_gib is not None and memory_gib <= 0:
         raise ConfigError(f"memory_gib: got {memory_gib:g}, expected more than 0")
     if config.cluster.address is None:
-        return plan(config, memory_gib=memory_gib, calibrate=_stopwatch(config, tracker) if calibrate else None)
+        measure = _stopwatch(config, tracker) if calibrate else None
+        return plan(config, memory_gib=memory_gib, calibrate=measure, recover=recover)
     from moe_evo.gangs.connection import cluster_capacity, connected
 
     try:
         with connected(config.cluster.address):
             capacity = cluster_capacity(config.model, config.cluster)
             measure = _stopwatch(config, tracker) if calibrate else None
-            return plan(config, capacity=capacity, memory_gib=memory_gib, calibrate=measure)
+            return plan(config, capacity=capacity, memory_gib=memory_gib, calibrate=measure, recover=recover)
     except ClusterError as error:
-        answer = plan(config, memory_gib=memory_gib)
+        answer = plan(config, memory_gib=memory_gib, recover=recover)
         return replace(answer, problems=(*answer.problems, Problem.of(error)))
 
 
@@ -196,6 +212,16 @@ def _search_plan(config: RunConfig, data: Sequence[TaskData], space: SearchSpace
         top_k_range=_range(space.top_k_bounds),
         objectives=tuple(config.search.objectives),
     )
+
+
+def _recovery(
+    config: RunConfig, recover: RecoverConfig, size: ModelSize | None, space: SearchSpace | None
+) -> RecoveryPlan | None:
+    """What the recovery of the winner takes; raises where it could not be done. None where the model is invalid."""
+    from moe_evo.commands.recovery_input import of_winner, planned_recovery
+
+    aim, _ = of_winner(config, recover)
+    return None if size is None or space is None else planned_recovery(aim, size, space.num_kept)
 
 
 def _range(bounds: Bounds | None) -> tuple[int, int] | None:

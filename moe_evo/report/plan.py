@@ -15,6 +15,7 @@ from moe_evo.report.planned import (
     ModelPlan,
     ModeMemory,
     Plan,
+    RecoveryPlan,
     SearchPlan,
     TaskPlan,
 )
@@ -32,7 +33,12 @@ def print_plan(plan: Plan, next_command: str, console: Console | None = None) ->
         print_whole(console, memory_table(plan.memory))
         for line in _on_top(plan.memory):
             _line(console, line)
-    for line in [*_checkpoint(plan.checkpoint), *_cluster(plan.cluster), *_estimate(plan.estimate)]:
+    for line in [
+        *_checkpoint(plan.checkpoint),
+        *_recovery(plan.recovery),
+        *_cluster(plan.cluster),
+        *_estimate(plan.estimate),
+    ]:
         _line(console, line)
     for note in plan.notes:
         _line(console, f"note        {note}")
@@ -169,6 +175,17 @@ def _checkpoint(checkpoint: CheckpointPlan | None) -> list[str]:
     return [
         f"export      {count_label(checkpoint.parameters)} parameters, {size_label(checkpoint.bytes)} "
         f"{_most(checkpoint)}({loader_label(checkpoint.loader)})"
+    ]
+
+
+def _recovery(recovery: RecoveryPlan | None) -> list[str]:
+    if recovery is None:
+        return []
+    blocks = f" and {size_label(recovery.block_bytes)} of layers' outputs" if recovery.block_bytes else ""
+    return [
+        f"recovery    {recovery.prompts:,} prompts, up to {recovery.positions:,} tokens with answers and validation: "
+        f"{size_label(recovery.lesson_bytes)} of lessons{blocks} on disk; "
+        f"training takes {size_label(recovery.training_bytes)} beside activations"
     ]
 
 

@@ -143,11 +143,28 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class RecoveryPlan:
+    """What `--recover` takes at most.
+
+    prompts: how many are learned from. positions: tokens of these and of the validation split's, with answers of full
+    length. lesson_bytes: on disk, what the full model says of them. block_bytes: on disk, what its layers put out.
+    training_bytes: memory of weights, gradients and moments in training, beside activations.
+    """
+
+    prompts: int
+    positions: int
+    lesson_bytes: int
+    block_bytes: int
+    training_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that can be known of a run before it starts.
 
     problems: why the search would not start, or would fail. notes: remarks on what the user may not expect. cluster:
-    None for a run in one process. estimate: None where no evaluation was measured.
+    None for a run in one process. estimate: None where no evaluation was measured. recovery: None where none is asked
+    for.
     """
 
     model: ModelPlan | None
@@ -159,3 +176,4 @@ class Plan:
     estimate: Estimate | None
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    recovery: RecoveryPlan | None = None

@@ -54,3 +54,42 @@ def test_ranks_that_cannot_share_a_model_are_refused_before_a_cluster_is_asked(
         assert main([*command[:1], *tasks, *command[1:], *gang]) == 2
         assert "which 3 does not divide" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_a_recovery_is_what_it_then_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = "[{data: syll, num_search: 12, num_validation: 8, num_test: 8}]"
+    words = [
+        "--tasks",
+        task,
+        "--search.num_kept",
+        "3",
+        "--folder",
+        str(tmp_path / "run"),
+        "--recover.block_tokens",
+        "50",
+    ]
+    assert main(["plan", *words, "--recover", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["recovery"]
+    assert told["prompts"] == 12 and told["block_bytes"] == 50 * 128 * 4 * 4
+    assert main(["plan", *words, "--recover"]) == 0
+    out = capsys.readouterr().out
+    assert "recovery    12 prompts, up to " in out and out.strip().endswith("--recover")
+    assert main(["plan", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recovery"] is None
+    kept: list[int] = []
+
+    def look(*_: object, **__: object) -> None:
+        kept.extend(file.stat().st_size for file in (tmp_path / "run" / "recovered.recovery" / "lessons").glob("*-0*"))
+        raise KeyboardInterrupt
+
+    search = ["--search.evaluations", "2", "--selection.finalists", "1", "--selection.baselines", "[]"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_evo.commands.recover._train", look)
+        assert main(["search", *words, *search, "--recover"]) == 130
+    stored = told["lesson_bytes"] + told["block_bytes"]
+    assert 0.3 * stored < sum(kept) < stored + 20_000  # answers end before their longest
+
+
+def test_what_keeps_a_winner_from_being_recovered_is_a_problem_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--tasks", "syll", "--search.num_kept", "[2, 3, 3, 3]", "--recover"]) == 2
+    assert "--recover: got True, expected one search.num_kept for all layers" in capsys.readouterr().err

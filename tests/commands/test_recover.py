@@ -20,7 +20,7 @@ from tiny_tasks import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from moe_evo.cli.main import main
-from moe_evo.commands import recover as command
+from moe_evo.commands import teaching
 from moe_evo.recovery import training
 
 TASK = "[{data: syll, num_search: 40, num_validation: 24, num_test: 40}]"
@@ -262,7 +262,7 @@ def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
     assert not target.exists() and (tmp_path / "killed.recovery" / "state-1.safetensors").is_file()
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
+        patch.setattr(teaching, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
         got = recover(pruned, target, capsys=capsys)
     assert not asked
     for key in ("scores", "gained", "missing", "prompts", "positions"):
@@ -334,7 +334,7 @@ def test_wrong_input_is_told_in_one_line_before_a_model_is_loaded(
     target = tmp_path / "target"
     to = [] if "--to" in words else ["--to", str(target)]
     capsys.readouterr()
-    line = refusal(["recover", str(pruned), *OPTIONS, *to, *words], target, command, capsys, monkeypatch)
+    line = refusal(["recover", str(pruned), *OPTIONS, *to, *words], target, teaching, capsys, monkeypatch)
     assert expected.replace("TAKEN", taken) in line
     assert not target.with_name("target.recovery").exists()
 
@@ -347,10 +347,10 @@ def test_a_full_model_of_other_tokens_or_the_target_itself_is_refused(
     tiny_tokenizer(bos=True).save_pretrained(other)
     words = ["recover", str(pruned), "--tasks", TASK, "--model.path", str(other), "--to", str(tmp_path / "t")]
     capsys.readouterr()
-    line = refusal(words, tmp_path / "t", command, capsys, monkeypatch)
+    line = refusal(words, tmp_path / "t", teaching, capsys, monkeypatch)
     assert f"model.path: got {other}, whose vocabulary is not that of {pruned}; give the full model" in line
     absent = [words[0], str(tmp_path / "none"), *words[2:]]
-    line = refusal(absent, tmp_path / "t", command, capsys, monkeypatch)
+    line = refusal(absent, tmp_path / "t", teaching, capsys, monkeypatch)
     assert f"{tmp_path / 'none'}: no such folder" in line
     assert main([*words[:-1], str(pruned), "--model.path", "embedded", "--overwrite"]) == 2
     assert "is the model that is being exported; give another folder" in capsys.readouterr().err
@@ -363,7 +363,7 @@ def test_a_winner_with_layers_of_different_size_is_refused(
     words = ["--search.num_kept", "[2, 3, 4, 4]", "--search.evaluations", "3", "--selection.finalists", "1"]
     assert main(["search", *OPTIONS, *words, "--selection.baselines", "[]", "--folder", str(folder)]) == 0
     capsys.readouterr()
-    line = refusal(["recover", str(folder), "--to", str(tmp_path / "t")], tmp_path / "t", command, capsys, monkeypatch)
+    line = refusal(["recover", str(folder), "--to", str(tmp_path / "t")], tmp_path / "t", teaching, capsys, monkeypatch)
     assert "layers of 'best' keep different numbers of experts, which no stock checkpoint holds" in line
 
 

@@ -1,0 +1,220 @@
+"""The input of a recovery: what is recovered from what, checked before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_evo.commands.export import Winner, winner
+from moe_evo.commands.shared import require_one_process
+from moe_evo.config.check import require
+from moe_evo.config.model import ModelConfig
+from moe_evo.config.recover import RecoverConfig, RecoveryConfig
+from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.config.task import TaskConfig
+from moe_evo.errors import ConfigError, RunError
+from moe_evo.plain import Plain, plain_fields
+from moe_evo.records.folder import RunFolder, default_folder, with_absolute_paths
+from moe_evo.recovery.prompts import FilePrompts, Prompt, file_prompts, read_prompts, split_prompts
+from moe_evo.report.planned import RecoveryPlan
+from moe_evo.tasks.data import TaskData, check_tasks
+
+if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
+    from moe_evo.models.size.size import ModelSize
+    from moe_evo.models.source import ModelSource
+    from moe_evo.recovery.methods import RecoveryMethod
+    from moe_evo.tasks.prompt import PromptFormat
+
+FULL, PRUNED, RECOVERED = "full", "pruned", "recovered"
+"""The models that are scored on the test split."""
+
+LEARNED, VALIDATION = "learned", "validation"
+"""The names of the lessons that are learned from, and of those that choose the weights."""
+
+
+@dataclass(frozen=True)
+class RecoveryInput:
+    """What a recovery needs beside the pruned model, after all checks."""
+
+    config: RecoveryConfig
+    data: tuple[TaskData, ...]
+    prompts: FilePrompts | None
+    full: ModelSource
+    methods: tuple[RecoveryMethod, ...]
+
+    @property
+    def learns_labels(self) -> bool:
+        return any(method.learns_labels for method in self.methods)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return any(method.needs_blocks for method in self.methods)
+
+
+@dataclass(frozen=True)
+class RecoveryJob(RecoveryInput):
+    """The whole input of a recovery. pruned: folder of a checkpoint or run. winner: of a run; None for a checkpoint."""
+
+    pruned: str
+    winner: Winner | None
+
+    @property
+    def recover(self) -> RecoverConfig:
+        return self.config.recover
+
+
+def of_winner(config: RunConfig, recover: RecoverConfig) -> tuple[RecoveryConfig, Path]:
+    """The config with which the winner of a search is to learn, and the folder of its checkpoint.
+
+    Raises before the search where anything is wrong.
+    """
+    address = config.cluster.address
+    require(address is None, "--recover", True, f"it without cluster.address ({address}): recover the run afterwards")
+    kept = config.search.num_kept
+    require(isinstance(kept, int), "--recover", True, f"one search.num_kept for all layers, not {kept}")
+    target = Path(config.folder or default_folder(config)) / RECOVERED
+    if target.exists():
+        raise ConfigError(f"--recover: {target} is there already; move it, or recover the run with another --to")
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, recover=recover)
+    _checked_input(found)
+    return found, target
+
+
+def of_pruned(
+    config: ScoringConfig, recover: RecoverConfig, pruned: Path, *, overwrite: bool
+) -> tuple[RecoveryConfig, Path]:
+    """The same for a model that is to be pruned into the folder `pruned`."""
+    from moe_evo.models.export.target_folder import check_target
+
+    target = pruned.absolute().with_name(f"{pruned.name}-{RECOVERED}")
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, config.cluster, recover)
+    _checked_input(found)
+    check_target(target, Path(config.model.path), overwrite=overwrite)
+    return found, target
+
+
+def planned_recovery(config: RecoveryConfig, size: ModelSize, num_kept: Sequence[int]) -> RecoveryPlan:
+    """What the recovery of a pruned model takes, without weights; size: of the full model. Raises for wrong input."""
+    from moe_evo.models.size.memory import exported_size
+    from moe_evo.recovery.lessons import bytes_of_lessons
+    from moe_evo.tasks.prompt import PromptFormat
+
+    given, recover = _checked_input(config), config.recover
+    formats = [PromptFormat(one.config, one, given.full.tokenizer) for one in given.data]
+    prompts = prompts_of(given, formats)
+    longest = {
+        name: sum(len(one.tokens) + (recover.answer_tokens if one.lacks_answer else len(one.answer)) for one in found)
+        for name, found in prompts.items()
+    }
+    parameters, weights = exported_size(size, num_kept)
+    # of what is trained: a gradient and two moments, and where weights are not in float32 a copy that is
+    beside = parameters * (size.itemsize + 8 + (0 if size.itemsize == 4 else 4 + 4))
+    blocks = min(recover.block_tokens, longest[LEARNED]) * size.activations.hidden * size.itemsize * len(num_kept)
+    return RecoveryPlan(
+        prompts=len(prompts[LEARNED]),
+        positions=sum(longest.values()),
+        lesson_bytes=bytes_of_lessons(sum(longest.values()), min(recover.top_k, size.vocabulary)),
+        block_bytes=blocks if given.needs_blocks else 0,
+        training_bytes=weights + (beside if any(method.unit == "step" for method in given.methods) else 0),
+    )
+
+
+def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *, overwrite: bool) -> RecoveryJob:
+    """Raises where anything is wrong with the input; loads no weights."""
+    given = _checked_input(config)
+    from moe_evo.models.export.target_folder import check_target
+    from moe_evo.models.source import ModelSource
+
+    found, path = None, Path(pruned).expanduser()
+    if is_run(path):
+        found = winner(RunFolder.existing(path), which, given.config.model)
+        if found.row.loader != "transformers":
+            raise RunError(
+                f"{path}: layers of {which!r} keep different numbers of experts, which no stock checkpoint holds; "
+                "recover one of equal numbers (--which), or search with one search.num_kept"
+            )
+    else:
+        require(which == "best", "--which", which, f"none: {pruned} is a checkpoint and no run")
+        _check_alike(given.full, ModelSource(small_model(given.config.model, path)))
+    check_target(target, path, overwrite=overwrite)
+    if target == Path(given.full.location).absolute():
+        raise ConfigError(f"--to: got {target}, which is the full model; give another folder")
+    return RecoveryJob(**vars(given), pruned=str(path.absolute() if path.exists() else pruned), winner=found)
+
+
+def _checked_input(config: RecoveryConfig) -> RecoveryInput:
+    """Raises where anything but the pruned model is wrong."""
+    require_one_process(config, "recover")
+    sharding = config.model.sharding
+    require(sharding == "single", "model.sharding", sharding, "'single': whole weights are trained")
+    require(config.model.alignment is None, "model.alignment", config.model.alignment, "none: no experts are merged")
+    config = with_absolute_paths(config)
+    data = check_tasks(config.tasks)
+    prompts = None if config.recover.prompts is None else read_prompts(config.recover.prompts, data)
+    from moe_evo.models.load import resolve_device
+    from moe_evo.models.source import ModelSource
+    from moe_evo.recovery.methods import RECOVERY_METHODS
+
+    methods = tuple(RECOVERY_METHODS.get(name, "recover.methods") for name in config.recover.methods)
+    for name, method in zip(config.recover.methods, methods, strict=True):
+        require(
+            not method.learns_labels or config.recover.search_split, "recover.search_split", False,
+            f"true: the answers that {name!r} of recover.methods learns are those of the search split",
+        )  # fmt: skip
+    resolve_device(config.model.device)
+    return RecoveryInput(config, data, prompts, ModelSource(config.model), methods)
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run, and not of a checkpoint."""
+    return (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+
+
+def small_model(model: ModelConfig, path: Path) -> ModelConfig:
+    return replace(model, path=str(path), revision=None)
+
+
+def _check_alike(full: ModelSource, small: ModelSource) -> None:
+    """Raise ConfigError where one model cannot learn from the other, as their tokens differ."""
+    vocabularies = [one.transformers_config.get_text_config().vocab_size for one in (full, small)]
+    tokenizers = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (full, small)]
+    if vocabularies[0] != vocabularies[1] or tokenizers[0] != tokenizers[1]:
+        raise ConfigError(
+            f"model.path: got {full.config.path}, whose vocabulary is not that of {small.config.path}; give the full "
+            "model that it was made of"
+        )
+
+
+def identity_of(job: RecoveryJob) -> Plain:
+    """Everything that the result depends on."""
+    small = None if job.winner is None else job.winner.genome.digest
+    from moe_evo.models.source import ModelSource
+
+    return {
+        "full model": job.full.hash,
+        "pruned model": small or ModelSource(small_model(job.config.model, Path(job.pruned))).hash,
+        "dtype": job.config.model.dtype,
+        "tasks": {one.name: {"data": one.hash, **_options(one.config)} for one in job.data},
+        "prompts": None if job.prompts is None else job.prompts.hash,
+        "recover": {name: value for name, value in plain_fields(job.recover).items() if name != "prompts"},
+    }
+
+
+def _options(task: TaskConfig) -> Plain:
+    """Of a task, without where its files are."""
+    return {name: value for name, value in plain_fields(task).items() if name not in ("name", "data", "few_shot")}
+
+
+def prompts_of(given: RecoveryInput, formats: Sequence[PromptFormat]) -> dict[str, list[Prompt]]:
+    """What is learned from, and what chooses the weights; formats: of the tasks."""
+    recover = given.config.recover
+    of_split = partial(
+        split_prompts, given.data, formats, answer_tokens=recover.answer_tokens, labelled=given.learns_labels
+    )
+    learned = of_split("search") if recover.search_split else []
+    if given.prompts is not None:
+        learned = learned + file_prompts(given.prompts, formats, recover.answer_tokens)
+    return {LEARNED: learned, VALIDATION: of_split("validation")}
