@@ -46,8 +46,8 @@ class RecoverConfig:
             the hidden size, as wider models need smaller steps (arXiv 2203.03466): 0.001 for 128, 3e-5 for 4096.
         checks: How many times the loss on the validation split is computed, at equal distances; the weights with the
             lowest loss are kept. The state is saved as often, from which a killed recovery goes on.
-        patience: Stop after so many checks without a lower validation loss. Losses often rise at first, while the learning
-            rate is high; so the default is as many as there are.
+        patience: Stop after so many checks without a lower validation loss. Losses often rise at first, while the
+            learning rate is high; so the default is as many as there are.
         gradient_checkpointing: Compute each layer again in the backward pass, which takes less memory and more time.
         seed: Of the order of prompts.
     """
