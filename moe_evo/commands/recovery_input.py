@@ -138,7 +138,7 @@ def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *
             )
     else:
         require(which == "best", "--which", which, f"none: {pruned} is a checkpoint and no run")
-        _check_alike(given.full, ModelSource(small_model(given.config.model, path)))
+        _check_alike(given, ModelSource(small_model(given.config.model, path)))
     check_target(target, path, overwrite=overwrite)
     if target == Path(given.full.location).absolute():
         raise ConfigError(f"--to: got {target}, which is the full model; give another folder")
@@ -177,14 +177,24 @@ def small_model(model: ModelConfig, path: Path) -> ModelConfig:
     return replace(model, path=str(path), revision=None)
 
 
-def _check_alike(full: ModelSource, small: ModelSource) -> None:
-    """Raise ConfigError where one model cannot learn from the other, as their tokens differ."""
+def _check_alike(given: RecoveryInput, small: ModelSource) -> None:
+    """Raise ConfigError where one model cannot learn from the other, as their tokens or layers differ."""
+    full = given.full
     vocabularies = [one.transformers_config.get_text_config().vocab_size for one in (full, small)]
     tokenizers = [None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (full, small)]
     if vocabularies[0] != vocabularies[1] or tokenizers[0] != tokenizers[1]:
         raise ConfigError(
             f"model.path: got {full.config.path}, whose vocabulary is not that of {small.config.path}; give the full "
             "model that it was made of"
+        )
+    layers = [
+        (one.shape.decoder_layers, one.transformers_config.get_text_config().hidden_size) for one in (full, small)
+    ]
+    if given.needs_blocks and layers[0] != layers[1]:
+        raise ConfigError(
+            f"recover.methods: got {', '.join(given.config.recover.methods)}, which compare layers, but those of "
+            f"{small.config.path} are not those of {full.config.path}; use logits, or give the full model that it was "
+            "made of"
         )
 
 

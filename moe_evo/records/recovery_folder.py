@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from moe_evo.config.run import difference
-from moe_evo.errors import RunError
+from moe_evo.errors import MoeEvoError, RunError
 from moe_evo.genomes.population import Evaluation
 from moe_evo.plain import Plain
 from moe_evo.records.folder import write_whole
@@ -27,6 +27,7 @@ class RecoveryFolder:
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f"{target.name}.recovery")
         self.job = self.path / "job.json"
+        self.lock = self.path / "job.lock"
         self.student = self.path / "student"
         self.lessons = self.path / "lessons"
 
@@ -43,12 +44,17 @@ class RecoveryFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}); give another --to") from error
-        with lock(self.path / "job.lock", RunError):
+        with lock(self.lock, RunError):
             if self.job.is_file():
                 self._check(job)
             else:
                 write_whole(self.job, json.dumps(job, indent=2) + "\n")
-            yield
+            try:
+                yield
+            except MoeEvoError:
+                if set(self.path.iterdir()) <= {self.job, self.lock}:  # nothing was done yet
+                    shutil.rmtree(self.path)
+                raise
             shutil.rmtree(self.path)
 
     def _check(self, job: Plain) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_evo.cli.main import main
 from moe_evo.commands import teaching
+from moe_evo.errors import ModelError
 from moe_evo.recovery import training
 
 TASK = "[{data: syll, num_search: 40, num_validation: 24, num_test: 40}]"
@@ -354,6 +355,27 @@ def test_a_full_model_of_other_tokens_or_the_target_itself_is_refused(
     assert f"{tmp_path / 'none'}: no such folder" in line
     assert main([*words[:-1], str(pruned), "--model.path", "embedded", "--overwrite"]) == 2
     assert "is the model that is being exported; give another folder" in capsys.readouterr().err
+
+
+def test_layers_are_compared_only_where_both_models_have_the_same(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["recover", str(pruned), *OPTIONS, "--model.path", "embedded-fine", "--to", str(tmp_path / "t")]
+    capsys.readouterr()
+    line = refusal(words, tmp_path / "t", teaching, capsys, monkeypatch)
+    assert "recover.methods: got closed_form, logits, which compare layers, but those of" in line
+    assert f"{pruned} are not those of embedded-fine; use logits, or give the full model" in line
+
+
+def test_what_fails_before_anything_was_done_leaves_nothing_behind(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("cannot be loaded")
+
+    monkeypatch.setattr(teaching, "load_evaluator", fail)
+    assert main(["recover", str(pruned), *OPTIONS, "--to", str(tmp_path / "t")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_winner_with_layers_of_different_size_is_refused(
