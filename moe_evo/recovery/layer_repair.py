@@ -105,7 +105,7 @@ def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: R
     hidden, targets = inputs.hidden.to(device), targets.to(device)
     scale = targets.float().square().mean().clamp(min=1e-12)
     rate = config.rate(hidden.shape[1])
-    optimizer = torch.optim.AdamW(masters.weights.values(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(masters.weights.values(), lr=rate, weight_decay=0.0, fused=True)
     for one in parameters.values():
         one.requires_grad_(True)
     for step in range(config.steps):

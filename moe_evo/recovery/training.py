@@ -103,7 +103,7 @@ class Training:
         self._learned = Learned()
         weights = self._masters.weights.values()
         self._rate = config.rate(language_model.config.get_text_config().hidden_size)
-        self._optimizer = torch.optim.AdamW(weights, lr=self._rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(weights, lr=self._rate, weight_decay=0.0, fused=True)
 
     def run(self, done: Done = lambda learned: None) -> Learned:
         """Train until the last step, or until it stops helping; the model has the best weights afterwards.
@@ -227,7 +227,10 @@ class Training:
         for name, weight in self._masters.weights.items():
             if self._learned.steps:
                 moments = {one: state.tensors[f"{one}/{name}"].to(weight) for one in _MOMENTS}
-                self._optimizer.state[weight] = {"step": torch.tensor(float(self._learned.steps)), **moments}
+                self._optimizer.state[weight] = {
+                    "step": torch.tensor(float(self._learned.steps), device=weight.device),
+                    **moments,
+                }
 
     def _prepare(self) -> None:
         """Let the parameters have gradients; without dropout, as nothing random may change a loss."""
