@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_evo.config.recover import RecoverConfig
+from moe_evo.errors import ModelError
 from moe_evo.models.experts.matrices import expert_matrices, intermediate
 from moe_evo.models.layer import MoELayer
 from moe_evo.recovery.blocks import BlockInputs
@@ -73,4 +74,10 @@ def _expert(number: int, tokens: Tensor, features: Tensor, before: Tensor, ridge
     gram = features.double().T @ features.double()
     ridge = (ridge_share * gram.diagonal().mean()).clamp(min=1e-12)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return _Expert(number, tokens, features, before, ridge, torch.linalg.cholesky(gram + ridge * identity))
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+    if failed or not factor.isfinite().all():
+        raise ModelError(
+            f"expert {number}: what enters its down matrix at {len(tokens)} tokens has no least-squares solution; "
+            f"raise recover.ridge (now {ridge_share:g}), or leave closed_form out of recover.methods"
+        )
+    return _Expert(number, tokens, features, before, ridge, factor)

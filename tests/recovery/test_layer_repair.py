@@ -13,6 +13,7 @@ from tiny_lessons import readings
 from tiny_models import CONFIGS, random_kept, stock_model, tiny_model
 
 from moe_evo.config.recover import RecoverConfig
+from moe_evo.errors import ModelError
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.experts.matrices import expert_matrices
 from moe_evo.models.view import MoEModel
@@ -138,6 +139,17 @@ def test_an_expert_that_no_token_reaches_keeps_its_weights(tmp_path: Path) -> No
     refit_down(layer, replace(inputs, index=away), material.blocks.of(0), CONFIG)
     after = layer.expert_tensors()["down_proj"].detach()
     assert torch.equal(after[2], before[2]) and not torch.equal(after[0], before[0])
+
+
+def test_inputs_without_a_solution_are_told(tmp_path: Path) -> None:
+    small, material = small_and_material("mixtral", tmp_path)
+    assert material.blocks is not None
+    inputs = block_inputs(small, material.lessons, material.blocks.numbers, 0, 100)
+    broken = replace(inputs, hidden=torch.full_like(inputs.hidden, torch.nan))
+    with pytest.raises(
+        ModelError, match=r"expert 0: .* has no least-squares solution; raise recover\.ridge \(now 0\.001\)"
+    ):
+        refit_down(small.layers[0], broken, material.blocks.of(0), CONFIG)
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
