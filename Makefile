@@ -8,7 +8,7 @@ INTERPRETER = $(or $(PYTHON),python3)
 BIN := .venv/bin
 BENCHMARKS := $(filter-out benchmarks/figures.py benchmarks/baselines.py benchmarks/models.py benchmarks/shots.py, $(wildcard benchmarks/*.py))
 # the suites that would notice a change in a library
-CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking
+CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking tests/recovery
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint bench lock test-oldest test-newest clean FORCE
