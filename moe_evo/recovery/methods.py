@@ -56,13 +56,14 @@ class RecoveryMethod(Protocol):
 class Distillation:
     """Gradient steps on the divergence from the full model's next-token distributions.
 
-    parts: what is trained unless the config says otherwise, see `moe_evo.config.recover.PARTS`.
+    parts: what is trained, see `moe_evo.config.recover.PARTS`; is_fixed: whatever the config says.
     """
 
     description: str
     source: str
     parts: tuple[str, ...]
     learns_labels: bool = False
+    is_fixed: bool = False
     needs_blocks = False
     unit = "step"
 
@@ -70,7 +71,8 @@ class Distillation:
         return config.steps
 
     def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
-        parameters = trained_parameters(model, config.train or self.parts)
+        parts = self.parts if self.is_fixed or not config.train else config.train
+        parameters = trained_parameters(model, parts)
         weight = config.label_weight if self.learns_labels else 0.0
         return Training(model.language_model, parameters, material, config, weight, file).run(done)
 
@@ -107,7 +109,7 @@ RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
     ["moe_evo.recovery"],
     {
         "logits": Distillation("the full model's next-token distributions", _HINTON, ("experts", "router", "norms")),
-        "router": Distillation("the same, by the router alone", _HINTON, ("router",)),
+        "router": Distillation("the same, by the router alone", _HINTON, ("router",), is_fixed=True),
         "labels": Distillation(
             "the same, and the right answers of the search split",
             _HINTON,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_evo.errors import TaskError
-from moe_evo.tasks.data import DataFile, TaskData, json_rows, read_file, text_rows
+from moe_evo.tasks.data import DataFile, TaskData, json_rows, read_file, read_task, text_rows
 from moe_evo.tasks.examples import Example, parse_input
 from moe_evo.tasks.prompt import PromptFormat, Tokens, following_answer
 
@@ -60,9 +60,11 @@ def read_prompts(path: str, tasks: Sequence[TaskData]) -> FilePrompts:
     lines = tuple(_json_lines(file, tasks) if is_json else _text_lines(file))
     if not lines:
         raise TaskError(f"{path}: is empty, expected one prompt or text a line")
+    # whole splits, also where this run is judged by some of their examples
+    whole = [read_task(replace(task.config, num_validation=0, num_test=0)) for task in tasks]
     held_out = {
         example.digest: f"the {split} split of task {task.name}"
-        for task in tasks
+        for task in whole
         for split in _HELD_OUT
         for example in task.splits[split]
     }

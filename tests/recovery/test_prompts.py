@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_what_is_held_out_is_refused_however_it_is_written(
     assert f"m.{suffix}:2: is in the {split} split of task digits, by which the result is judged; leave it out" in str(
         error.value
     )
+
+
+def test_examples_that_a_limit_leaves_out_are_held_out_all_the_same(data: TaskData, tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "digits" / "test.jsonl", [{**CHOICES[0], "prompt": f"late {n}"} for n in range(4)])
+    limited = read_task(replace(data.config, num_test=2))
+    assert len(limited.splits["test"]) == 2
+    for prompt in (f"late {n}" for n in range(4)):
+        with pytest.raises(TaskError, match="is in the test split of task digits"):
+            read_prompts(write(tmp_path / "m.txt", prompt), [limited])
 
 
 @pytest.mark.parametrize(
