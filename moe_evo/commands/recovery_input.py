@@ -34,6 +34,9 @@ FULL, PRUNED, RECOVERED = "full", "pruned", "recovered"
 LEARNED, VALIDATION = "learned", "validation"
 """The names of the lessons that are learned from, and of those that choose the weights."""
 
+_FREE_TO_CHANGE = ("prompts", "batch_tokens", "gradient_checkpointing")
+"""Options that may differ when a recovery goes on: of the prompts the content counts, and the others take memory."""
+
 
 @dataclass(frozen=True)
 class RecoveryInput:
@@ -209,7 +212,7 @@ def identity_of(job: RecoveryJob) -> Plain:
         "dtype": job.config.model.dtype,
         "tasks": {one.name: {"data": one.hash, **_options(one.config)} for one in job.data},
         "prompts": None if job.prompts is None else job.prompts.hash,
-        "recover": {name: value for name, value in plain_fields(job.recover).items() if name != "prompts"},
+        "recover": {name: value for name, value in plain_fields(job.recover).items() if name not in _FREE_TO_CHANGE},
     }
 
 

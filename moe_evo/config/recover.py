@@ -41,7 +41,7 @@ class RecoverConfig:
         steps: Most steps of the optimizer (AdamW); layerwise: in each layer.
         batch_size: Prompts a step.
         batch_tokens: Most tokens, padding included, in one forward and backward pass; a step is made of as many passes
-            as it needs. Half of it is taken where memory runs out.
+            as it needs. Where memory runs out in training, half of it is taken.
         learning_rate: After a warm-up of a twentieth of the steps; falls to 0 as a cosine. Default: 0.128 divided by
             the hidden size, as wider models need smaller steps (arXiv 2203.03466): 0.001 for 128, 3e-5 for 4096.
         checks: How many times the loss on the validation split is computed, at equal distances; the weights with the

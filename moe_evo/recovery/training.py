@@ -222,7 +222,7 @@ class Training:
         TrainingState(self._learned, self._batch_tokens, tensors).save(self._file)
 
     def _load(self, state: TrainingState) -> None:
-        self._learned, self._batch_tokens = state.learned, state.batch_tokens
+        self._learned, self._batch_tokens = state.learned, min(state.batch_tokens, self._batch_tokens)
         self._masters.load(state.tensors)
         for name, weight in self._masters.weights.items():
             if self._learned.steps:

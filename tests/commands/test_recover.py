@@ -264,7 +264,7 @@ def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teaching, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
-        got = recover(pruned, target, capsys=capsys)
+        got = recover(pruned, target, "--recover.batch_tokens", "4095", capsys=capsys)
     assert not asked
     for key in ("scores", "gained", "missing", "prompts", "positions"):
         one, two = got[key], expected[key]
