@@ -42,6 +42,7 @@ from gpu_sections.memory import out_of_memory
 from gpu_sections.merging import merging
 from gpu_sections.other_ways import baselines
 from gpu_sections.record import Record, free_memory
+from gpu_sections.recovery import recovery
 from gpu_sections.scoring import scoring
 from gpu_sections.tables import headline, print_tables, rounded
 
@@ -54,6 +55,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Record], None], float]] = {
     "merging": (merging, 0.1),
     "out_of_memory": (out_of_memory, 0.07),
     "baselines": (baselines, 0.16),
+    "recovery": (recovery, 0.15),
 }
 """What is measured, and its share of the time."""
 

@@ -51,7 +51,7 @@ def _limited(
     """fits: half of the limit is for merged layers, a quarter for states; else all that a whole card would have."""
     model.merged_cache.clear()
     model.merged_cache.budget_bytes = int(gib / 2 * 2**30) if fits else 2**35
-    with _at_most(model.device, gib):
+    with at_most(model.device, gib):
         return _evaluated(model, task, genomes, gib / 4 if fits else 16.0, expected)
 
 
@@ -90,7 +90,7 @@ def _scores(evaluation: Evaluation) -> Any:
 
 
 @contextmanager
-def _at_most(device: torch.device, gib: float) -> Iterator[None]:
+def at_most(device: torch.device, gib: float) -> Iterator[None]:
     """Let this process have so much memory beside what it holds now, until the block is left."""
     free_memory()
     total = torch.cuda.get_device_properties(device).total_memory

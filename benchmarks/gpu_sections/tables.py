@@ -18,6 +18,7 @@ MAIN = {
     "merging": ("ms",),
     "out_of_memory": ("batch_tokens",),
     "baselines": ("evaluations_per_s",),
+    "recovery": ("tokens_per_s", "s_a_layer", "s"),
 }
 """The figure of a point that goes into the line: the first one that the point has."""
 

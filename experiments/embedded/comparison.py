@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import resources
 from multiprocessing import get_context
@@ -133,7 +133,17 @@ class Found:
 
 
 def run_cell(cell: Cell) -> dict[str, Found]:
-    """All methods on one cell; finished runs are read back."""
+    """All methods on one cell; a finished cell is read back, and of another one the finished runs."""
+    kept = cell.path / "found.json"
+    if kept.is_file():
+        told = json.loads(kept.read_text("utf-8"))
+        return {method: Found(**{**one, "examples": tuple(one["examples"])}) for method, one in told.items()}
+    found = _searched(cell)
+    write_whole(kept, json.dumps({method: asdict(one) for method, one in found.items()}) + "\n")
+    return found
+
+
+def _searched(cell: Cell) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for method in SEARCHES:
         folder = RunFolder(cell.path / method)

@@ -43,10 +43,12 @@ def test_every_section_of_the_small_form_has_its_figures(small: tuple[dict[str, 
     points = {name: len(section["figures"]) for name, section in sections.items()}
     assert list(points) == [
         "ceilings", "correctness", "scoring", "attention", "decode", "merging", "out_of_memory", "baselines",
+        "recovery",
     ]  # fmt: skip
     assert points["correctness"] == 4 * 6
     assert points["scoring"] == 2 * (2 * 5 + 3)
     assert points["baselines"] == 2 * 5
+    assert points["recovery"] == 3 + 4
     assert min(points.values()) >= 1
     failed = {point: error for section in sections.values() for point, error in section.get("failed", {}).items()}
     assert failed == {}
@@ -57,6 +59,7 @@ def test_what_only_a_gpu_has_is_left_out_with_the_reason(small: tuple[dict[str, 
     assert sections["attention"]["skipped"]["cuDNN"] == "only a GPU has it"
     assert len(sections["out_of_memory"]["skipped"]) == 4
     assert all("only a GPU" in reason for reason in sections["out_of_memory"]["skipped"].values())
+    assert len(sections["recovery"]["skipped"]) == 1
 
 
 def test_engine_and_baselines_score_the_same_with_float32(small: tuple[dict[str, Any], str]) -> None:
@@ -65,6 +68,12 @@ def test_engine_and_baselines_score_the_same_with_float32(small: tuple[dict[str,
     assert max(found) < 1e-5
     same = [point["same_scores"] for point in sections["baselines"]["figures"].values() if "same_scores" in point]
     assert same == [1.0] * 6
+
+
+def test_what_is_learned_lowers_the_loss_on_what_is_not(small: tuple[dict[str, Any], str]) -> None:
+    points = small[0]["sections"]["recovery"]["figures"].values()
+    losses = [(point["loss_before"], point["loss_after"]) for point in points if "loss_before" in point]
+    assert len(losses) == 3 and all(after < before for before, after in losses)
 
 
 def test_tables_come_first_and_one_line_of_json_last(small: tuple[dict[str, Any], str]) -> None:
