@@ -92,9 +92,10 @@ class ModelSource:
     def hash(self) -> str:
         """Tells models apart: 'owner/model@commit' for a Hugging Face name, else a sha256 of the folder.
 
-        That covers config.json and the tokenizer's files whole, and a sample of every safetensors file (see
-        `_sample`): other training changes it, an edit of a few rows of a large file may go unseen. An alignment is
-        part of it, as the same merge means something else under another.
+        That covers config.json and the tokenizer's files whole, of generation_config.json what answers depend on (see
+        `_own_end_tokens`), and a sample of every safetensors file (see `_sample`): other training changes it, an edit
+        of a few rows of a large file may go unseen. An alignment is part of it, as the same merge means something else
+        under another.
         """
         return self._stored_hash if self.alignment is None else f"{self._stored_hash}+aligned:{self.alignment.digest}"
 
@@ -109,6 +110,7 @@ class ModelSource:
         for file in (self._config_file, *beside):
             content.update(f"{file.name}:{file.stat().st_size}:".encode())
             content.update(file.read_bytes())
+        content.update(_own_end_tokens(self.location, self._config_file))
         for file in sorted(self.location.glob("*.safetensors")):
             content.update(f"{file.name}:{file.stat().st_size}:".encode())
             for block in _sample(file):
@@ -144,15 +146,32 @@ def _config_file(config: ModelConfig, location: Path | str) -> Path:
         ) from error
 
 
+def _json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ModelError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds {type(found).__name__}, expected an object")
+    return found
+
+
+def _own_end_tokens(folder: Path, config_file: Path) -> bytes:
+    """The tokens that end an answer, as generation_config.json says; b"" where config.json says the same.
+
+    Nothing else in that file has an effect on greedy answers, so that an edit of it makes no other model.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return b""
+    told, known = (_json_object(one).get("eos_token_id") for one in (file, config_file))
+    return b"" if told == known else json.dumps({"eos_token_id": told}).encode()
+
+
 def _family(config_file: Path, location: Path | str) -> Family:
     """The family that config.json tells; raises ModelError where moe_evo cannot load it, or has no weights to."""
-    try:
-        raw_config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config_file}: is not JSON ({one_line(error)})") from error
-    if not isinstance(raw_config, dict):
-        raise ModelError(f"{config_file}: holds {type(raw_config).__name__}, expected an object")
-    family = family_of(raw_config, str(location))
+    family = family_of(_json_object(config_file), str(location))
     if isinstance(location, Path) and not any(location.glob("*.safetensors")):
         pickled = any(location.glob("pytorch_model*.bin"))
         found = "holds pickled weights only, which can run code" if pickled else "has no weights"

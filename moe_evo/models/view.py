@@ -75,6 +75,7 @@ class MoEModel:
         self.switched_off: tuple[SwitchedOff, ...] = ()
         self._is_ready = False  # in a block of `ready_for`
         config.output_router_logits = False  # only a training loss reads them, and it expects E columns
+        config.return_dict = True  # a checkpoint may ask for tuples, but outputs are read by name here
 
     @property
     def example_ranks(self) -> Ranks:

@@ -6,7 +6,8 @@ layers are equal, and once a task for the shared prefix. `generate` then goes on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -126,26 +127,44 @@ def generate_greedily(
     cache_argument: the keyword argument with a cache of keys and values for all but the last token of each row, with
     space for the new tokens; by default `generate` reads whole rows. in_lockstep: other ranks generate too, and all
     run as many forward passes as the slowest. Logits that are not finite raise nothing, as other ranks would wait.
+    Of the model's own generation config only the tokens that end a text have an effect.
     """
     watch = _Watch(tokenizer, batch, num_active, _ends(language_model, batch.input_ids.device))
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
-        repetition_penalty=1.0,
+        use_cache=True,
         max_new_tokens=batch.max_new_tokens,
         disable_compile=True,  # every genome would be compiled anew
+        eos_token_id=language_model.generation_config.eos_token_id,
         pad_token_id=_padding(tokenizer),
     )
-    sequences: Tensor = language_model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        generation_config=config,
-        stopping_criteria=[watch],
-        logits_processor=[watch.look],
-        synced_gpus=in_lockstep,
-        **(cache_argument or {}),
-    )
+    with _without_own_settings(language_model):
+        sequences: Tensor = language_model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=config,
+            stopping_criteria=[watch],
+            logits_processor=[watch.look],
+            synced_gpus=in_lockstep,
+            **(cache_argument or {}),
+        )
     return Generated(sequences[:, batch.input_ids.shape[1] :], watch.is_finite, watch.active, watch.num_new)
+
+
+@contextmanager
+def _without_own_settings(language_model: Any) -> Iterator[None]:
+    """A block in which the model has no generation config of its own.
+
+    `generate` fills whatever a given config leaves open from it: a checkpoint that asks for at least five new tokens,
+    or for a watermark, would not answer greedily.
+    """
+    own = language_model.generation_config
+    language_model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        language_model.generation_config = own
 
 
 def _cache(config: Any, batch: GenerateBatch, read: Sequence[KeyValues]) -> Cache:
@@ -162,8 +181,8 @@ def _ends(language_model: Any, device: torch.device) -> Tensor:
 
 
 def _padding(tokenizer: Any) -> int:
-    """The token that fills rows after their end."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    """The token that fills rows after their end: one that is not decoded, where the tokenizer has such a token."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids):
         if token is not None:
             return int(token)
     return 0
