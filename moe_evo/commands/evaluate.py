@@ -76,7 +76,7 @@ def evaluate(
         top_k=genome.top_k,
         split=split,
         duration_s=outcome.duration_s,
-        score=Score.of(outcome, is_share=is_share(data)),
+        score=Score.of(outcome, is_share=is_share(data), rule=config.evaluation.fitness),
     )
 
 

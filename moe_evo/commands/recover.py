@@ -96,7 +96,7 @@ def _train(
     trained = Evaluator(evaluator.model, evaluator.tasks, job.config.evaluation)
     folder.keep_score(RECOVERED, scored_alone(trained, RECOVERED))
     outcomes = {name: _kept(folder, name) for name in (FULL, PRUNED, RECOVERED)}
-    scores = {name: Score.of(one, is_share=is_share(job.data)) for name, one in outcomes.items()}
+    scores = {name: _score(job, one) for name, one in outcomes.items()}
     examples = {name: one.scores or {} for name, one in outcomes.items()}
     facts = RecoveryFacts(
         prompts=len(lessons),
@@ -122,13 +122,17 @@ def _train(
     return RecoveredModel(report, facts, _save_beside(target, facts, examples))
 
 
+def _score(job: RecoveryJob, outcome: Evaluation) -> Score:
+    return Score.of(outcome, is_share=is_share(job.data), rule=job.config.evaluation.fitness)
+
+
 def _tell_run(job: RecoveryJob, found: Winner, trained: Evaluator, test: Score) -> None:
     """Add a line to the final table of the run whose genome was recovered."""
     scores = {"test": test}
     for split in ("search", "validation"):
         (outcome,) = trained.evaluate([None], reported(split, job.data))
         if isinstance(outcome, Evaluation):
-            scores[split] = Score.of(outcome, is_share=is_share(job.data))
+            scores[split] = _score(job, outcome)
     key = RECOVERED if found.row.key == "best" else f"{RECOVERED}_{found.row.key}"
     row = replace(found.row, key=key, title=f"{found.row.title}, recovered", scores=scores)
     run = RunFolder.existing(job.pruned)

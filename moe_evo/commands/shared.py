@@ -44,7 +44,7 @@ def scored_on_test(evaluator: Evaluator, genomes: Mapping[str, Genome | None], d
     for name, outcome in zip(genomes, evaluator.evaluate(list(genomes.values()), "test"), strict=True):
         if isinstance(outcome, EvaluationFailure):
             raise GenomeError(f"the {name} model has no score on the test split ({outcome.reason})")
-        scores[name] = Score.of(outcome, is_share=is_share(data))
+        scores[name] = Score.of(outcome, is_share=is_share(data), rule=evaluator.fitness_rule)
     return scores
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moe_evo.config.evaluation import EvaluationConfig
+from moe_evo.config.evaluation import EvaluationConfig, FitnessRule
 from moe_evo.evaluation.batch_memory import BatchMemory
 from moe_evo.evaluation.engine.engine import Engine
 from moe_evo.evaluation.engine.generate import generate_together
@@ -81,6 +81,11 @@ class Evaluator:
     def batch_tokens(self) -> int:
         """Most tokens of a batch: the config's number, or less where that did not fit in memory."""
         return self._memory.batch_tokens
+
+    @property
+    def fitness_rule(self) -> FitnessRule:
+        """How the scores of several tasks become one fitness."""
+        return self._config.fitness
 
     @property
     def states(self) -> StateCache | None:

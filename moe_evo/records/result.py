@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moe_evo.config.evaluation import FitnessRule
 from moe_evo.errors import RunError
 from moe_evo.genomes.population import Candidate, Evaluation, mean_active_experts
 from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
-from moe_evo.records.statistics import WinnersCurse
+from moe_evo.records.statistics import Z_95, WinnersCurse, share_interval, wilson_interval
 
 RESULT_VERSION = 1
-
-_Z_95 = 1.959963984540054
 
 
 class VersionError(PlainError):
@@ -25,8 +23,8 @@ class VersionError(PlainError):
 class Score:
     """Fitness on one split with its 95 % interval over examples.
 
-    A share (a fitness between 0 and 1) has a Wilson interval, for the number of examples that gives its standard
-    error. An unbounded metric has a normal interval. metrics: `task/metric` -> value.
+    A share (a fitness between 0 and 1) has a Wilson interval (`share_interval`), an unbounded metric a normal one.
+    metrics: `task/metric` -> value.
     """
 
     fitness: float
@@ -37,8 +35,9 @@ class Score:
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def of(cls, evaluation: Evaluation, *, is_share: bool) -> Score:
-        low, high = _wilson(evaluation) if is_share else _normal(evaluation)
+    def of(cls, evaluation: Evaluation, *, is_share: bool, rule: FitnessRule) -> Score:
+        """rule: how the fitness was made of the scores of the tasks."""
+        low, high = _of_share(evaluation, rule) if is_share else _normal(evaluation)
         return cls(
             fitness=evaluation.fitness,
             low=low,
@@ -58,21 +57,14 @@ class Score:
 
 
 def _normal(evaluation: Evaluation) -> tuple[float, float]:
-    margin = _Z_95 * evaluation.standard_error
+    margin = Z_95 * evaluation.standard_error
     return (evaluation.fitness - margin, evaluation.fitness + margin)
 
 
-def _wilson(evaluation: Evaluation) -> tuple[float, float]:
-    share, variance = evaluation.fitness, evaluation.standard_error**2
-    # the number of examples for a single task, as its variance is that of a sample (n - 1); fewer for an average of
-    # tasks; all where the variance is 0
-    number = share * (1 - share) / variance + 1 if variance > 0 else evaluation.num_examples
-    if number <= 1:  # a share of 0 or 1 cannot have a variance above 0; then take all examples
-        number = evaluation.num_examples
-    squared = _Z_95**2 / number
-    centre = (share + squared / 2) / (1 + squared)
-    margin = _Z_95 / (1 + squared) * math.sqrt(share * (1 - share) / number + squared / (4 * number))
-    return (max(centre - margin, 0.0), min(centre + margin, 1.0))
+def _of_share(evaluation: Evaluation, rule: FitnessRule) -> tuple[float, float]:
+    if evaluation.scores:
+        return share_interval(evaluation.scores, rule)
+    return wilson_interval(evaluation.fitness, evaluation.num_examples)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ p-value is for one comparison; there is no correction for several comparisons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_evo.config.evaluation import FitnessRule
 from moe_evo.errors import TaskError
 from moe_evo.genomes.population import ExampleScores
+
+Z_95 = 1.959963984540054
+"""The 97.5 % point of the normal distribution."""
 
 _NUM_RESAMPLES = 9999
 _BATCH_NUMBERS = 2**18  # drawn in one batch: arrays that fit in the CPU's cache make this several times faster
@@ -62,6 +67,44 @@ class RankCorrelation:
     low: float
     high: float
     num_pairs: int
+
+
+def wilson_interval(share: float, number: float) -> tuple[float, float]:
+    """The 95 % interval of a share among `number` examples (Wilson 1927); from 0 to 1 where there is no example.
+
+    share: right ones divided by all. number: a count, or the count that a share of this variance would have.
+    """
+    if number <= 0:
+        return (0.0, 1.0)
+    squared = Z_95**2 / number
+    centre = (share + squared / 2) / (1 + squared)
+    margin = Z_95 / (1 + squared) * math.sqrt(share * (1 - share) / number + squared / (4 * number))
+    return (max(centre - margin, 0.0), min(centre + margin, 1.0))
+
+
+def share_interval(scores: ExampleScores, rule: FitnessRule) -> tuple[float, float]:
+    """The 95 % interval of a fitness that is a share; scores: (N,) from 0 to 1 a task.
+
+    Of one task, or the worst of several, it is Wilson's. For a mean over tasks the distances of their Wilson limits
+    from their shares are added as independent errors are (Zou & Donner 2008, the method of variance estimates
+    recovery), so that a task in which all is right still counts as uncertain.
+    """
+    means = [float(one.mean()) for one in scores.values()]
+    limits = [wilson_interval(mean, _count(one)) for mean, one in zip(means, scores.values(), strict=True)]
+    if rule == "worst":
+        return limits[int(np.argmin(means))]
+    below, above = (
+        math.sqrt(sum((mean - limit[side]) ** 2 for mean, limit in zip(means, limits, strict=True))) / len(means)
+        for side in (0, 1)
+    )
+    fitness = sum(means) / len(means)
+    return (max(fitness - below, 0.0), min(fitness + above, 1.0))
+
+
+def _count(scores: _Sample) -> float:
+    """How many right or wrong answers have the variance of these (N,) scores from 0 to 1: N where they are such."""
+    share, variance = float(scores.mean()), float(scores.var())
+    return len(scores) * share * (1 - share) / variance if variance > 0 else len(scores)
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike, rng: np.random.Generator) -> RankCorrelation:

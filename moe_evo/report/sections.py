@@ -14,7 +14,8 @@ import yaml
 from moe_evo.config.task import fitness_label
 from moe_evo.genomes.population import ACTIVE_EXPERTS, Evaluation
 from moe_evo.records.folder import asdict_plain
-from moe_evo.records.result import Row, Score, TaskFacts
+from moe_evo.records.result import Row, TaskFacts
+from moe_evo.records.statistics import wilson_interval
 from moe_evo.report.front import FrontTable, export_line, front_cells, front_picture
 from moe_evo.report.lines import Line, kept_label, lines_of, parameters_label
 from moe_evo.report.plan import count_label, time_label
@@ -259,9 +260,7 @@ def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alon
     number = task.examples[split]
     if not _is_share(task, metric) or not 0 <= value <= 1 or number < 2:
         return (value, None, None)
-    error = math.sqrt(value * (1 - value) / (number - 1))  # of right and wrong answers; scores between them vary less
-    wilson = Score.of(Evaluation(value, standard_error=error, num_examples=number), is_share=True)
-    return (value, wilson.low, wilson.high)
+    return (value, *wilson_interval(value, number))  # for right and wrong answers; scores between them vary less
 
 
 def _is_share(task: TaskFacts, metric: str) -> bool:

@@ -49,7 +49,7 @@ def scored_front(
         )
         for place, one in enumerate(scored):
             if isinstance(one.outcome, Evaluation):
-                scores[place][split] = Score.of(one.outcome, is_share=is_share(data))
+                scores[place][split] = Score.of(one.outcome, is_share=is_share(data), rule=config.evaluation.fitness)
                 values[place][split] = objectives.values(one)
     rows = [
         TableRow(f"front-{number}", f"front {number}", one, len(population), found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS, criteria_of
@@ -92,7 +93,7 @@ def run_search(
     phases = planned_phases(config.search, can_prune=space.can_prune)
     judged = validation.judged(MAIN, phases[-1].row_title(len(population)), population)
     contenders += _winners(run, config, population, judged, phases)
-    return Chosen(_rows(run, contenders, data, is_fresh=run.fresh is not None), judged[0].score)
+    return Chosen(_rows(run, contenders, data, config.evaluation), judged[0].score)
 
 
 def _fresh_examples(config: RunConfig, data: Sequence[TaskData], full: Individual) -> FreshExamples | None:
@@ -145,15 +146,17 @@ def _soups(run: Run, config: RunConfig, validated: Population, number: int) -> l
     return [Contender(REFERENCE, "soup", title, soup.candidate, number)] if num_ingredients > 1 else []
 
 
-def _rows(run: Run, contenders: Sequence[Contender], data: Sequence[TaskData], *, is_fresh: bool) -> list[TableRow]:
+def _rows(
+    run: Run, contenders: Sequence[Contender], data: Sequence[TaskData], evaluation: EvaluationConfig
+) -> list[TableRow]:
     """The final table: every split's scores by the metrics that are reported."""
     entries = [(one.search, one.candidate) for one in contenders]
     scores: list[dict[str, Score]] = [{} for _ in contenders]
     for split in SPLITS:
-        scored = run.score(f"{split} split, final table", entries, reported(split, data, is_fresh=is_fresh))
+        scored = run.score(f"{split} split, final table", entries, reported(split, data, is_fresh=evaluation.is_fresh))
         for found, individual in zip(scores, scored, strict=True):
             if isinstance(individual.outcome, Evaluation):
-                found[split] = Score.of(individual.outcome, is_share=is_share(data))
+                found[split] = Score.of(individual.outcome, is_share=is_share(data), rule=evaluation.fitness)
     return [
         TableRow(one.key, one.title, one.candidate, one.evaluations, found)
         for one, found in zip(contenders, scores, strict=True)

@@ -155,7 +155,11 @@ def _write_result(
     ]  # fmt: skip
     rows = [
         TableRow(
-            key, title, one, spent, dict.fromkeys(("search", "validation", "test"), Score.of(outcome, is_share=True))
+            key,
+            title,
+            one,
+            spent,
+            dict.fromkeys(("search", "validation", "test"), Score.of(outcome, is_share=True, rule="mean")),
         )
         for key, title, one, spent, outcome in entries
     ]
