@@ -13,6 +13,11 @@ from moe_evo.plugins import Registry
 from moe_evo.tasks.examples import Example, numbers_in
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_ENGLISH_WORD = (
+    r"(?!['’]| (?!(?:is|was|are|and|or|but|not|because|since|as|for|in|on|with|would|could|should|can|will|has|does|"
+    r"seems|looks|fits|matches|means)\b)[a-z])"
+)
+"""Behind a choice "A" or "I": neither an apostrophe nor a word that the article or the pronoun belongs to."""
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -37,13 +42,16 @@ def f1(text: str, example: Example) -> float:
 
 
 def first_option(text: str, example: Example) -> float:
-    """The choice that stands first in the text, as whole words, is an answer."""
-    found = [
-        (match.start(), -len(choice), choice)
-        for choice in map(normalised, example.choices)
-        if (match := re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", normalised(text)))
-    ]
-    return float(bool(found) and min(found)[2] in set(map(normalised, example.answers)))
+    """The choice that stands first in the text, as whole words, is an answer.
+
+    A capital of a choice must be one in the text, so that "us" does not name the choice "US"; only where no choice is
+    found so, capitals are ignored. The English words "a" and "I" in front of what they belong to name no choice.
+    """
+    choices, answers = ([" ".join(one.split()) for one in some] for some in (example.choices, example.answers))
+    named = _first_named(text, choices, ignore_case=False) or _first_named(text, choices, ignore_case=True)
+    if set(choices) & set(answers):
+        return float(named in answers)
+    return float(named is not None and normalised(named) in set(map(normalised, answers)))
 
 
 def number_match(text: str, example: Example) -> float:
@@ -77,6 +85,25 @@ ANSWER_METRICS: Registry[AnswerMetric] = Registry(
     },
     _problem,
 )
+
+
+def _first_named(text: str, choices: Sequence[str], *, ignore_case: bool) -> str | None:
+    """The choice that the text names first, the longer one of two that begin at the same place; None where none is."""
+    spaced = " ".join(text.split())
+    found = [
+        (match.start(), -len(choice), choice)
+        for choice in choices
+        if (match := re.search(_pattern(choice, ignore_case=ignore_case), spaced))
+    ]
+    return min(found)[2] if found else None
+
+
+def _pattern(choice: str, *, ignore_case: bool) -> str:
+    letters = "".join(
+        re.escape(letter) if letter.isupper() and not ignore_case else f"(?i:{re.escape(letter)})" for letter in choice
+    )
+    behind = _NO_ENGLISH_WORD if choice.casefold() in ("a", "i") else ""
+    return rf"(?<!\w){letters}(?!\w){behind}"
 
 
 def _words(text: str) -> list[str]:

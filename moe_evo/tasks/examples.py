@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 
 from moe_evo.errors import TaskError
 
-_NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-\u2212])?"  # a sign, also the typographic one; behind a word or number it is a dash
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # with commas every three digits, or none
+    r"(?:[eE][+-]?\d+(?!\w))?"
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Example:
 
 
 def numbers_in(text: str) -> list[float]:
-    """The numbers written in a text, thousands separators removed."""
-    return [float(found.replace(",", "")) for found in _NUMBER.findall(text)]
+    """The numbers written in a text; a comma is part of one only where it separates thousands."""
+    return [float(found.replace(",", "").replace("\u2212", "-")) for found in _NUMBER.findall(text)]
 
 
 def kind_of(row: dict[str, Any], where: str) -> str:

@@ -21,7 +21,6 @@ from safetensors.numpy import save as save_tensors
 from wandb.sdk import wandb_setup
 
 from moe_evo.evaluation.pool import PoolStatus
-from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
 from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
@@ -137,7 +136,7 @@ class SearchLog:
         self._rows = self._pending = 0
         self._batch = max(10, -(-num_rows // _MOST_INCREMENTS))
         self._times: deque[float] = deque()
-        self._drawn: Genome | None = None
+        self._drawn = ""  # the caption of the pictures that were written last
         self._drawn_at = monotonic()
         self._result: RunResult | None = None
         run.define_metric("evaluations")
@@ -188,10 +187,11 @@ class SearchLog:
         """Write what is not written yet: rows of the table, and pictures of the winner or else of the best so far."""
         self._flush()
         best = self._statistics[MAIN].best
-        if self._result is not None:
-            best = self._individuals[MAIN, self._result.rows[-1].candidate]
-        if best is not None:
-            self._draw(best)
+        if self._result is not None:  # another candidate than that of the keys best/fitness and best/number, perhaps
+            winner = self._individuals[MAIN, self._result.rows[-1].candidate]
+            self._draw(winner, f"the winner: {self._caption(winner)}, test {self._result.rows[-1].test}")
+        elif best is not None:
+            self._draw(best, self._caption(best))
 
     def _values(self, search: str, split: str, individual: Individual, at: float | None) -> dict[str, float]:
         """The values that an outcome adds to the curves, by key."""
@@ -200,10 +200,10 @@ class SearchLog:
         if statistics is None:
             name = f"{individual.candidate.operator}/{split}"
             return {"evaluations": 0} | ({name: fitness} if fitness is not None else {})
-        self._individuals[search, individual.number] = individual
         if split != "search":  # at the position where its search fitness is drawn
             values: dict[str, float] = {"evaluations": statistics.position.get(individual.number, 0)}
             return values | ({f"{split}/{search}": fitness} if fitness is not None else {})
+        self._individuals[search, individual.number] = individual  # with the fitness that it was searched by
         values = statistics.add(individual)
         if search != MAIN:
             kept = ("fitness", "best/fitness")
@@ -240,18 +240,20 @@ class SearchLog:
     def _draw_at_intervals(self) -> None:
         best, now = self._statistics[MAIN].best, monotonic()
         if best is not None and now - self._drawn_at > _PICTURE_INTERVAL_S:
-            self._draw(best)
+            self._draw(best, self._caption(best))
 
-    def _draw(self, best: Individual) -> None:
+    def _caption(self, individual: Individual) -> str:
+        return f"candidate {individual.number}, {self._fitness_label} {individual.evaluation.fitness:.4f}"
+
+    def _draw(self, individual: Individual, caption: str) -> None:
         from moe_evo.tracking.pictures import genome_pictures
 
         self._drawn_at = monotonic()
-        if best.genome != self._drawn:
-            self._drawn = best.genome
-            caption = f"candidate {best.number}, {self._fitness_label} {best.evaluation.fitness:.4f}"
+        if caption != self._drawn:
+            self._drawn = caption
             pictures = {
                 f"best/{name}": wandb.Image(pixels, caption=caption)
-                for name, pixels in genome_pictures(best.genome).items()
+                for name, pixels in genome_pictures(individual.genome).items()
             }
             self._run.log({**pictures, **self._here()})
 

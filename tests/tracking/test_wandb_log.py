@@ -155,6 +155,11 @@ def test_a_search_metric_is_named_and_no_key_has_scores_of_two_metrics(tmp_path:
     assert "best/search" not in record.summary
     captions = [item["best/kept_experts.caption"] for item in record.history if "best/kept_experts.caption" in item]
     assert captions and all(", fitness (probability) 0." in one for one in captions)
+    winner, fitness = result.best, {one.number: one.evaluation.fitness for one in individuals(folder)}
+    assert captions[-1] == (
+        f"the winner: candidate {winner.candidate}, fitness (probability) {fitness[winner.candidate]:.4f}, "
+        f"test {winner.test}"
+    )
     assert "`fitness (probability)`" in DOCUMENT.read_text() and "`full/search_reported`" in DOCUMENT.read_text()
 
 
