@@ -1,7 +1,8 @@
 """From an example to tokens: prefix, few-shot examples, chat template, and where the answer begins.
 
 Prompt and answer are cut as lm-evaluation-harness cuts them: both are tokenised together, the
-answer's tokens are what comes after the prompt's, and spaces at the prompt's end go to the answer.
+answer's tokens are those that come after as many as the prompt has alone, and spaces at the prompt's end go to the
+answer.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class PromptFormat:
         self._tokenizer = tokenizer
         limit = getattr(tokenizer, "model_max_length", None) or config.max_length
         self.max_length = min(config.max_length, int(limit))
+        self._num_behind = _num_added_behind(tokenizer)
         if config.chat_template and not getattr(tokenizer, "chat_template", None):
             raise TaskError(
                 f"task {data.name}: chat_template: got true, but the model's tokenizer has no chat template; "
@@ -93,21 +95,22 @@ class PromptFormat:
         return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _encode(self, text: str) -> Tokens:
-        # a chat template writes its own special tokens
-        tokens = self._tokenizer(text, add_special_tokens=not self.config.chat_template)["input_ids"]
-        eos, eos_text = self._tokenizer.eos_token_id, self._tokenizer.eos_token
-        if len(tokens) > 1 and tokens[-1] == eos and not text.endswith(eos_text):
-            tokens = tokens[:-1]  # some tokenizers end every text, but nothing comes after an end
-        return tuple(tokens)
+        """The tokens of a text that goes on: without those that the tokenizer puts behind every text."""
+        adds = not self.config.chat_template  # a chat template writes its own special tokens
+        tokens = self._tokenizer(text, add_special_tokens=adds)["input_ids"]
+        if adds:
+            tokens = tokens[: len(tokens) - self._num_behind]
+        bos = self._tokenizer.bos_token_id
+        begins_twice = bos is not None and tuple(tokens[:2]) == (bos, bos)  # the text has one of its own
+        return tuple(tokens[begins_twice:])
 
     def _after(self, bare: str, context: Tokens, answer: str, example: Example) -> Tokens:
-        whole = self._encode(bare + answer)
-        if whole[: len(context)] == context and len(whole) > len(context):
-            return whole[len(context) :]
-        # a token spans the seam: the model reads the prompt's own tokens, then the answer's
-        tokens = tuple(self._tokenizer(answer, add_special_tokens=False)["input_ids"])
+        tokens = self._encode(bare + answer)[len(context) :]
         if not tokens:
-            raise TaskError(f"{example.where}: the answer {answer!r} has no tokens, expected at least one")
+            raise TaskError(
+                f"{example.where}: the answer {answer!r} has no tokens of its own, as the tokenizer joins it with the "
+                f"prompt's end {bare[-12:]!r}; put a space between them"
+            )
         return tokens
 
     def _shortened(self, context: Tokens, reserved_tokens: int, example: Example) -> Tokens:
@@ -124,3 +127,11 @@ class PromptFormat:
         if len(context) <= keep:
             return context
         return begins + context[len(context) - keep + len(begins) :]
+
+
+def _num_added_behind(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind every text, such as an end or a separator."""
+    own, whole = (list(tokenizer("a", add_special_tokens=adds)["input_ids"]) for adds in (False, True))
+    places = (place for place in range(len(whole)) if whole[place : place + len(own)] == own)
+    place = next(places, len(whole) - len(own))
+    return len(whole) - len(own) - place
