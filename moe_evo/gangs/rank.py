@@ -9,15 +9,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
-from moe_evo.errors import ModelError
+from moe_evo.errors import ModelError, TaskError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import ExampleScores, Outcome
 from moe_evo.plugins import import_modules
@@ -25,6 +25,7 @@ from moe_evo.tasks.data import TaskData
 
 if TYPE_CHECKING:  # torch is imported when a rank loads its model
     from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Work:
     """The tasks of a run, and how they are scored.
 
     key: equal for equal tasks, data and scoring, whichever run they belong to. modules: to import before, as they
-    register kinds of task or metrics.
+    register kinds of task or metrics. tokens: `Task.digest` by the name of a task, as the run's driver has it; ranks
+    with others are refused.
     """
 
     key: str
     data: tuple[TaskData, ...]
     evaluation: EvaluationConfig
     modules: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 class Rank:
@@ -93,7 +96,8 @@ class Rank:
     def begin(self, work: Work, halvings: int) -> Sequence[str]:
         """Tokenise the tasks of `work`, and return the `Evaluator.notes` of this rank.
 
-        halvings: how often the batch size of `work` is halved.
+        halvings: how often the batch size of `work` is halved. Raises TaskError where examples become other tokens
+        here than where the run was started.
         """
         from moe_evo.evaluation.evaluator import Evaluator
         from moe_evo.tasks.registry import build_task
@@ -101,6 +105,7 @@ class Rank:
         import_modules(work.modules)
         evaluation = replace(work.evaluation, batch_tokens=max(work.evaluation.batch_tokens >> halvings, 1))
         tasks = [build_task(one, self._tokenizer, evaluation.batch_tokens) for one in work.data]
+        _check_tokens(tasks, work.tokens)
         states = next((one.states for one in self._evaluators.values()), None)  # one memory for all works
         evaluator = self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation, states)
         return evaluator.notes
@@ -140,6 +145,16 @@ class _reported:
         while not self._left.wait(1.0):
             held_gib = max(_held_gib() - self._before_gib, 0.0)
             self._report(f"{held_gib:.1f} GiB a rank after {time.monotonic() - started:.0f} s")
+
+
+def _check_tokens(tasks: Sequence[Task], expected: Mapping[str, str]) -> None:
+    for task in tasks:
+        if expected.get(task.name, task.digest) != task.digest:
+            raise TaskError(
+                f"task {task.name} on {socket.gethostname()}: its examples become other tokens than where the run was "
+                "started; give every node the same transformers and tokenizers, and a chat template that always "
+                "writes the same"
+            )
 
 
 def _held_gib() -> float:

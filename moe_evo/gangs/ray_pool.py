@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -37,11 +38,17 @@ _MOST_SERVICES = 3
 
 @contextmanager
 def ray_pool(
-    config: ScoringConfig, data: Sequence[TaskData], shape: ModelShape, model_hash: str, rank: type[Rank] = Rank
+    config: ScoringConfig,
+    data: Sequence[TaskData],
+    shape: ModelShape,
+    model_hash: str,
+    rank: type[Rank] = Rank,
+    *,
+    tokens: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[RayPool]:
     """A pool of gangs on the cluster that `config` names, until the block is left.
 
-    shape, model_hash: of the model, as the run knows them. Raises ClusterError.
+    shape, model_hash: of the model, as the run knows them. tokens: see `Work`. Raises ClusterError.
     """
     address = config.cluster.address
     assert address is not None, "a config without cluster.address is evaluated in this process"
@@ -49,7 +56,7 @@ def ray_pool(
         spec = ServiceSpec(config.model, model_hash, config.cluster, rank_bundle(config.model, config.cluster), rank)
         if address == "local":
             _check_capacity(spec, cluster_capacity(config.model, config.cluster))
-        pool = RayPool(lambda: start_service(spec), work_of(data, config.evaluation), shape)
+        pool = RayPool(lambda: start_service(spec), work_of(data, config.evaluation, tokens), shape)
         try:
             yield pool
         finally:
@@ -58,11 +65,14 @@ def ray_pool(
                 end_service(pool.service, spec)
 
 
-def work_of(data: Sequence[TaskData], evaluation: EvaluationConfig) -> Work:
+def work_of(
+    data: Sequence[TaskData], evaluation: EvaluationConfig, tokens: Mapping[str, str] = MappingProxyType({})
+) -> Work:
     """The work of a run; runs whose scores on one model would be equal have equal keys."""
     scoring = {name: value for name, value in asdict(evaluation).items() if name not in SPEED_ONLY}
-    content = json.dumps([scoring, [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]])
-    return Work(hashlib.sha256(content.encode()).hexdigest(), tuple(data), evaluation, registering_modules())
+    tasks = [[one.name, one.kind, one.metric, one.hash, asdict(one.config)] for one in data]
+    key = hashlib.sha256(json.dumps([scoring, tasks, dict(tokens)]).encode()).hexdigest()
+    return Work(key, tuple(data), evaluation, registering_modules(), dict(tokens))
 
 
 def _check_capacity(spec: ServiceSpec, capacity: ClusterCapacity) -> None:

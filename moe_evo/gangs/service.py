@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_evo.config.cluster import ClusterConfig, num_ranks
 from moe_evo.config.model import ModelConfig
-from moe_evo.errors import ClusterError, MoeEvoError
+from moe_evo.errors import ClusterError, MoeEvoError, TaskError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
 from moe_evo.gangs.gang import Gang, GangBroken
@@ -314,6 +314,8 @@ class GangService:
 
     def _give_back(self, gang: Gang, number: int, batch: Batch, broken: GangBroken) -> None:
         """Put the batch of a broken gang back into the queue, or give up a genome that breaks every gang."""
+        if isinstance(broken.permanent, TaskError):  # no other gang would read the tasks either
+            self._fatal = broken.permanent
         shortens = broken.out_of_memory and gang.halvings < _MOST_HALVINGS
         if shortens and gang.halvings == self._halvings:
             self._halvings += 1

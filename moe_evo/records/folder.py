@@ -30,6 +30,8 @@ _FREE_TO_CHANGE = {
 }
 """Options that may differ when a run is continued: they change where and how fast it computes, but no outcome."""
 
+_TOKENS = "tokens"
+
 RunState = Literal["new", "begun", "finished"]
 
 
@@ -241,6 +243,11 @@ def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:
     return {f"task {one.name}": one.hash for one in data}
 
 
+def token_hashes(digests: Mapping[str, str]) -> dict[str, str]:
+    """The hash of the tokens that each task's examples became, likewise; digests: `Task.digest` by name."""
+    return {f"{_TOKENS} of task {name}": digest for name, digest in digests.items()}
+
+
 def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
     """Compare hashes of the model and data with those in the journal; raises RunError where one has changed.
 
@@ -251,6 +258,12 @@ def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
         known = journal.meta(f"hash/{name}")
         if known is None:
             new[f"hash/{name}"] = found
+        elif known != found and name.startswith(_TOKENS):
+            raise RunError(
+                f"{journal.path.parent}: the {name} are not those that this run began with; bring back the versions of "
+                "transformers and tokenizers of then, and a chat template that always writes the same, or start anew "
+                "with another --folder"
+            )
         elif known != found:
             raise RunError(
                 f"{journal.path.parent}: {name} has changed since this run began; bring back the old files, "

@@ -21,6 +21,7 @@ from moe_evo.records.folder import (
     check_inputs,
     default_folder,
     task_hashes,
+    token_hashes,
     with_absolute_paths,
 )
 from moe_evo.records.journal import MAIN
@@ -39,8 +40,9 @@ _NUM_WIDER = 10
 class Inspection:
     """What is known of a run before weights are loaded.
 
-    data: the tasks whose data are valid. tasks: those of them whose examples could be tokenised. source, size, space,
-    model_hash: None where the model, or the search space asked for, is invalid. wider: the prunings that a warm start
+    data: the tasks whose data are valid. tasks: those of them whose examples could be tokenised. source, size, space:
+    None where the model, or the search space asked for, is invalid. hashes: of the model, the data and their tokens, by
+    the names that `check_inputs` compares them under. wider: the prunings that a warm start
     begins from; they keep more experts. state: how far the run has come in its folder. problems: why the search would
     not start.
     """
@@ -50,7 +52,7 @@ class Inspection:
     source: ModelSource | None
     size: ModelSize | None
     space: SearchSpace | None
-    model_hash: str | None
+    hashes: dict[str, str]
     wider: tuple[Genome, ...]
     state: RunState
     problems: tuple[Problem, ...]
@@ -71,8 +73,10 @@ def inspect(config: RunConfig) -> Inspection:
 
         with problems.noted():
             resolve_device(config.model.device)
-    state, wider = _folder(config, data, known_as, space, problems)
-    return Inspection(tuple(data), tuple(tasks), source, size, space, known_as, wider, state, problems.found)
+    hashes = task_hashes(data) | token_hashes({task.name: task.digest for task in tasks})
+    hashes |= {} if known_as is None else {"model": known_as}
+    state, wider = _folder(config, hashes, space, problems)
+    return Inspection(tuple(data), tuple(tasks), source, size, space, hashes, wider, state, problems.found)
 
 
 def _add(problems: Problems, found: Sequence[Problem]) -> None:
@@ -219,18 +223,18 @@ def _space(shape: ModelShape, config: SearchConfig, problems: Problems) -> Searc
 
 
 def _folder(
-    config: RunConfig, data: Sequence[TaskData], model_hash: str | None, space: SearchSpace | None, problems: Problems
+    config: RunConfig, hashes: dict[str, str], space: SearchSpace | None, problems: Problems
 ) -> tuple[RunState, tuple[Genome, ...]]:
     """How far the run has come in its folder, and the prunings that a warm start begins from.
 
-    A finished run has no such prunings. Notes as problems whatever `RunFolder.claim` would refuse.
+    hashes: of the model, the data and their tokens, as far as they are known. A finished run has no such prunings.
+    Notes as problems whatever `RunFolder.claim` would refuse.
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
     state: RunState = "new"
     with problems.noted():
         if folder.config.is_file():
-            hashes = task_hashes(data) | ({} if model_hash is None else {"model": model_hash})
             state = _state(folder, config, hashes)
         else:
             folder.check_foreign()

@@ -59,10 +59,10 @@ def open_pool(
         from moe_evo.gangs.ray_pool import ray_pool
 
         check_model(config, source)
-        if tasks is None:
-            check_examples(config, source, data)  # so that invalid examples fail here, not on the ranks
+        built = _built(data, source.tokenizer, config.evaluation) if tasks is None else tasks  # invalid ones fail here
         tracker.message(f"connecting to Ray ({config.cluster.address})")
-        with ray_pool(config, data, source.shape, source.hash) as pool:
+        tokens = {task.name: task.digest for task in built}
+        with ray_pool(config, data, source.shape, source.hash, tokens=tokens) as pool:
             yield pool
 
 
@@ -90,7 +90,6 @@ def load_evaluator(
 
 def check_examples(config: ScoringConfig, source: ModelSource, data: Sequence[TaskData]) -> None:
     """Tokenise every example, without weights; raises TaskError or ModelError."""
-
     _built(data, source.tokenizer, config.evaluation)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import TaskError
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.examples import Example
+from moe_evo.tasks.frozen_clock import with_frozen_clock
 
 SHOT_SEPARATOR = "\n\n"
 
@@ -46,6 +49,7 @@ class PromptFormat:
                 f"task {data.name}: chat_template: got true, but the model's tokenizer has no chat template; "
                 "set chat_template to false or use a model tuned for chat"
             )
+        self._template = _template_option(tokenizer) if config.chat_template else {}
 
     def prompt(self, example: Example) -> str:
         """The whole text before the answer."""
@@ -64,8 +68,15 @@ class PromptFormat:
         messages = [
             {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
         ]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return str(text)
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._template
+                )
+            )
+        except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise TaskError(f"{example.where}: the chat template refuses it ({reason})") from error
 
     def prompt_tokens(self, example: Example, reserved_tokens: int = 0) -> Tokens:
         """Tokens of the prompt, cut from the left so that `reserved_tokens` more fit into max_length."""
@@ -127,6 +138,13 @@ class PromptFormat:
         if len(context) <= keep:
             return context
         return begins + context[len(context) - keep + len(begins) :]
+
+
+def _template_option(tokenizer: Any) -> dict[str, str]:
+    """The argument for `apply_chat_template` where the tokenizer's own template reads a clock."""
+    template = tokenizer.get_chat_template() if hasattr(tokenizer, "get_chat_template") else ""
+    frozen = with_frozen_clock(template)
+    return {} if frozen == template else {"chat_template": frozen}
 
 
 def _num_added_behind(tokenizer: Any) -> int:

@@ -6,10 +6,13 @@ its keys and values are computed once and used by all batches.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+
+import numpy as np
 
 from moe_evo.tasks.examples import Example
 
@@ -68,6 +71,13 @@ class TokenisedSplits:
             split: [make(number, example) for number, example in enumerate(examples)]
             for split, examples in splits.items()
         }
+
+    def digest_into(self, content: hashlib._Hash) -> None:
+        """Add all rows to a hash."""
+        for split, rows in self._made.items():
+            for number, row in ((number, row) for number, of_example in enumerate(rows) for row in of_example):
+                content.update(f"{split}:{number}:{row.start}:{row.num_prompt}:{row.answers}:".encode())
+                content.update(np.array(row.tokens, dtype=np.int64).tobytes())
 
     def of(self, split: str) -> Sequence[list[Row]]:
         """The rows of each example."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -107,6 +109,14 @@ class Task:
         self._splits = data.splits
         self._limits = limits
         self._scorings = _scorings(data, scorers)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells apart tasks whose examples have become other tokens, as by another tokenizer or chat template."""
+        content = hashlib.sha256()
+        for rows in dict.fromkeys(scoring.rows for scoring in self._scorings.values()):
+            rows.digest_into(content)
+        return content.hexdigest()
 
     def num_examples(self, split: str) -> int:
         return len(self.numbers(split))

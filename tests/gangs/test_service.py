@@ -19,6 +19,7 @@ import ray
 from ray.cluster_utils import Cluster
 from request_runs import (
     MODEL,
+    TASK,
     Once,
     Progress,
     assert_scores,
@@ -32,9 +33,13 @@ from request_runs import (
 )
 from stand_ins import slow, telling, writing_down
 
-from moe_evo.errors import ClusterError, ConfigError
+from moe_evo.errors import ClusterError, ConfigError, TaskError
 from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.gangs.connection import connected
+from moe_evo.gangs.rank import Rank
+from moe_evo.models.source import ModelSource
+from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.registry import build_task
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -237,3 +242,16 @@ def test_a_cluster_that_is_not_there_is_one_line_and_exit_code_3(words: list[str
     assert done.stderr.splitlines()[-1].startswith("moe-evo: error: cluster.address: no Ray cluster at 'auto'")
     assert not run.exists(), "a run that never began leaves no folder"
     assert "Traceback" not in done.stderr
+
+
+def test_a_gang_that_reads_other_tokens_than_the_driver_is_refused_in_one_line() -> None:
+    with gangs(Rank, tokens={"syll": "other tokens"}, num_gangs=1) as pool, pytest.raises(TaskError) as caught:
+        complete(pool, requests(1))
+    assert "\n" not in str(caught.value)
+    assert "task syll on" in str(caught.value) and "other tokens than where the run was started" in str(caught.value)
+
+
+def test_a_gang_that_reads_the_drivers_tokens_serves() -> None:
+    task = build_task(check_tasks([TASK])[0], ModelSource(MODEL).tokenizer, 8192)
+    with gangs(Rank, tokens={"syll": task.digest}, num_gangs=1) as pool:
+        assert complete(pool, requests(1)).done == 1
