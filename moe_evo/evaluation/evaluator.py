@@ -33,6 +33,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import EvaluationFailure, ExampleScores, Outcome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.free_memory import MEMORY_ERRORS
+from moe_evo.models.rope_limit import check_row_lengths
 from moe_evo.models.view import MoEModel
 from moe_evo.tasks.base import ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.samples import Sample
@@ -49,7 +50,8 @@ class Evaluator:
     get the same outcomes, also where an outcome is a failure. states: the state cache of another evaluator of the
     model, to be shared. clock: times passes, default: the device's.
 
-    switched_off: the kinds of sharing that the self-checks refused; they cost time and no score.
+    switched_off: the kinds of sharing that the self-checks refused; they cost time and no score. Raises ConfigError
+    where rows may be so long that their scores would depend on their batch (`check_row_lengths`).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Evaluator:
         clock: Clock | None = None,
     ) -> None:
         assert tasks and len({task.name for task in tasks}) == len(tasks), "tasks need distinct names"
+        check_row_lengths(model.language_model.config, [(task.name, task.max_length) for task in tasks])
         self.model = model
         self.tasks = tuple(tasks)
         self._config = config

@@ -66,6 +66,8 @@ class Family:
     def groups(self, config: Any) -> tuple[int, int]:
         """Number of expert groups and how many of them a token may use; (1, 1) without groups."""
         num_groups = getattr(config, "n_group", None) or 1
+        if not hasattr(config, "topk_group"):  # a field of other families, which this one's classes do not read
+            return (1, 1)
         is_grouped = getattr(config, "topk_method", "group_limited_greedy") == "group_limited_greedy"
         return (int(num_groups), int(config.topk_group)) if is_grouped and num_groups > 1 else (1, 1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_evo.errors import ConfigError, ModelError
+from moe_evo.models.checkpoint_check import check_report
 from moe_evo.models.experts.alignment import align_neurons
 from moe_evo.models.placement import (
     check_device,
@@ -35,10 +36,10 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
     calls this. Raises ModelError (lacking weights, failed self-check) or ConfigError (device, router,
     sharding) in one line.
     """
-    config, family, transformers_config = source.config, source.family, source.transformers_config
+    config, family, transformers_config, shape = source.config, source.family, source.transformers_config, source.shape
     dynamic_routing = dynamic_routing_of(config)
     if dynamic_routing is not None:
-        dynamic_routing.check(family, source.shape)
+        dynamic_routing.check(family, shape)
     check_experts(config.experts, family, transformers_config)
     if config.router == "eep":
         family.check_eep_router(transformers_config)
@@ -92,6 +93,7 @@ def resolve_device(name: str) -> torch.device:
 def _language_model(source: ModelSource, options: Mapping[str, Any]) -> Any:
     config = source.config
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    headers = source.checked_headers()
     try:
         language_model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -100,11 +102,10 @@ def _language_model(source: ModelSource, options: Mapping[str, Any]) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, which the library's own error does not
             **options,
         )
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source.location}: cannot be loaded ({one_line(error)})") from error
-    lacking = sorted(report["missing_keys"])
-    if lacking:
-        raise ModelError(f"{source.location}: lacks {len(lacking)} weights, {lacking[0]} among them")
+    check_report(str(source.location), report, language_model, headers)
     return language_model

@@ -48,6 +48,8 @@ def _check_hooks(model: MoEModel) -> None:
     where = f"self-check of {model.family.model_type} with transformers {transformers.__version__}"
     budget_bytes, model.merged_cache.budget_bytes = model.merged_cache.budget_bytes, 0  # one layer at a time
     expected = _logits(model, tokens)
+    if not all(model.ranks.gather(bool(expected.isfinite().all()))):
+        raise ModelError(f"{where}: its own logits are not finite; weights or config.json are damaged")
     try:
         with model.installed(plans):
             got = _logits(model, tokens)

@@ -19,6 +19,7 @@ import numpy as np
 from moe_evo.config.model import EMBEDDED_MODELS, ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.genomes.space import ModelShape
+from moe_evo.models.checkpoint_check import Header, check_headers, check_numbers, check_routing, headers_of
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
@@ -46,16 +47,31 @@ class ModelSource:
         try:
             with quiet():
                 # a family's config and model are the library's own, also where the checkpoint brings code
-                return transformers.AutoConfig.from_pretrained(
+                found = transformers.AutoConfig.from_pretrained(
                     self.location, revision=self.config.revision, trust_remote_code=False
                 )
         except LIBRARY_ERRORS as error:
             raise ModelError(f"{self.location}: config.json cannot be used ({one_line(error)})") from error
+        check_numbers(str(self.location), found)
+        return found
 
     @cached_property
     def shape(self) -> ModelShape:
         """The model's MoE layers."""
-        return self.family.shape(self.transformers_config)
+        shape = self.family.shape(self.transformers_config)
+        check_routing(str(self.location), self.transformers_config, shape.num_experts[0], shape.top_k[0])
+        return shape
+
+    def checked_headers(self) -> dict[str, Header]:
+        """The tensors in a folder's files by name; {} for a Hugging Face name, whose files are not here yet.
+
+        Raises ModelError where they cannot be those of the model that config.json describes.
+        """
+        if not isinstance(self.location, Path):
+            return {}
+        headers = headers_of(sorted(self.location.glob("*.safetensors")))
+        check_headers(str(self.location), headers, self.transformers_config.num_hidden_layers)
+        return headers
 
     @property
     def renormalises(self) -> bool:

@@ -26,7 +26,7 @@ from moe_evo.records.folder import (
 )
 from moe_evo.records.journal import MAIN
 from moe_evo.searches.registry import build_space, check_search
-from moe_evo.tasks.data import TaskData, check_tasks, read_task
+from moe_evo.tasks.data import TaskData, check_tasks, read_task, task_name
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.size.size import ModelSize
@@ -155,15 +155,20 @@ def _hash(source: ModelSource, problems: Problems) -> str | None:
 
 
 def model_problems(config: ScoringConfig, source: ModelSource) -> tuple[Problem, ...]:
-    """Why the model cannot compute, or be split among ranks, as the config asks; reads only config.json."""
+    """Why the model cannot compute, or be split among ranks, as the config asks; reads config.json and no weights."""
     from moe_evo.models.placement import check_placement
     from moe_evo.models.ranks import Ranks
+    from moe_evo.models.rope_limit import check_row_lengths
     from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
     from moe_evo.models.variants.meo import check_experts
 
     problems = Problems()
     with problems.noted():
         family, transformers_config = source.family, source.transformers_config
+        with problems.noted():
+            source.checked_headers()
+        with problems.noted():
+            check_row_lengths(transformers_config, [(task_name(task), task.max_length) for task in config.tasks])
         dynamic_routing = dynamic_routing_of(config.model)
         if dynamic_routing is not None:
             with problems.noted():

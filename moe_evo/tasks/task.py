@@ -104,6 +104,7 @@ class Task:
 
     def __init__(self, data: TaskData, scorers: Mapping[str, Scorer], limits: BatchLimits) -> None:
         self.name = data.name
+        self.max_length = data.config.max_length  # of a prompt with its answer, in tokens
         self.scorer = scorers[data.metric]
         self.needs_reference = any(scorer.needs_reference for scorer in scorers.values())
         self._splits = data.splits

@@ -142,7 +142,7 @@ def test_missing_weights_are_refused_and_not_made_up(copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
     weights.pop("model.layers.1.block_sparse_moe.gate.weight")
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 weights, model.layers.1.mlp.gate.weight among them" in refused(config(copied))
+    assert "lacks 1 weights, model.layers.1.mlp.gate.weight (8, 32) among them" in refused(config(copied))
 
 
 def test_broken_tokenizer_is_refused(copied: Path) -> None:

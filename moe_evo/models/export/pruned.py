@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_evo.errors import ModelError
 from moe_evo.genomes.genome import Genome
+from moe_evo.models.checkpoint_check import check_report, headers_of
 from moe_evo.models.families import PRUNED_TYPE, Family, family_of
 from moe_evo.models.load import resolve_device
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, transformers
@@ -53,12 +54,13 @@ def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> A
     try:
         for file in sorted(folder.glob("*.safetensors")):
             state.update(load_file(file))
-        absent = set(language_model.load_state_dict(state, strict=False, assign=True).missing_keys)
+        found = language_model.load_state_dict(state, strict=False, assign=True)
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{folder}: cannot be loaded ({one_line(error)})") from error
-    lacking = sorted(absent - set(language_model.all_tied_weights_keys))
-    if lacking:
-        raise ModelError(f"{folder}: lacks {len(lacking)} weights, {lacking[0]} among them")
+    tied = set(language_model.all_tied_weights_keys)
+    report = {"missing_keys": set(found.missing_keys) - tied, "unexpected_keys": found.unexpected_keys}
+    headers = headers_of(folder.glob("*.safetensors"))
+    check_report(str(folder), {"mismatched_keys": (), **report}, language_model, headers)
     language_model.tie_weights()
     language_model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     target = resolve_device(device) if isinstance(device, str) else device
