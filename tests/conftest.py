@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking ask for it in their configs
 os.environ.pop("WANDB_API_KEY", None)
-# before anything imports ray: a local one otherwise writes a token into the user's home, and a neighbour
-# that fills the memory must not kill our actors
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Before anything imports ray: whatever Ray a test starts listens on loopback only and asks for a token, which only
+# this process and its children know (otherwise Ray writes one into the user's home); and a neighbour that fills the
+# memory must not kill our actors.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")

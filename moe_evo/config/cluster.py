@@ -29,11 +29,11 @@ class ClusterConfig:
         strategy: Placement of a gang's ranks on nodes (Ray's placement group strategies).
         max_batch: Most genomes in one request; fewer are sent while evaluations are slow or few are left.
         deadline_s: Longest time for one evaluation, or for observing the experts on one task, before its gang counts
-            as hung; default: 20 times the slowest evaluation so far and at least one minute, and half an hour for
-            a gang's first and for observing.
+            as hung; default: any time, as long as a layer of the model is computed every half hour (once one
+            evaluation on those examples is done: 20 times its time, one minute to half an hour).
         load_timeout_s: Longest time for a gang to load the model.
-        max_attempts: A genome that broke so many gangs is given up; the same number of failures to load
-            in a row, with no success before, ends the run.
+        max_attempts: A genome that broke so many gangs is given up (a lost node, or memory that ran out, is not its
+            fault); the same number of failures to load in a row, with no success before, ends the run.
         idle_release_s: 'auto': a gang that is idle for so long is released; a shared service ends when it
             had no run for so long.
         service: Name of a service of gangs that several runs on one cluster share in fair turns, with

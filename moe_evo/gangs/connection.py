@@ -8,59 +8,143 @@ import secrets
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_evo.config.cluster import ClusterConfig, num_ranks
 from moe_evo.config.model import ModelConfig
-from moe_evo.errors import ClusterError
+from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity
 from moe_evo.gangs.gang import remove_groups
-from moe_evo.gangs.ray_border import ActorHandle, free_by_node, ray
-from moe_evo.gangs.service import GangService, ServiceSpec
+from moe_evo.gangs.ray_border import (
+    LOOPBACK,
+    ActorHandle,
+    answers,
+    ask_for_token,
+    bootstrap_address,
+    free_by_node,
+    on_loopback,
+    ray,
+)
+from moe_evo.gangs.service import GangService
+from moe_evo.gangs.service_spec import ServiceSpec
+from moe_evo.versions import ADVICE
 
 NAMESPACE = "moe_evo"
+_ANSWER_S = 20.0
 _START_S = 300.0
 _END_S = 10.0
+_REASON_LENGTH = 200
 
 
 @contextmanager
 def connected(address: str, extra_cpus: int = 0) -> Iterator[None]:
-    """Be connected to the Ray cluster at `address` ('local' starts one); raises ClusterError.
+    """Be connected to the Ray cluster at `address` ('local' starts one); raises ClusterError, also for what Ray raises
+    in the block.
 
     extra_cpus: CPUs that a Ray of our own counts beside the real ones, for processes that mostly wait. A process that
-    is connected already, as in a Ray task or a test, keeps its connection.
+    is connected already, as in a Ray task or a test, keeps its connection. A Ray of our own listens on loopback only,
+    and asks for a token that only this process and its children know.
     """
-    if ray.is_initialized():
-        yield
-        return
+    try:
+        if ray.is_initialized():
+            yield
+            return
+        with on_loopback() if address == "local" else nullcontext():
+            _connect(address, extra_cpus)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    except RayTaskError:
+        raise  # a defect in a process of ours, not a fault of the cluster
+    except RayError as error:
+        raise ClusterError(
+            f"the Ray cluster failed ({reason(error)}); look at it, then run the same command again"
+        ) from error
+
+
+def _connect(address: str, extra_cpus: int) -> None:
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        # Ray asks for a token; this one only we and our children know, and no file of the user's holds it
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        _secure()
         options["include_dashboard"] = False
         if extra_cpus:
             options["num_cpus"] = (os.cpu_count() or 1) + extra_cpus
+    else:
+        _check_answers(address)
     at_end = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, **options)
-    except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ClusterError(
-            f"cluster.address: no Ray cluster at {address!r} ({reason}); start one with `ray start --head`, or use "
-            "'local' for one on this machine"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, at_end)  # Ray's own prints a stack of C++ frames
-    try:
-        yield
+    except Exception as error:
+        raise _not_connected(address, error) from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_end)  # Ray's own prints a stack of C++ frames
+    if address == "local" and (hosts := {node["NodeManagerAddress"] for node in ray.nodes()}) != {LOOPBACK}:
         ray.shutdown()
+        raise ClusterError(
+            f"cluster.address: Ray {ray.__version__} was told to listen on {LOOPBACK} only and listens on "
+            f"{', '.join(sorted(hosts))}; {ADVICE}"
+        )
+
+
+def _secure() -> None:
+    """What a Ray of our own finds in its environment: that it asks for a token, and which; no file holds it."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ask_for_token()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ClusterError where no Ray answers at an address soon."""
+    if "://" in address:
+        raise ConfigError(
+            f"cluster.address: got {address!r}, expected HOST:PORT of the cluster's head, as in 10.0.0.7:6379, 'auto' "
+            "or 'local'; a search does not run through the Ray client, start it on a node of the cluster"
+        )
+    try:
+        where = bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise _not_connected(address, error) from error
+    if not answers(where, _ANSWER_S):
+        raise ClusterError(
+            f"cluster.address: no Ray cluster at {address!r} (nothing answered at {where} within {_ANSWER_S:.0f} s); "
+            "check the address and that the head runs, or use 'local' for a Ray on this machine"
+        )
+
+
+def _not_connected(address: str, error: Exception) -> MoeEvoError:
+    """What to tell where `ray.init` failed."""
+    told = reason(error)
+    if "AF_UNIX" in str(error):
+        return ConfigError(
+            f"TMPDIR: has too long a name for the sockets that Ray makes below it ({told}); set RAY_TMPDIR to a folder "
+            "with a short name, such as /tmp"
+        )
+    if "AuthenticationError" in str(error) or isinstance(error, AuthenticationError):
+        return ConfigError(
+            f"cluster.address: the Ray cluster at {address!r} refuses this process; set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+        )
+    if address == "local":
+        return ClusterError(
+            f"cluster.address: Ray could not be started on this machine ({told}); is it overloaded, or short of memory "
+            "or disk? `moe-evo doctor` tells; leave cluster.address out to evaluate without Ray"
+        )
+    return ClusterError(
+        f"cluster.address: no Ray cluster at {address!r} ({told}); start one with `ray start --head`, or use "
+        "'local' for one on this machine"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error of Ray, which may be a page, in a part of one line."""
+    return " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
 
 
 def answers_on() -> str:
@@ -68,8 +152,8 @@ def answers_on() -> str:
     actor = ray.remote(num_cpus=0)(_Answering).remote()
     try:
         return str(ray.get(actor.node.remote(), timeout=_START_S))
-    except (RayError, GetTimeoutError) as error:
-        raise ClusterError(f"an actor was started and did not answer ({' '.join(str(error).split())[:200]})") from error
+    except RayError as error:
+        raise ClusterError(f"an actor was started and did not answer ({reason(error)})") from error
     finally:
         ray.kill(actor)
 
@@ -122,9 +206,12 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
     service = ray.remote(GangService).options(**options).remote(spec)
     try:
         found = ray.get(service.spec.remote(), timeout=_START_S)
-    except (RayActorError, GetTimeoutError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ClusterError(f"the service of gangs did not start ({reason}); see the logs of the Ray cluster") from error
+    except RayTaskError:
+        raise
+    except RayError as error:  # it died or hangs, or was ended because memory ran out
+        raise ClusterError(
+            f"the service of gangs did not start ({reason(error)}); see the logs of the Ray cluster"
+        ) from error
     if (found.model, found.model_hash, _gangs(found)) != (spec.model, spec.model_hash, _gangs(spec)):
         raise ClusterError(
             f"cluster.service: {name!r} serves {found.model.path} with other options or other gangs; use its options, "

@@ -7,11 +7,13 @@ it is killed and built anew.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import (
     get_placement_group,
     placement_group,
@@ -29,18 +31,38 @@ from moe_evo.gangs.ray_border import ActorHandle, ray
 
 _GRACE_S = 2.0  # one broken rank breaks the others; wait so long for all errors, to find the first
 _REASON_LENGTH = 300
+_PROGRESS_S = 5.0
+_NODE_ANSWERS_S = 5.0
+_NODE_CHECKS = 4
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a request that is not answered counts as hung.
+
+    deadline_s: so long after it was sent. silence_s: after so long without any progress of the ranks.
+    """
+
+    deadline_s: float | None = None
+    silence_s: float | None = None
 
 
 class GangBroken(Exception):
-    """A gang is broken and must be killed; `cause`: the error of the rank that broke it, if it raised one."""
+    """A gang is broken and must be killed.
 
-    def __init__(self, reason: str, cause: BaseException | None = None) -> None:
+    cause: the error of the rank that broke it, if it raised one. lost_node: whether a node of the gang went away, which
+    says nothing of what it was computing.
+    """
+
+    def __init__(self, reason: str, cause: BaseException | None = None, *, lost_node: bool = False) -> None:
         super().__init__(" ".join(reason.split())[:_REASON_LENGTH])
         self.cause = cause
+        self.lost_node = lost_node
 
     @property
     def out_of_memory(self) -> bool:
-        return isinstance(self.cause, OutOfMemory) and not isinstance(self.cause, RowOutOfMemory)
+        """Whether smaller batches may help; Ray ends ranks when the memory of their node is nearly full."""
+        return isinstance(self.cause, OutOfMemory | OutOfMemoryError) and not isinstance(self.cause, RowOutOfMemory)
 
     @property
     def permanent(self) -> MoeEvoError | None:
@@ -63,7 +85,7 @@ class Gang:
         self._begun: set[str] = set()
         self.halvings = halvings
         labels = [dict(cluster.labels)] * size if cluster.labels else None
-        actor = ray.remote(concurrency_groups={"watch": 1})(rank)
+        actor = ray.remote(concurrency_groups={"watch": 1, "progress": 1})(rank)
         self._group: Any = None
         try:
             self._group = placement_group(
@@ -112,13 +134,13 @@ class Gang:
         self._begun.add(work.key)
         return tuple(dict.fromkeys(note for of_rank in notes for note in of_rank))
 
-    async def run(self, batch: Batch, work: Work, deadline_s: float) -> Sequence[Answer]:
+    async def run(self, batch: Batch, work: Work, patience: Patience) -> Sequence[Answer]:
         """Evaluate a batch on all ranks in lockstep; returns one result a job. Call `begin` before."""
         question = batch[0].question
         if question is not None:
-            return [(await self._all("ask", work.key, question, timeout_s=deadline_s))[0]]
+            return [(await self._answers("ask", (work.key, question), patience))[0]]
         arguments = (work.key, [job.genome for job in batch], batch[0].split, [job.rival for job in batch])
-        answers: Sequence[Answer] = (await self._all("evaluate", *arguments, timeout_s=deadline_s))[0]
+        answers: Sequence[Answer] = (await self._answers("evaluate", arguments, patience))[0]
         return answers
 
     def kill(self) -> None:
@@ -130,22 +152,88 @@ class Gang:
 
     async def _all(self, method: str, *arguments: Any, timeout_s: float | None, group: str | None = None) -> list[Any]:
         """Call one method of all ranks; raises GangBroken at the first that fails, or after the time."""
-        calls = [getattr(rank, method) for rank in self._ranks]
-        if group is not None:
-            calls = [call.options(concurrency_group=group) for call in calls]
-        tasks = [asyncio.ensure_future(_answer(call.remote(*arguments))) for call in calls]
+        return await self._answers(method, arguments, Patience(deadline_s=timeout_s), group)
+
+    async def _answers(
+        self, method: str, arguments: Sequence[Any], patience: Patience, group: str | None = None
+    ) -> list[Any]:
+        tasks = self._call(method, arguments, group)
         try:
-            done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-            if any(task.exception() for task in done):
-                more, _ = await asyncio.wait(pending, timeout=_GRACE_S) if pending else (set(), None)
-                raise _broken([(rank, task.exception()) for rank, task in enumerate(tasks) if task in done | more])
+            pending = await self._wait(tasks, patience)
+            failed = [task for task in tasks if task.done() and task.exception()]
+            if failed:
+                if pending:
+                    await asyncio.wait(pending, timeout=_GRACE_S)
+                raise await self._broken([(rank, _error(task)) for rank, task in enumerate(tasks) if task.done()])
             if pending:
                 silent = ", ".join(str(rank) for rank, task in enumerate(tasks) if task in pending)
-                raise GangBroken(f"no answer of rank {silent} to {method} within {timeout_s:.0f} s")
+                if patience.silence_s is None:
+                    raise GangBroken(f"no answer of rank {silent} to {method} within {patience.deadline_s:.0f} s")
+                raise GangBroken(f"no progress of rank {silent} in {method} for {patience.silence_s:.0f} s")
             return [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _call(self, method: str, arguments: Sequence[Any], group: str | None) -> list[asyncio.Future[Any]]:
+        calls = [getattr(rank, method) for rank in self._ranks]
+        if group is not None:
+            calls = [call.options(concurrency_group=group) for call in calls]
+        return [asyncio.ensure_future(_answer(call.remote(*arguments))) for call in calls]
+
+    async def _wait(self, tasks: Sequence[asyncio.Future[Any]], patience: Patience) -> set[asyncio.Future[Any]]:
+        """Wait until all tasks are done, one has failed, or patience is over; returns those that are not done."""
+        silence_s = patience.silence_s
+        if silence_s is None:
+            _, pending = await asyncio.wait(tasks, timeout=patience.deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+            return pending
+        progress: dict[int, int] = {}
+        moved_at = time.monotonic()
+        while time.monotonic() - moved_at < silence_s:
+            pause_s = min(_PROGRESS_S, silence_s / 4)
+            done, pending = await asyncio.wait(tasks, timeout=pause_s, return_when=asyncio.FIRST_EXCEPTION)
+            if not pending or any(task.exception() for task in done):
+                return pending
+            before = dict(progress)
+            progress |= await self._progress(pause_s)
+            if progress != before:
+                moved_at = time.monotonic()
+        return pending
+
+    async def _progress(self, within_s: float) -> dict[int, int]:
+        """How far each rank has come, by rank; those that do not answer in time are left out."""
+        tasks = self._call("progress", (), "progress")
+        await asyncio.wait(tasks, timeout=within_s)
+        found = {rank: task.result() for rank, task in enumerate(tasks) if task.done() and not task.exception()}
+        for task in tasks:
+            task.cancel()
+        return found
+
+    async def _broken(self, errors: Sequence[tuple[int, BaseException | None]]) -> GangBroken:
+        """The error that broke the gang; a rank's own is preferred to the lost connections that follow from it."""
+        found = [(rank, _cause(error)) for rank, error in errors if error is not None]
+        rank, cause = min(found, key=lambda one: _distance(one[1]))
+        if isinstance(cause, OutOfMemoryError):
+            return GangBroken(f"rank {rank} was ended, as its node ran out of memory ({_first_sentence(cause)})", cause)
+        if not isinstance(cause, RayActorError):
+            return GangBroken(f"rank {rank}: {type(cause).__name__}: {cause}", cause)
+        if not cause.actor_init_failed and (lost := await self._lost_node()):
+            return GangBroken(f"node {lost} was lost", cause, lost_node=True)
+        return GangBroken(f"rank {rank} died ({_first_sentence(cause)})", cause, lost_node=cause.preempted)
+
+    async def _lost_node(self) -> str | None:
+        """The address of a node of this gang that went away, if there is one.
+
+        Ray itself learns of a lost node half a minute later, so its nodes are asked whether they still answer; for a
+        while, as the ranks of a node that is shut down end before the rest of it does.
+        """
+        own = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        for _ in range(_NODE_CHECKS):
+            for node in ray.nodes():
+                if node["NodeID"] in own and not (node["Alive"] and await _answers_at(node)):
+                    return str(node["NodeManagerAddress"])
+            await asyncio.sleep(_GRACE_S / _NODE_CHECKS)
+        return None
 
 
 def remove_groups(prefix: str) -> None:
@@ -171,13 +259,19 @@ def _options(bundle: dict[str, float]) -> dict[str, Any]:
     return options | {named[name]: amount for name, amount in bundle.items() if name in named}
 
 
-def _broken(errors: Sequence[tuple[int, BaseException | None]]) -> GangBroken:
-    """The error that broke the gang; a rank's own error is preferred to the lost connections that follow from it."""
-    found = [(rank, _cause(error)) for rank, error in errors if error is not None]
-    rank, cause = min(found, key=lambda one: _distance(one[1]))
-    if isinstance(cause, RayActorError):
-        return GangBroken(f"rank {rank} died ({_first_sentence(cause)})", cause)
-    return GangBroken(f"rank {rank}: {type(cause).__name__}: {cause}", cause)
+async def _answers_at(node: Mapping[str, Any]) -> bool:
+    """Whether Ray's process on a node takes connections."""
+    try:
+        async with asyncio.timeout(_NODE_ANSWERS_S):
+            _, writer = await asyncio.open_connection(node["NodeManagerAddress"], node["NodeManagerPort"])
+    except OSError:  # a TimeoutError is one
+        return False
+    writer.close()
+    return True
+
+
+def _error(task: asyncio.Future[Any]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -186,7 +280,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _distance(error: BaseException) -> int:
     """How far an error is from the first cause; the smallest is told."""
-    if isinstance(error, OutOfMemory):
+    if isinstance(error, OutOfMemory | OutOfMemoryError):
         return 0
     if isinstance(error, RayError):
         return 1

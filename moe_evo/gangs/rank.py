@@ -50,6 +50,7 @@ class Rank:
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
         self._evaluators: dict[str, Evaluator] = {}
+        self._num_computed = 0
 
     def pid(self) -> int:
         return os.getpid()
@@ -64,6 +65,10 @@ class Rank:
     def watch(self) -> None:
         """Never returns, so that a caller that waits for it learns at once when the process dies."""
         threading.Event().wait()
+
+    def progress(self) -> int:
+        """How many MoE layers this rank has computed so far; it grows as long as the rank does not hang."""
+        return self._num_computed
 
     def load(
         self,
@@ -92,6 +97,11 @@ class Rank:
             self._tokenizer = source.tokenizer
             ranks = join_ranks(self._rank, self._size, *meeting_point, timeout_s) if self._size > 1 else Ranks()
             self._model = load_model(source, ranks)
+        for layer in self._model.layers:
+            layer.experts.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self._num_computed += 1
 
     def begin(self, work: Work, halvings: int) -> Sequence[str]:
         """Tokenise the tasks of `work`, and return the `Evaluator.notes` of this rank.
@@ -161,7 +171,7 @@ def _held_gib() -> float:
     """Memory of this process: on its GPU where it has one, else on the host."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 2**30
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    from moe_evo.models.free_memory import held_bytes
+
+    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else held_bytes()
+    return held / 2**30

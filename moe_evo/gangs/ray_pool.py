@@ -12,7 +12,7 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from moe_evo.config.evaluation import SPEED_ONLY, EvaluationConfig
 from moe_evo.config.run import ScoringConfig
@@ -21,11 +21,11 @@ from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
-from moe_evo.gangs.connection import cluster_capacity, connected, end_service, rank_bundle, start_service
+from moe_evo.gangs.connection import cluster_capacity, connected, end_service, rank_bundle, reason, start_service
 from moe_evo.gangs.dispatcher import Answer, Job
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
-from moe_evo.gangs.service import News, ServiceSpec
+from moe_evo.gangs.service_spec import News, ServiceSpec
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.genomes.space import ModelShape
 from moe_evo.plugins import registering_modules
@@ -156,13 +156,15 @@ class RayPool:
         while True:
             try:
                 news = self._exchange()
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, GetTimeoutError, OutOfMemoryError) as error:
                 self._start_again(error)
                 continue
+            except RayTaskError:
+                raise
             except RayError as error:
                 raise ClusterError(
-                    f"the Ray cluster is gone ({' '.join(str(error).split())[:200]}); run the same command again, on "
-                    "any cluster: it goes on where it stood"
+                    f"the Ray cluster is gone ({reason(error)}); run the same command again, on any cluster: it goes "
+                    "on where it stood"
                 ) from error
             if not news.known:
                 self._joined = False

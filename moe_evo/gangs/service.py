@@ -14,66 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_evo.config.cluster import ClusterConfig, num_ranks
-from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ClusterError, MoeEvoError, TaskError
 from moe_evo.evaluation.pool import GangStatus, PoolEvent, PoolNews, PoolStatus
 from moe_evo.gangs.dispatcher import Answer, Batch, Dispatcher, Job
-from moe_evo.gangs.gang import Gang, GangBroken
+from moe_evo.gangs.gang import Gang, GangBroken, Patience
 from moe_evo.gangs.metrics import PoolMetrics
-from moe_evo.gangs.rank import Rank, Work
+from moe_evo.gangs.rank import Work
 from moe_evo.gangs.ray_border import ActorHandle, free_in_words, ray
+from moe_evo.gangs.service_spec import News, ServiceSpec
 
 _TICK_S = 1.0
 _PATIENCE_S = 10.0  # how long a gang waits for resources before the run is told about it
-_FIRST_DEADLINE_S = 1800.0
-_SHORTEST_DEADLINE_S = 60.0
-_DEADLINE_FACTOR = 20
+_SHORTEST_SILENCE_S = 60.0
+_SILENCE_FACTOR = 20
 _MOST_HALVINGS = 10
 _LONGEST_PAUSE_S = 60.0
-
-
-@dataclass(frozen=True)
-class ServiceSpec:
-    """What a service serves, and where.
-
-    bundle: Ray resources of one rank. lease_s: a run that has not asked for news for so long counts as dead.
-    name: the names of its gangs begin so.
-    """
-
-    model: ModelConfig
-    model_hash: str
-    cluster: ClusterConfig
-    bundle: dict[str, float]
-    rank: type[Rank] = Rank
-    lease_s: float = 120.0
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def ranks(self) -> int:
-        return num_ranks(self.model, self.cluster)
-
-    @property
-    def needs(self) -> str:
-        """What a gang asks the cluster for, in words."""
-        amounts = ", ".join(f"{name} {amount:g}" for name, amount in self.bundle.items())
-        labels = f" on nodes with {self.cluster.labels}" if self.cluster.labels else ""
-        return f"{self.ranks} x ({amounts}){labels}, {self.cluster.strategy}"
-
-
-@dataclass(frozen=True)
-class News:
-    """What `exchange` returns to a run.
-
-    known: False where the service has never heard of the run, or has forgotten it. slots: how many
-    jobs the run may have submitted at a time. fatal: why no gang can ever serve, if that is so.
-    """
-
-    known: bool = True
-    answers: Sequence[tuple[int, Answer]] = ()
-    slots: int = 0
-    pool: PoolNews = field(default_factory=PoolNews)
-    fatal: Exception | None = None
 
 
 @dataclass
@@ -269,7 +224,7 @@ class GangService:
             try:
                 work = self._works[batch[0].work]
                 self._take_notes(number, await gang.begin(work))
-                answers = await gang.run(batch, work, self._deadline_s(batch))
+                answers = await gang.run(batch, work, self._patience(batch))
             except GangBroken as broken:
                 self._give_back(gang, number, batch, broken)
                 raise
@@ -320,7 +275,8 @@ class GangService:
         if shortens and gang.halvings == self._halvings:
             self._halvings += 1
             self._tell(number, "batch_halved", f"out of memory: batches are 1/{2**self._halvings} as large from now on")
-        for job in self._dispatcher.give_back(batch, str(broken), blame=not shortens):
+        is_innocent = shortens or broken.lost_node
+        for job in self._dispatcher.give_back(batch, str(broken), blame=not is_innocent):
             self._tell(number, "quarantined", f"{job.name}: {broken}")
         self._assign()
         self._wake()
@@ -345,13 +301,18 @@ class GangService:
         """Longer and longer while gangs fail to load, none while they serve."""
         return min(2.0 ** (self._failed_loads - 1), _LONGEST_PAUSE_S) if self._failed_loads else 0.0
 
-    def _deadline_s(self, batch: Batch) -> float:
-        limit_s = self._spec.cluster.deadline_s
-        if limit_s is None:
-            longest_s = self._dispatcher.longest_s(batch)
-            grown = None if longest_s is None else max(_DEADLINE_FACTOR * longest_s, _SHORTEST_DEADLINE_S)
-            limit_s = _FIRST_DEADLINE_S if grown is None else grown
-        return limit_s * len(batch)
+    def _patience(self, batch: Batch) -> Patience:
+        """How long a gang may take: a deadline where the config has one, else any time, as long as it makes progress.
+
+        How long a request takes, nobody can know before the first of its kind: answers to thousands of examples are
+        generated for hours, and labels scored in seconds.
+        """
+        deadline_s = self._spec.cluster.deadline_s
+        if deadline_s is not None:
+            return Patience(deadline_s=deadline_s * len(batch))
+        longest_s, most_s = self._dispatcher.longest_s(batch), self._spec.longest_silence_s
+        grown_s = most_s if longest_s is None else max(_SILENCE_FACTOR * longest_s, _SHORTEST_SILENCE_S)
+        return Patience(silence_s=min(grown_s, most_s))
 
     def _status(self) -> PoolStatus:
         dispatcher = self._dispatcher

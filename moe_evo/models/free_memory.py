@@ -7,6 +7,8 @@ and Python's MemoryError.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +29,16 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_left_in_cgroups(_own_cgroup())])
+
+
+def held_bytes() -> int:
+    """Memory of the host that this process uses now; the most that it has used where the system tells no more."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:  # macOS has no /proc
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -49,11 +49,12 @@ def own_environment(home: Path) -> dict[str, str]:
 
 @contextmanager
 def ray_head(home: Path, *, num_cpus: int) -> Iterator[RayHead]:
-    """A head with token authentication, dashboard on loopback."""
+    """A head with token authentication that listens on loopback only."""
     environment = {
         **own_environment(home),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # it listens on loopback only
     }
     dashboard = free_port()
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: names of its sockets end at 107 bytes

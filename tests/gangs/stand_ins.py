@@ -76,6 +76,19 @@ def slow(seconds: float) -> type[Rank]:
     return Slow
 
 
+def progressing(seconds: float) -> type[Rank]:
+    """As `slow`, and tells that it makes progress meanwhile."""
+
+    class Progressing(StandIn):
+        def evaluate_one(self, genome: Genome, split: str) -> Outcome:
+            for _ in range(int(seconds / 0.1)):
+                time.sleep(0.1)
+                self._count()
+            return outcome_of(genome, split)
+
+    return Progressing
+
+
 def writing_down(file: Path, seconds: float) -> type[Rank]:
     """Every evaluation is a line of `file`: the genome's digest."""
 

@@ -54,6 +54,26 @@ def test_auto_grows_onto_a_node_that_joins_and_lets_one_go_that_leaves(cluster: 
     assert max(seen) == 2
 
 
+def test_an_evaluation_whose_nodes_are_lost_again_and_again_is_not_given_up(cluster: Cluster) -> None:
+    (wanted,) = requests(1, seed=7)
+    lost: list[int] = []
+    nodes = [add_node(cluster)]
+
+    def react(progress: Progress) -> None:
+        pids = [gang.pids[0] for gang in progress.status.gangs if gang.state == "busy"]
+        if pids and pids[0] not in lost and len(lost) < 3:
+            lost.append(pids[0])
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.append(add_node(cluster))
+
+    with gangs(slow(4.0), num_gangs=1, max_attempts=2, resources={"gang_slot": 1.0}) as pool:
+        progress = complete(pool, [wanted], react)
+    cluster.remove_node(nodes.pop())
+    assert len(lost) == 3
+    assert_scores(progress, [wanted])
+    assert [one.detail for one in progress.events if one.kind == "broken"] == ["node 127.0.0.1 was lost"] * 3
+
+
 def test_auto_releases_gangs_that_a_few_requests_do_not_need_and_builds_them_again() -> None:
     with gangs(slow(0.02), num_gangs="auto", idle_release_s=1.0, max_batch=1, resources={"CPU": 8.0}) as pool:
 

@@ -141,7 +141,7 @@ def test_a_service_that_was_lost_is_started_again_by_the_runs_that_share_it() ->
 DRIVER = """
 import functools, ray
 from moe_evo.gangs import ray_pool
-from moe_evo.gangs.service import ServiceSpec
+from moe_evo.gangs.service_spec import ServiceSpec
 from request_runs import complete, gangs, requests
 from stand_ins import slow
 
