@@ -201,6 +201,7 @@ def _export(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
             arguments.device,
             overwrite=arguments.overwrite,
             tracker=tracker,
+            model_path=arguments.model.path,
         )
     if as_json:
         print(json.dumps(plain(report)))

@@ -264,6 +264,7 @@ def export_parser() -> CommandParser:
         "of the front (search.objectives), such as front-3; moe-evo show lists them",
     )
     parser.add_argument("--device", type=str, default="cpu", help="where to load the model; it needs room for both")
+    parser.add_argument("--model.path", type=str | None, help="where the model lies now, if it moved after the search")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
     return parser
 

@@ -41,10 +41,21 @@ class Winner:
 
 
 def export(
-    folder: RunFolder, target: Path, which: str, device: str, *, overwrite: bool, tracker: Tracker
+    folder: RunFolder,
+    target: Path,
+    which: str,
+    device: str,
+    *,
+    overwrite: bool,
+    tracker: Tracker,
+    model_path: str | None = None,
 ) -> ExportedRun:
-    """Write a finished run's genome as a checkpoint, and check its logits against those of the evaluated model."""
-    found = winner(folder, which, replace(resumed_config(str(folder.path)).model, device=device))
+    """Write a finished run's genome as a checkpoint, and check its logits against those of the evaluated model.
+
+    model_path: where the model of the run lies now, if it has moved.
+    """
+    model = resumed_config(str(folder.path)).model
+    found = winner(folder, which, replace(model, device=device, path=model_path or model.path))
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.load import load_model
@@ -80,7 +91,10 @@ def winner(folder: RunFolder, which: str, model: ModelConfig) -> Winner:
     check_fixed_top_k(dynamic_routing_of(model))
     check_own_experts(model.experts)
     if source.hash != result.model.hash:
-        raise RunError(f"{model.path}: is not the model that {folder.path} searched; bring back its old files")
+        raise RunError(
+            f"{model.path}: is not the model that {folder.path} searched; bring back its old files, or say with "
+            "--model.path where they lie"
+        )
     return Winner(result, row, genome, source)
 
 

@@ -19,7 +19,13 @@ from moe_evo.genomes.file import save_individual
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.plain import plain
-from moe_evo.records.folder import RunFolder, check_inputs, default_folder, with_absolute_paths
+from moe_evo.records.folder import (
+    RunFolder,
+    check_inputs,
+    default_folder,
+    revision_asked,
+    with_absolute_paths,
+)
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
 from moe_evo.records.result import RunResult, TableRow
@@ -53,8 +59,11 @@ def search(
     found = inspect(config)
     raise_first(found.problems)
     assert found.source is not None and found.space is not None, "nothing is wrong with them"
+    asked, config = config.model, replace(config, model=found.source.config)
     with folder.claim(config) as journal:
         new = check_inputs(journal, found.hashes)
+        if "hash/model" in new:
+            new |= revision_asked(asked, found.source.hash)
         if folder.result.is_file():
             tracker.message(f"{folder.path}: this run is finished")
             return folder

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,17 @@ _BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json
 class ModelSource:
     """What `config.path` points to.
 
-    location: a local folder, or a Hugging Face name. family: as config.json tells. Raises ModelError where there
-    is no checkpoint that moe_evo can load; so do the properties, for files that cannot be used.
+    config: names the commit of a Hugging Face name. location: a local folder, or such a name. family: as config.json
+    tells. Raises ModelError where there is no checkpoint that moe_evo can load; so do the properties, for files that
+    cannot be used.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
         self.location = _location(config.path)
         self._config_file = _config_file(config, self.location)
+        is_local = isinstance(self.location, Path)
+        # everything else comes from the same commit, whatever happens to a branch meanwhile
+        self.config = config if is_local else replace(config, revision=self._config_file.parent.name)
         self.family = _family(self._config_file, self.location)
 
     @cached_property

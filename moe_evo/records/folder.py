@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,10 +27,20 @@ _NAME_LENGTH = 200
 
 _FREE_TO_CHANGE = {
     "": ("folder", "cluster", "tracking"),
-    "model": ("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
+    "model": (
+        *("device", "self_check", "merged_cache_gib", "sharding", "offload", "offload_folder", "max_memory"),
+        *("path", "revision", "alignment"),
+    ),
     "evaluation": SPEED_ONLY,
+    "search": ("evaluations",),
 }
-"""Options that may differ when a run is continued: they change where and how fast it computes, but no outcome."""
+"""Options that may differ when a run is continued: they change where and how fast it computes, but no outcome.
+
+Where the model lies may change, as the journal has its hash; the budget may grow.
+"""
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_ASKED_REVISION = "revision"
 
 _TOKENS = "tokens"
 
@@ -96,13 +108,20 @@ class RunFolder:
             return "new"
         from moe_evo.config.file import read_config  # jsonargparse: not where only numbers are computed
 
-        lines = difference(_defining(read_config(self.config)), _defining(config))
+        begun_with = read_config(self.config)
+        lines = difference(_defining(begun_with), _defining(config))
         if lines:
             raise RunError(
                 f"{self.path}: holds a run with another config ({'; '.join(lines)}); use another --folder, "
                 f"or go on with the old config: moe-evo search --resume {self.path}"
             )
-        return "finished" if self.result.is_file() else "begun"
+        wanted, budget = config.search.evaluations, begun_with.search.evaluations
+        if wanted < budget:
+            raise RunError(
+                f"{self.path}: search.evaluations: got {wanted}, expected {budget} or more, as this run was begun with "
+                f"{budget}; use another --folder, or go on with moe-evo search --resume {self.path}"
+            )
+        return "finished" if self.result.is_file() and wanted == budget else "begun"
 
     @contextmanager
     def claim(self, config: RunConfig) -> Iterator[Journal]:
@@ -143,9 +162,16 @@ class RunFolder:
         if state == "new":
             journal.clear()
         try:
+            self._set_aside_result()
             write_whole(self.config, yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _set_aside_result(self) -> None:
+        """Keep the result of a smaller budget under another name: with a result, a run counts as finished."""
+        if self.result.is_file():
+            kept = self.result.with_name(f"result-{datetime.now(UTC):%Y%m%dT%H%M%S}.json")
+            os.replace(self.result, kept)
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder")
@@ -270,6 +296,30 @@ def check_inputs(journal: Journal, hashes: Mapping[str, str]) -> dict[str, str]:
                 "or start anew with another --folder"
             )
     return new
+
+
+def revision_asked(config: ModelConfig, model_hash: str) -> dict[str, str]:
+    """What a journal holds beside the hash, so that `pinned` finds the commit that a branch was at."""
+    return {_ASKED_REVISION: config.revision or ""} if "/" in model_hash else {}
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The config with the commit of the Hugging Face model that the run in its folder began with.
+
+    A branch moves, and a run stays with the commit that the branch was at. Everything else is left as it is, for
+    `check_inputs` to judge.
+    """
+    journal_file = (
+        RunFolder(Path(config.folder)).journal if config.folder else RunFolder(default_folder(config)).journal
+    )
+    if _COMMIT.fullmatch(config.model.revision or "") or not journal_file.is_file():
+        return config
+    with Journal(journal_file, read_only=True) as journal:
+        asked, model_hash = journal.meta(_ASKED_REVISION), journal.meta("hash/model") or ""
+    name, _, commit = model_hash.partition("+")[0].rpartition("@")
+    if name != config.model.path or asked != (config.model.revision or "") or not _COMMIT.fullmatch(commit):
+        return config
+    return replace(config, model=replace(config.model, revision=commit))
 
 
 def resumed_config(folder: str) -> RunConfig:

@@ -20,6 +20,7 @@ from moe_evo.records.folder import (
     RunState,
     check_inputs,
     default_folder,
+    pinned,
     task_hashes,
     token_hashes,
     with_absolute_paths,
@@ -61,6 +62,8 @@ class Inspection:
 def inspect(config: RunConfig) -> Inspection:
     """Check everything that can be checked before a model is loaded; writes nothing, raises no MoeEvoError."""
     problems = Problems()
+    with problems.noted():
+        config = pinned(config)
     data = _data(config, problems)
     source = _source(config, problems)
     tasks = _tasks(config, source, data, problems)

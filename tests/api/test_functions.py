@@ -93,7 +93,9 @@ def test_the_same_call_again_is_the_same_run(run: moe_evo.Run) -> None:
     again = moe_evo.search(**SMALL, evaluations=8, folder=str(run.folder))
     assert again.result == run.result and (run.folder / "journal.sqlite").read_bytes() == before
     with pytest.raises(RunError, match="another config"):
-        moe_evo.search(**SMALL, evaluations=9, folder=str(run.folder))
+        moe_evo.search(**SMALL, evaluations=8, seed=99, folder=str(run.folder))
+    with pytest.raises(RunError, match="got 7, expected 8 or more"):
+        moe_evo.search(**SMALL, evaluations=7, folder=str(run.folder))
 
 
 def test_a_run_tells_what_it_found(run: moe_evo.Run) -> None:

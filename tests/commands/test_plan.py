@@ -231,8 +231,11 @@ def test_a_folder_is_told_as_free_held_by_another_run_or_resumed(tmp_path: Path)
     with TerminalTracker(Console(file=io.StringIO())) as tracker:
         search_command(config, tracker)
     assert "finished" in plan(config).notes[0]
-    other = replace(config, search=SearchConfig(evaluations=7))
-    assert "another config (search.evaluations: 6 -> 7)" in str(plan(other).problems[0])
+    other = replace(config, search=SearchConfig(evaluations=6, seed=7))
+    assert "another config (search.seed: 0 -> 7)" in str(plan(other).problems[0])
+    more, fewer = (replace(config, search=SearchConfig(evaluations=number)) for number in (7, 5))
+    assert "goes on where it stands" in plan(more).notes[0]
+    assert "search.evaluations: got 5, expected 6 or more" in str(plan(fewer).problems[0])
     (tmp_path / "run" / "result.json").unlink()
     assert "goes on where it stands" in plan(config).notes[0]
     shutil.rmtree(tmp_path / "run")

@@ -50,9 +50,14 @@ def unwritable(config: RunConfig, folder: Path) -> RunConfig:
     return replace(config, folder=str(folder / "file" / "run"))
 
 
+def begun_with_more(config: RunConfig, folder: Path) -> RunConfig:
+    search(config, Trackers())
+    return replace(config, search=replace(config.search, evaluations=1))
+
+
 def begun_otherwise(config: RunConfig, folder: Path) -> RunConfig:
     search(config, Trackers())
-    return replace(config, search=replace(config.search, evaluations=3))
+    return replace(config, search=replace(config.search, seed=9))
 
 
 def changed_data(config: RunConfig, folder: Path) -> RunConfig:
@@ -88,7 +93,8 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a folder with something else": (foreign, "holds other files and no run"),
     "a folder that cannot be": (unwritable, "cannot be written"),
-    "a folder with another run": (begun_otherwise, "another config (search.evaluations: 2 -> 3)"),
+    "a folder with a run of a larger budget": (begun_with_more, "search.evaluations: got 1, expected 2 or more"),
+    "a folder with another run": (begun_otherwise, "another config (search.seed: 0 -> 9)"),
     "other data than it began with": (changed_data, "has changed since this run began"),
     "no such warm start": (searching(warm_start="nowhere"), "not the folder of a run"),
     "a warm start that is not finished": (unfinished_warm_start, "is not finished"),
