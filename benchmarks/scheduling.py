@@ -41,6 +41,7 @@ from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.records.journal import MAIN, Journal
 from moe_evo.runs.loop import Run
 from moe_evo.searches.random_search import RandomSearch
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.data import check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -89,6 +90,9 @@ class NoWorkPool:
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
         raise AssertionError("nothing is asked of a pool without a model")
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
+        raise AssertionError("a pool without a model answers nothing")
 
     def close(self) -> None:
         pass

@@ -194,6 +194,8 @@ elif [[ $state =~ "failed with exit code "(-?[0-9]+) ]]; then
   ((status >= 0)) || status=$((128 - status))
   case $status in
     2) note "exit code 2, wrong input: the last line of the job's log says what; the run folder is $folder" ;;
+    126 | 127) note "exit code $status: nothing was started, as the cluster's nodes cannot run $python; give the Python" \
+      "there that has moe_evo with --python" ;;
     130) note "exit code 130, interrupted; $kept" ;;
     *) note "exit code $status; $kept; the whole log: ray job logs $where" ;;
   esac

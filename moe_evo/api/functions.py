@@ -71,6 +71,8 @@ def evaluate(
     genome: GenomeLike | None = None,
     split: Split = "validation",
     top_k: int | None = None,
+    baseline: GenomeLike | None = None,
+    samples: str | Path | None = None,
     config: Config | None = None,
     progress: bool = False,
     **options: object,
@@ -79,7 +81,8 @@ def evaluate(
 
     model: as for `search`, or a run, whose winner is scored. genome: a file, a run, the kept experts of each layer, or
     'full', the default for a model. Where no other config is given, that of the run is used: its model and tasks.
-    top_k: experts active a token, in place of the genome's own.
+    top_k: experts active a token, in place of the genome's own. baseline: another genome, to be scored on the same
+    examples. samples: a new file of JSONL with what was answered to every example.
 
     >>> import moe_evo
     >>> task = {"data": "syll", "num_validation": 8}
@@ -101,7 +104,16 @@ def evaluate(
     checked = config_of(ScoringConfig, config, model, tasks, options)
     named = genome_named("full" if genome is None else genome)
     with turn(progress=progress) as tracker:
-        return command(checked, named, split, top_k, None if run is None else str(run.folder), tracker)
+        return command(
+            checked,
+            named,
+            split,
+            top_k,
+            None if run is None else str(run.folder),
+            tracker,
+            baseline=None if baseline is None else genome_named(baseline),
+            samples=None if samples is None else Path(samples),
+        )
 
 
 def prune(

@@ -1,6 +1,7 @@
 """One action for each command: parse the command line, call the command's function, print what it returns.
 
-Each action imports what it calls, so that slow imports are made only for the commands that need them.
+Those that write a checkpoint stand in `checkpoint_actions`. Each action imports what it calls, so that slow imports are
+made only for the commands that need them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_evo.cli.checkpoint_actions import (
+    compress_action,
+    export_action,
+    print_recovered,
+    prune_action,
+    recover_action,
+)
+from moe_evo.cli.starting import start, tell_imports
 from moe_evo.errors import ConfigError
 from moe_evo.plain import plain
 
@@ -20,8 +29,8 @@ if TYPE_CHECKING:
 
     from moe_evo.config.parser import CommandParser
     from moe_evo.config.recover import RecoveryConfig
-    from moe_evo.config.run import RunConfig, ScoringConfig
-    from moe_evo.report.answers import RecoveredModel
+    from moe_evo.config.run import RunConfig
+    from moe_evo.records.sweep import SweepFolder, SweepResult
 
 
 def _note(line: str) -> None:
@@ -40,6 +49,7 @@ def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
         if len(parser.words(argv)) > 1:
             raise ConfigError("--resume: got other options beside it, expected none: a run keeps its config")
         config = resumed_config(arguments.resume)
+    start(config)
     recovery = _recovery(config, arguments)
     recovered = None
     with TerminalTracker() as tracker:
@@ -51,7 +61,7 @@ def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
             recovered = recover(aim, str(folder.path), target, "best", overwrite=False, tracker=tracker)
     _print_run(str(folder.path), as_json=as_json)
     if recovered is not None and not as_json:
-        _print_recovered(recovered)
+        print_recovered(recovered)
 
 
 def _recovery(config: RunConfig, arguments: Namespace) -> tuple[RecoveryConfig, Path] | None:
@@ -63,13 +73,6 @@ def _recovery(config: RunConfig, arguments: Namespace) -> tuple[RecoveryConfig, 
     return of_winner(config, arguments.recover)
 
 
-def _print_recovered(recovered: RecoveredModel) -> None:
-    from moe_evo.report.terminal import print_export, print_recovery
-
-    print_recovery(recovered)
-    print_export(recovered)
-
-
 def _sweep(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.commands.sweep import sweep
     from moe_evo.config.file import parse_config
@@ -77,17 +80,10 @@ def _sweep(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None
     from moe_evo.tracking.terminal import TerminalTracker
 
     arguments, config = parse_config(parser, argv, SweepConfig)
+    start(config)
     with TerminalTracker() as tracker:
         folder = sweep(config, tracker, use_tune=not arguments.no_tune)
-    result = folder.read_result()
-    if as_json:
-        print(json.dumps(plain(result)))
-    else:
-        from moe_evo.report.sweep import print_sweep
-
-        print_sweep(result)
-        print(f"figure   {folder.figure}\nresult   {folder.result}")
-        print(f"next     moe-evo report {folder.path}/runs/* --to {folder.path}/report.html")
+    _print_sweep(folder, folder.read_result(), as_json=as_json)
 
 
 def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -97,6 +93,7 @@ def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.tracking.terminal import TerminalTracker
 
     arguments, config = parse_config(parser, argv, RunConfig, _note)
+    tell_imports()
     with TerminalTracker() as tracker:
         recover = arguments.recover if arguments.and_recover else None
         answer = planned(config, arguments.memory_gib, recover, calibrate=arguments.calibrate, tracker=tracker)
@@ -111,8 +108,29 @@ def _plan(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
 
 def _show(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     from moe_evo.config.file import parse
+    from moe_evo.records.sweep import SweepFolder
 
-    _print_run(parse(parser, argv).run, as_json=as_json)
+    run = parse(parser, argv).run
+    sweep = SweepFolder(Path(run))
+    if sweep.is_sweep:
+        from moe_evo.commands.show import show_sweep
+
+        _print_sweep(sweep, show_sweep(sweep), as_json=as_json)
+    else:
+        _print_run(run, as_json=as_json)
+
+
+def _print_sweep(folder: SweepFolder, result: SweepResult, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plain(result)))
+    else:
+        from moe_evo.report.sweep import print_sweep
+
+        print_sweep(result)
+        told = [f"figure   {folder.figure}", f"result   {folder.result}"] if folder.result.is_file() else []
+        told += [f"         {name} is not finished" for name in result.unfinished]
+        told.append(f"next     moe-evo report {folder.path}")
+        print("\n".join(told))
 
 
 def _print_run(run: str, *, as_json: bool) -> None:
@@ -143,8 +161,18 @@ def _evaluate(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> N
     words = list(argv) if has_config or run is None else [run, *argv]
     arguments, config = parse_config(parser, words, ScoringConfig)
     genome = arguments.genome or run or "full"
+    start(config)
     with TerminalTracker() as tracker:
-        scores = evaluate(config, genome, arguments.split, arguments.top_k, run, tracker)
+        scores = evaluate(
+            config,
+            genome,
+            arguments.split,
+            arguments.top_k,
+            run,
+            tracker,
+            baseline=arguments.baseline,
+            samples=None if arguments.samples is None else Path(arguments.samples),
+        )
     if as_json:
         print(json.dumps(plain(scores)))
     else:
@@ -157,6 +185,7 @@ def _compare(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> No
     from moe_evo.config.file import parse
     from moe_evo.report.lines import as_csv, print_lines
     from moe_evo.report.pairing import print_pairings
+    from moe_evo.report.spread import print_spreads
     from moe_evo.report.write import compare
 
     arguments = parse(parser, argv)
@@ -168,6 +197,7 @@ def _compare(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> No
         print(json.dumps(plain(found)))
     else:
         print_lines(found.lines)
+        print_spreads(found.spread)
         print_pairings(found.paired)
 
 
@@ -183,124 +213,6 @@ def _report(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> Non
         from moe_evo.report.terminal import print_report
 
         print_report(written)
-
-
-def _export(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from moe_evo.commands.export import export
-    from moe_evo.config.file import parse
-    from moe_evo.records.folder import RunFolder
-    from moe_evo.tracking.terminal import TerminalTracker
-
-    arguments = parse(parser, argv)
-    folder = RunFolder.existing(arguments.run)
-    with TerminalTracker() as tracker:
-        report = export(
-            folder,
-            Path(arguments.to),
-            arguments.which,
-            arguments.device,
-            overwrite=arguments.overwrite,
-            tracker=tracker,
-            model_path=arguments.model.path,
-        )
-    if as_json:
-        print(json.dumps(plain(report)))
-    else:
-        from moe_evo.report.terminal import print_export
-
-        print_export(report)
-
-
-def _prune(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from dataclasses import fields
-
-    from moe_evo.commands.prune import PruneOptions, prune
-    from moe_evo.config.file import parse_config
-    from moe_evo.config.run import ScoringConfig
-    from moe_evo.tracking.terminal import TerminalTracker
-
-    arguments, config = parse_config(parser, argv, ScoringConfig)
-    given = {one.name: getattr(arguments, one.name) for one in fields(PruneOptions)}
-    if given["observations"] is not None:
-        given["observations"] = Path(given["observations"])
-    target = Path(arguments.to)
-    recovery, recovered = _recovery_of_pruned(config, arguments), None
-    with TerminalTracker() as tracker:
-        report = prune(config, PruneOptions(**given), target, overwrite=arguments.overwrite, tracker=tracker)
-        if recovery is not None:
-            from moe_evo.commands.recover import recover
-
-            aim, folder = recovery
-            recovered = recover(aim, str(target), folder, "best", overwrite=arguments.overwrite, tracker=tracker)
-    if as_json:
-        print(json.dumps(plain(report) | ({} if recovered is None else {"recovered": plain(recovered)})))
-    else:
-        from moe_evo.report.terminal import print_export, print_one_shot
-
-        print_one_shot(report)
-        print_export(report)
-        if recovered is not None:
-            _print_recovered(recovered)
-
-
-def _recovery_of_pruned(config: ScoringConfig, arguments: Namespace) -> tuple[RecoveryConfig, Path] | None:
-    """How a pruned model is to learn, and where its checkpoint goes; None without --recover."""
-    if not arguments.and_recover:
-        return None
-    from moe_evo.commands.recovery_input import of_pruned
-
-    return of_pruned(config, arguments.recover, Path(arguments.to), overwrite=arguments.overwrite)
-
-
-def _recover(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from moe_evo.commands.recover import recover
-    from moe_evo.commands.recovery_input import is_run
-    from moe_evo.config.file import parse_config
-    from moe_evo.config.recover import RecoveryConfig
-    from moe_evo.tracking.terminal import TerminalTracker
-
-    words = list(argv)
-    if argv and not argv[0].startswith("-"):
-        # the first bare word is the pruned model; with a run comes its config, and else the second word may be one
-        words = [*argv[1:], argv[0]]
-        if is_run(Path(argv[0])):
-            words = [argv[0], *words]
-    arguments, config = parse_config(parser, words, RecoveryConfig)
-    with TerminalTracker() as tracker:
-        recovered = recover(
-            config, arguments.pruned, Path(arguments.to), arguments.which, overwrite=arguments.overwrite,
-            tracker=tracker,
-        )  # fmt: skip
-    if as_json:
-        print(json.dumps(plain(recovered)))
-    else:
-        _print_recovered(recovered)
-
-
-def _compress(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
-    from dataclasses import fields, replace
-
-    from moe_evo.commands.compress import CompressOptions, compress
-    from moe_evo.config.file import parse_config
-    from moe_evo.config.run import ScoringConfig
-    from moe_evo.tracking.terminal import TerminalTracker
-
-    if any(word.split("=")[0] == "--model.path" for word in argv):
-        raise ConfigError("--model.path: got it beside CHECKPOINT, which is the model; expected one of them")
-    # the first bare word is the model, and the second one may be a config
-    words = [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
-    arguments, config = parse_config(parser, words, ScoringConfig)
-    options = CompressOptions(**{one.name: getattr(arguments, one.name) for one in fields(CompressOptions)})
-    config = replace(config, model=replace(config.model, path=arguments.checkpoint))
-    with TerminalTracker() as tracker:
-        report = compress(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
-    if as_json:
-        print(json.dumps(plain(report)))
-    else:
-        from moe_evo.report.terminal import print_compression, print_export
-
-        print_compression(report)
-        print_export(report)
 
 
 def _criteria(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -356,14 +268,14 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "sweep": _sweep,
     "plan": _plan,
     "evaluate": _evaluate,
-    "prune": _prune,
-    "recover": _recover,
-    "compress": _compress,
+    "prune": prune_action,
+    "recover": recover_action,
+    "compress": compress_action,
     "criteria": _criteria,
     "show": _show,
     "compare": _compare,
     "report": _report,
-    "export": _export,
+    "export": export_action,
     "wandb-replay": _wandb_replay,
     "doctor": _doctor,
 }

@@ -8,6 +8,8 @@ from moe_evo.config.recover import RecoverConfig, RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.sweep import SweepConfig
 
+_RUNS = "folders of runs, finished or not; that of a sweep stands for all of its runs"
+
 
 def search_parser() -> CommandParser:
     parser = config_parser(
@@ -73,8 +75,10 @@ def evaluate_parser() -> CommandParser:
     parser = config_parser(
         "evaluate",
         "Score one genome on one split, with the model and tasks of a config or of a run; of a run it is the "
-        "winner unless --genome says otherwise.",
-        "moe-evo evaluate [RUN | CONFIG.yaml] [--genome GENOME] [--split SPLIT] [--section.key VALUE ...]",
+        "winner unless --genome says otherwise. With --baseline another genome is scored on the same examples, and "
+        "told whether the two can be told apart.",
+        "moe-evo evaluate [RUN | CONFIG.yaml] [--genome GENOME] [--baseline GENOME] [--split SPLIT] [--samples FILE] "
+        "[--section.key VALUE ...]",
         ScoringConfig,
     )
     parser.add_argument(
@@ -87,6 +91,16 @@ def evaluate_parser() -> CommandParser:
     parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
     splits = ("search", "validation", "test")
     parser.add_argument("--split", choices=splits, default="validation", help="which examples")
+    parser.add_argument(
+        "--baseline", type=str | None, metavar="GENOME", help="another genome to compare with, such as 'full'"
+    )
+    parser.add_argument(
+        "--samples",
+        type=str | None,
+        metavar="FILE",
+        help="a new file of JSONL: for every example the prompt, the choices with their log-likelihoods or the text "
+        "that was generated, the right answer and the score",
+    )
     return parser
 
 
@@ -209,8 +223,13 @@ def criteria_parser() -> CommandParser:
 
 
 def show_parser() -> CommandParser:
-    parser = plain_parser("show", "Table, kept experts and files of a run.")
-    parser.add_argument("run", type=str, help="folder of a run, finished or not")
+    parser = plain_parser(
+        "show",
+        "Table, kept experts and files of a run, and what its table means: whether the winner can be told from the "
+        "full model, and what guessing scores. Of a sweep a line for each contender and number of experts: mean over "
+        "seeds and their spread.",
+    )
+    parser.add_argument("run", type=str, metavar="RUN | SWEEP", help="folder of a run, finished or not, or of a sweep")
     return parser
 
 
@@ -219,9 +238,10 @@ def compare_parser() -> CommandParser:
         "compare",
         "The final tables of several runs as one: by tasks and model, then few experts first, then the best test "
         "score first. Unfinished runs stand there with what they have. Then every winner against that of the first "
-        "RUN, on the same test examples: the difference of their scores with its 95 % interval, and McNemar's test.",
+        "RUN, on the same test examples: the difference of their scores with its 95 % interval, McNemar's test, and a "
+        "verdict. Of runs that differ only in their seed, mean and spread.",
     )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=_RUNS)
     parser.add_argument(
         "--format",
         choices=("table", "csv", "json"),
@@ -237,12 +257,12 @@ def report_parser() -> CommandParser:
         "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
         "score against size, any two runs side by side, failures, and the commands to reproduce and export.",
     )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=_RUNS)
     parser.add_argument(
         "--to",
         type=str | None,
         metavar="FILE",
-        help="file to write; default: report.html in the folder of a single run",
+        help="file to write; default: report.html in the folder of a single run or sweep",
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace FILE even if it is no older report")
     return parser

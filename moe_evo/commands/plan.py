@@ -24,6 +24,7 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.folder import default_folder
 from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, RecoveryPlan, SearchPlan, TaskPlan
 from moe_evo.runs.checks import Inspection, inspect
+from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
@@ -63,7 +64,7 @@ def plan(
     memory = None if size is None else planned_memory(config, data, size, space, device_bytes, problems, notes)
     cluster = None if capacity is None else _cluster(config, capacity, problems, notes)
     time = None
-    if calibrate is not None and not problems.found and space is not None:
+    if calibrate is not None and not problems.found and not found.absent and space is not None:
         with problems.noted():
             examples = {split: sum(len(one.splits[split]) for one in data) for split in SPLITS}
             counts = evaluations_by_split(config, _sizes(data), can_prune=space.can_prune)
@@ -82,6 +83,7 @@ def plan(
         estimate=time,
         problems=problems.found,
         notes=tuple(notes),
+        warnings=tuple(split_warnings(data, config.evaluation.fitness)) if data else (),
         recovery=recovery,
     )
 
@@ -163,14 +165,15 @@ def _device_bytes(config: RunConfig, memory_gib: float | None) -> int | None:
 
 
 def _notes(config: RunConfig, found: Inspection) -> list[str]:
-    """What the search would do if its folder holds the run already."""
+    """What the search would do if its folder holds the run already, and which files it lacks."""
     folder = config.folder or default_folder(config)
     notes = {
         "new": [],
         "begun": [f"{folder}: holds this run; the search goes on where it stands"],
         "finished": [f"{folder}: this run is finished; the search would only show it"],
     }
-    return notes[found.state]
+    absent = [f"{one}; this plan does without, a search does not" for one in found.absent]
+    return [*notes[found.state], *absent]
 
 
 def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:

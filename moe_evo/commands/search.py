@@ -18,6 +18,7 @@ from moe_evo.errors import raise_first
 from moe_evo.genomes.file import save_individual
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
+from moe_evo.models.location import is_hub_name
 from moe_evo.plain import plain
 from moe_evo.records.folder import (
     RunFolder,
@@ -30,6 +31,7 @@ from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
 from moe_evo.records.result import RunResult, TableRow
 from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
+from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.workload import merges
 from moe_evo.searches.registry import planned_phases
@@ -54,10 +56,10 @@ def search(
     """
     folder = RunFolder(Path(config.folder) if config.folder else default_folder(config))
     config = with_absolute_paths(replace(config, folder=str(folder.path)))
-    if config.model.path.count("/") == 1 and not Path(config.model.path).exists():
+    if is_hub_name(config.model.path):
         tracker.message(f"looking for {config.model.path} on Hugging Face")
     found = inspect(config)
-    raise_first(found.problems)
+    raise_first((*found.absent, *found.problems))
     assert found.source is not None and found.space is not None, "nothing is wrong with them"
     asked, config = config.model, replace(config, model=found.source.config)
     with folder.claim(config) as journal:
@@ -68,6 +70,8 @@ def search(
             tracker.message(f"{folder.path}: this run is finished")
             return folder
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
+        for line in split_warnings(found.data, config.evaluation.fitness):
+            tracker.message(line)
         with tracked(config, found.space, journal, folder, tracker) as trackers:
             here = replace(config, cluster=cluster or config.cluster)
             chosen, front = _chosen(here, found, found.source, found.space, journal, folder, trackers, model)

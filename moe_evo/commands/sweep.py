@@ -7,6 +7,8 @@ none that is finished. Ray Tune starts the runs; `_one_by_one` does it without R
 from __future__ import annotations
 
 import json
+import math
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,11 +25,13 @@ from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, RunError
+from moe_evo.errors import ClusterError, ConfigError, JournalError, MoeEvoError, RunError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
+from moe_evo.records.journal import MAIN
 from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
+from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.searches.registry import SEARCHES, begins_from, build_space
 from moe_evo.tasks.data import TaskData, check_tasks, task_name
 from moe_evo.tracking.base import Tracker
@@ -36,6 +40,9 @@ from moe_evo.tracking.terminal import TerminalTracker
 if TYPE_CHECKING:  # Ray and torch are imported when a sweep begins
     from moe_evo.gangs.tune_runs import Report, RunEvent
     from moe_evo.models.source import ModelSource
+
+
+_WATCH_INTERVAL_S = 2.0
 
 
 def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[str, RunConfig]:
@@ -117,7 +124,10 @@ def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFold
     done = len(runs) - len(missing)
     tracker.message(f"sweep of {len(runs)} runs in {folder.path}" + (f", {done} done before" if done else ""))
     if missing:
-        progress = _Progress(folder, tracker, total=len(runs), done=done)
+        if use_tune:  # else each run tells it here itself
+            for line in _small_splits(missing):
+                tracker.message(line)
+        progress = _Progress(folder, tracker, runs, missing)
         if use_tune:
             _with_tune(config, source, missing, folder, tracker, progress)
         else:
@@ -147,6 +157,15 @@ def _missing(runs: Mapping[str, RunConfig], source: ModelSource, folder: SweepFo
     return missing
 
 
+def _small_splits(runs: Mapping[str, RunConfig]) -> list[str]:
+    """What there is to say of small splits, once for all runs that have the same tasks."""
+    told: dict[str, None] = {}
+    of_tasks = {json.dumps([asdict(task) for task in run.tasks]): run for run in runs.values()}
+    for run in of_tasks.values():
+        told |= dict.fromkeys(split_warnings(check_tasks(run.tasks), run.evaluation.fitness))
+    return list(told)
+
+
 def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
     """Write table and figure of the finished runs; raises RunError where one is not finished."""
     from moe_evo.report.sweep import sweep_figure, sweep_result
@@ -165,20 +184,60 @@ def _summarise(runs: Mapping[str, RunConfig], folder: SweepFolder) -> None:
 
 
 class _Progress:
-    """Prints a line when the state of a run changes."""
+    """Prints a line when the state of a run changes; `watch` shows how many evaluations all runs have made."""
 
-    def __init__(self, folder: SweepFolder, tracker: Tracker, *, total: int, done: int) -> None:
-        self._folder, self._tracker, self._total, self._ended = folder, tracker, total, done
+    def __init__(
+        self, folder: SweepFolder, tracker: Tracker, runs: Mapping[str, RunConfig], missing: Mapping[str, RunConfig]
+    ) -> None:
+        self._folder, self._tracker = folder, tracker
+        self._total, self._ended = len(runs), len(runs) - len(missing)
+        self._budgets = {name: run.search.evaluations for name, run in missing.items()}
+        self._made = {name: self._journalled(name) for name in missing}
+        self._running: set[str] = set()
+        self._watched_at = -math.inf
+
+    def begin(self) -> None:
+        """Begin a bar over the evaluations of all runs that are not finished."""
+        self._tracker.stage("all runs", sum(self._budgets.values()), done=sum(self._made.values()))
 
     def __call__(self, name: str, event: RunEvent) -> None:
         if event == "started":
+            self._running.add(name)
             line = "started"
         elif event == "crashed":
             line = "crashed, starts again where it stood"
         else:
+            self._running.discard(name)
             self._ended += 1
             line = f"{self._outcome(name)} ({self._ended} of {self._total})"
         self._tracker.message(f"run {name}: {line}")
+
+    def watch(self, *, is_last: bool = False) -> None:
+        """Advance the bar by what the journals of the runs under way have, every few seconds."""
+        if time.monotonic() - self._watched_at < _WATCH_INTERVAL_S and not is_last:
+            return
+        self._watched_at = time.monotonic()
+        before = sum(self._made.values())
+        for name, budget in self._budgets.items():
+            if name in self._running:
+                self._made[name] = max(self._journalled(name), self._made[name])
+            elif self._folder.run(name).result.is_file():
+                self._made[name] = budget
+        made = sum(self._made.values()) - before
+        if made:
+            runs = f"{self._ended} of {self._total} runs ended, {len(self._running)} under way"
+            self._tracker.advanced(made, runs)
+
+    def _journalled(self, name: str) -> int:
+        """How many evaluations of its search a run has in its journal."""
+        run = self._folder.run(name)
+        if not run.journal.is_file():
+            return 0
+        try:
+            with run.open_journal() as journal:
+                return journal.num_told(MAIN)
+        except JournalError:  # it is being written; the next look may fare better
+            return 0
 
     def _outcome(self, name: str) -> str:
         run = self._folder.run(name)
@@ -230,6 +289,7 @@ def _with_tune(
     with _service(config, source, folder, tracker) as cluster:
         from moe_evo.gangs.tune_runs import run_trials
 
+        progress.begin()
         for wave in _waves(runs, config):
             run_trials(
                 wave,
@@ -238,7 +298,9 @@ def _with_tune(
                 max_concurrent=min(config.sweep.max_concurrent, len(wave)),
                 max_failures=config.sweep.max_failures,
                 tell=progress,
+                watch=progress.watch,
             )
+        progress.watch(is_last=True)
 
 
 @contextmanager

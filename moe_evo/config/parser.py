@@ -44,6 +44,7 @@ class CommandParser:
         self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
         self._types: dict[str, Any] = {"help": Any}
         self._bare: dict[str, Any] = {}  # arguments that take bare words, and how many
+        self._required: dict[str, str] = {}  # options and bare words that have to be there, as they are written
         self._switches: dict[str, str] = {}  # sections whose name alone is an option that takes true or false
         self.print_help = self._parser.print_help
         self.set_defaults = self._parser.set_defaults
@@ -61,6 +62,9 @@ class CommandParser:
             self._types[name.removeprefix("--")] = hint
         else:
             self._bare[name] = options.get("nargs")
+        if options.get("required") or not name.startswith("--"):
+            shown = str(options.get("metavar") or name.removeprefix("--").upper())
+            self._required[name] = f"{name} {shown}" if name.startswith("--") else shown
         self._parser.add_argument(name, **options)
 
     def add_config(self) -> None:
@@ -129,6 +133,9 @@ class CommandParser:
         for word in words:
             if word.option is not None:
                 self._check_option(word.option, word.value)
+        if (missing := self._missing(words)) is not None:
+            name = self._required[missing]
+            raise ConfigError(f"{name.split()[0] if missing.startswith('--') else name}: is missing; add {name}")
         if unclaimed := self._unclaimed(words):
             raise ConfigError(f"got {' '.join(unclaimed)!r}, which belongs to no option; --help tells what each takes")
 
@@ -179,6 +186,16 @@ class CommandParser:
         if values := element_types(self._types.get(parent), dict):
             return values
         raise self._unknown(option, "--")
+
+    def _missing(self, words: Sequence[Word]) -> str | None:
+        """The first required option or bare word that is not there, if any."""
+        given = {f"--{word.option}" for word in words if word.option is not None}
+        if "--print_config" in given:
+            return None
+        num_bare = sum(word.option is None for word in words)
+        bare = [name for name in self._required if not name.startswith("--")]
+        options = [name for name in self._required if name.startswith("--")]
+        return next((one for one in [*bare[num_bare:], *options] if one not in given), None)
 
     def _unclaimed(self, words: Sequence[Word]) -> list[str]:
         """Bare words that the command does not take: those beyond its number, or not next to each other."""

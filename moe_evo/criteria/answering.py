@@ -8,6 +8,7 @@ from typing import Any
 from moe_evo.criteria.likeness import observe_all_outputs, observe_logits
 from moe_evo.criteria.questions import (
     AllOutputs,
+    Answers,
     GateRatios,
     Outputs,
     Question,
@@ -23,11 +24,19 @@ from moe_evo.criteria.sums import LayerRouters, LayerWeights, Observation
 from moe_evo.criteria.weights import expert_weights
 from moe_evo.models.router_rows import router_lengths
 from moe_evo.models.source import ModelSource
+from moe_evo.tasks.answered import Answered
 
 
-def answer(question: Question, evaluator: Observed) -> Observation[Any]:
-    """The observation; all ranks of a gang call this together and get the same. Raises OutOfMemory."""
+def answer(question: Question, evaluator: Observed) -> Any:
+    """The `Observation`, or for `Answers` the examples with their answers.
+
+    All ranks of a gang call this together and get the same. Raises OutOfMemory.
+    """
     return _ANSWERS[type(question)](evaluator, question)
+
+
+def _answered(evaluator: Observed, question: Answers) -> tuple[Answered, ...]:
+    return evaluator.answered(question.genome, question.split, question.first)
 
 
 def _weights(evaluator: Observed, question: Weights) -> Observation[LayerWeights]:
@@ -41,7 +50,7 @@ def _routers(evaluator: Observed, question: Routers) -> Observation[LayerRouters
     return Observation(tuple(LayerRouters(*lengths) for lengths in layers))
 
 
-_ANSWERS: dict[type[Question], Callable[[Observed, Any], Observation[Any]]] = {
+_ANSWERS: dict[type[Question], Callable[[Observed, Any], Any]] = {
     Routed: observe_routed,
     Outputs: observe_outputs,
     GateRatios: observe_gate_ratios,
@@ -50,4 +59,5 @@ _ANSWERS: dict[type[Question], Callable[[Observed, Any], Observation[Any]]] = {
     Trials: observe_trials,
     Routers: _routers,
     Weights: _weights,
+    Answers: _answered,
 }

@@ -106,6 +106,22 @@ class Routers:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What `genome`, or the untouched model, answers to the examples of a split; first: to so many of each task."""
+
+    needs_data: ClassVar[bool] = False
+
+    task: str = ""
+    genome: Genome | None = None
+    split: str = "search"
+    first: int | None = None
+
+    @property
+    def key(self) -> str:
+        return _key(self, self.genome, self.split, self.first)
+
+
+@dataclass(frozen=True)
 class Weights:
     """Sums over the experts' weights; see `LayerWeights`."""
 

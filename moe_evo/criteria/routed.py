@@ -19,8 +19,10 @@ from torch.nn.functional import normalize
 
 from moe_evo.criteria.questions import GateRatios, OfPrompts, Outputs, Routed
 from moe_evo.criteria.sums import LayerObservation, LayerOutputs, LayerRatios, LayerSums, Observation
+from moe_evo.genomes.genome import Genome
 from moe_evo.models.experts.outputs import observed_experts, residual_streams
 from moe_evo.models.view import MoEModel
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.base import ForwardBatch
 from moe_evo.tasks.rank_share import rank_share
 from moe_evo.tasks.task import Task
@@ -43,6 +45,8 @@ class Observed(Protocol):
     def forward(self, batch: ForwardBatch) -> Tensor: ...
 
     def within_memory(self, compute: Callable[[], T]) -> T: ...
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]: ...
 
 
 L = TypeVar("L", bound=LayerSums)

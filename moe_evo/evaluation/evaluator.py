@@ -35,6 +35,7 @@ from moe_evo.genomes.space import check_fits
 from moe_evo.models.free_memory import MEMORY_ERRORS
 from moe_evo.models.rope_limit import check_row_lengths
 from moe_evo.models.view import MoEModel
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.base import ForwardBatch, GenerateBatch, TaskScores
 from moe_evo.tasks.samples import Sample
 from moe_evo.tasks.task import Task
@@ -155,6 +156,20 @@ class Evaluator:
         duration_s = (time.perf_counter() - started) / max(len(genomes), 1)
         self._memory.tidy_after(len(genomes))
         return [self._scores(split, found, duration_s) for found in reports]
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
+        """What a genome answers to the examples of a split, or to the first so many of each task, with their scores.
+
+        None is the untouched model. Raises OutOfMemory.
+        """
+        numbers = {task.name: task.numbers(split)[:first] for task in self.tasks}
+        own = self.within_memory(partial(self._reports, [genome], split, numbers, 0))
+        ranks = [reports for (reports,) in self.model.example_ranks.gather(own)]
+        of_tasks = zip(self.tasks, zip(*ranks, strict=True), strict=True)
+        return tuple(
+            one for task, reports in of_tasks
+            for one in task.answered(split, [part for report in reports for part in report.parts])
+        )  # fmt: skip
 
     def _is_out(self, split: str, reports: Sequence[Sequence[TaskReport]], rival: ExampleScores | None) -> bool:
         """Whether a genome is surely worse than its rival, so that it is stopped; the same on all ranks."""

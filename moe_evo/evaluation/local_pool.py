@@ -11,8 +11,10 @@ from moe_evo.criteria.questions import Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.pool import Listener, Request
+from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Outcome
 from moe_evo.genomes.space import ModelShape
+from moe_evo.tasks.answered import Answered
 
 
 class LocalPool:
@@ -45,6 +47,9 @@ class LocalPool:
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
         return ((question, answer(question, self._evaluator)) for question in questions)
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
+        return self._evaluator.answered(genome, split, first)
 
     def close(self) -> None:
         self._waiting.clear()

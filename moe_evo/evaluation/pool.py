@@ -14,6 +14,7 @@ from moe_evo.criteria.sums import Observation
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import ExampleScores, Outcome
 from moe_evo.genomes.space import ModelShape
+from moe_evo.tasks.answered import Answered
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class Pool(Protocol):
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
         """Observations of the model's experts, as they are ready; only while no request is under way."""
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
+        """See `Evaluator.answered`; only while no request is under way."""
 
     def close(self) -> None:
         """Release everything; requests that are under way are lost."""

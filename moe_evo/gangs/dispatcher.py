@@ -14,13 +14,14 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-from moe_evo.criteria.questions import Question
+from moe_evo.criteria.questions import Answers, Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.samples import without_number
 
-Answer: TypeAlias = Outcome | Observation[Any]
+Answer: TypeAlias = Outcome | Observation[Any] | tuple[Answered, ...]
 
 Key = tuple[str, str, str, str]
 
@@ -44,6 +45,8 @@ class Job:
     @property
     def name(self) -> str:
         """In messages."""
+        if isinstance(self.question, Answers):
+            return "answering examples"
         if self.question is not None:
             return f"observing the experts ({type(self.question).__name__.lower()})"
         return f"genome {self.genome.digest[:8]}" if self.genome is not None else "the full model"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.questions import Question
-from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ModelError, TaskError
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import ExampleScores, Outcome
@@ -126,7 +125,7 @@ class Rank:
         """One outcome a genome; see `Evaluator.evaluate`."""
         return self._evaluators[key].evaluate(genomes, split, rivals=rivals)
 
-    def ask(self, key: str, question: Question) -> Observation[Any]:
+    def ask(self, key: str, question: Question) -> Any:
         """See `answer`."""
         from moe_evo.criteria.answering import answer
 

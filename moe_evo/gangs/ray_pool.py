@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 
 from moe_evo.config.evaluation import SPEED_ONLY, EvaluationConfig
 from moe_evo.config.run import ScoringConfig
-from moe_evo.criteria.questions import Question
+from moe_evo.criteria.questions import Answers, Question
 from moe_evo.criteria.sums import Observation
 from moe_evo.errors import ClusterError, ConfigError
 from moe_evo.evaluation.pool import Listener, Request
@@ -26,9 +26,11 @@ from moe_evo.gangs.dispatcher import Answer, Job
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
 from moe_evo.gangs.service_spec import News, ServiceSpec
+from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.genomes.space import ModelShape
 from moe_evo.plugins import registering_modules
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.data import TaskData
 
 _NEWS_S = 1.0
@@ -137,8 +139,18 @@ class RayPool:
             for number, answer in self._next_answers():
                 if isinstance(answer, EvaluationFailure):
                     raise ClusterError(f"the experts could not be observed: {answer.reason}")
-                assert not isinstance(answer, Evaluation)
+                assert isinstance(answer, Observation)
                 yield asked.pop(number), answer
+
+    def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
+        """See `Pool`; raises ClusterError where the question breaks every gang."""
+        assert not self._requests, "ask before or after evaluations, not among them"
+        self._add(Job(self._work.key, question=Answers(genome=genome, split=split, first=first)))
+        ((_, answer),) = self._next_answers()
+        if isinstance(answer, EvaluationFailure):
+            raise ClusterError(f"no answers: {answer.reason}")
+        assert isinstance(answer, tuple)
+        return answer
 
     def close(self) -> None:
         """Leave the service."""

@@ -30,11 +30,13 @@ def run_trials(
     max_concurrent: int,
     max_failures: int,
     tell: Tell,
+    watch: Callable[[], None],
 ) -> None:
     """Call `function(config, report)` for every run, each in a process with one CPU, in the given order.
 
     folder: of Tune's state, from which `Tuner.restore` with `trainable(runs, function)` goes on. tell:
-    called when a run begins, crashes or ends; a run that fails for good is reported so and raises nothing.
+    called when a run begins, crashes or ends; a run that fails for good is reported so and raises nothing. watch:
+    called in between, every few moments.
     """
     tuner = tune.Tuner(
         trainable(runs, function),
@@ -48,7 +50,7 @@ def run_trials(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_Teller(tell)],
+            callbacks=[_Teller(tell, watch)],
             verbose=0,
         ),
     )
@@ -78,14 +80,22 @@ def _to_nobody(name: str, event: RunEvent) -> None:
     pass
 
 
-class _Teller(tune.Callback):  # type: ignore[misc]
-    """A callback of Tune that calls `tell` for each run that begins, crashes or ends."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self, tell: Tell) -> None:
+
+class _Teller(tune.Callback):  # type: ignore[misc]
+    """A callback of Tune that calls `tell` for each run that begins, crashes or ends, and `watch` in between."""
+
+    def __init__(self, tell: Tell, watch: Callable[[], None]) -> None:
         self._tell = tell
+        self._watch = watch
 
     def __reduce__(self) -> Any:
-        return (_Teller, (_to_nobody,))  # Tune keeps callbacks with its state; a terminal cannot be kept
+        return (_Teller, (_to_nobody, _nothing))  # Tune keeps callbacks with its state; a terminal cannot be kept
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._watch()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._tell(_name(trial), "started")

@@ -7,7 +7,6 @@ is first asked for, and once.
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_evo.config.model import EMBEDDED_MODELS, ModelConfig
+from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.checkpoint_check import Header, check_headers, check_numbers, check_routing, headers_of
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
+from moe_evo.models.location import location
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -33,17 +33,31 @@ class ModelSource:
     """What `config.path` points to.
 
     config: names the commit of a Hugging Face name. location: a local folder, or such a name. family: as config.json
-    tells. Raises ModelError where there is no checkpoint that moe_evo can load; so do the properties, for files that
-    cannot be used.
+    tells. needs_weights: False for a plan, which does with config.json. Raises ModelError where there is no checkpoint
+    that moe_evo can load; so do the properties, for files that cannot be used.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.location = _location(config.path)
+    def __init__(self, config: ModelConfig, *, needs_weights: bool = True) -> None:
+        self.location = location(config.path)
         self._config_file = _config_file(config, self.location)
         is_local = isinstance(self.location, Path)
         # everything else comes from the same commit, whatever happens to a branch meanwhile
         self.config = config if is_local else replace(config, revision=self._config_file.parent.name)
         self.family = _family(self._config_file, self.location)
+        if needs_weights:
+            self.require_weights()
+
+    def require_weights(self) -> None:
+        """Raise ModelError where a folder has no weights that can be loaded."""
+        if isinstance(self.location, Path) and not any(self.location.glob("*.safetensors")):
+            pickled = any(self.location.glob("pytorch_model*.bin"))
+            found = "holds pickled weights only, which can run code" if pickled else "has no weights"
+            raise ModelError(f"{self.location}: {found}; moe_evo reads *.safetensors")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one, as far as the names of files tell."""
+        return not isinstance(self.location, Path) or any((self.location / one).is_file() for one in _TOKENIZER_FILES)
 
     @cached_property
     def transformers_config(self) -> Any:
@@ -85,7 +99,7 @@ class ModelSource:
     @cached_property
     def tokenizer(self) -> Any | None:
         """None where a folder has none."""
-        if isinstance(self.location, Path) and not any((self.location / name).is_file() for name in _TOKENIZER_FILES):
+        if not self.has_tokenizer:
             return None
         try:
             with quiet():
@@ -138,31 +152,18 @@ class ModelSource:
         return content.hexdigest()
 
 
-def _location(path: str) -> Path | str:
-    """Where `model.path` points: a local folder, or else a Hugging Face name; raises ModelError for neither."""
-    if path in EMBEDDED_MODELS:
-        path = str(importlib.resources.files("moe_evo") / "data" / EMBEDDED_MODELS[path].folder)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    is_local = folder.exists() or folder.is_absolute() or path.startswith((".", "~"))
-    if is_local or folder.parent.is_dir() or path.count("/") != 1:
-        raise ModelError(f"{path}: no such folder; give a checkpoint folder or a Hugging Face name owner/model")
-    return path
-
-
-def _config_file(config: ModelConfig, location: Path | str) -> Path:
-    if isinstance(location, Path):
-        file = location / "config.json"
+def _config_file(config: ModelConfig, where: Path | str) -> Path:
+    if isinstance(where, Path):
+        file = where / "config.json"
         if not file.is_file():
-            raise ModelError(f"{location}: has no config.json; give the folder of a transformers checkpoint")
+            raise ModelError(f"{where}: has no config.json; give the folder of a transformers checkpoint")
         return file
     try:
         with quiet():
-            return Path(str(cached_file(location, "config.json", revision=config.revision)))
+            return Path(str(cached_file(where, "config.json", revision=config.revision)))
     except LIBRARY_ERRORS as error:
         raise ModelError(
-            f"{location}: no such folder, and not found on Hugging Face either ({one_line(error)})"
+            f"{where}: no such folder, and not found on Hugging Face either ({one_line(error)})"
         ) from error
 
 
@@ -189,14 +190,9 @@ def _own_end_tokens(folder: Path, config_file: Path) -> bytes:
     return b"" if told == known else json.dumps({"eos_token_id": told}).encode()
 
 
-def _family(config_file: Path, location: Path | str) -> Family:
-    """The family that config.json tells; raises ModelError where moe_evo cannot load it, or has no weights to."""
-    family = family_of(_json_object(config_file), str(location))
-    if isinstance(location, Path) and not any(location.glob("*.safetensors")):
-        pickled = any(location.glob("pytorch_model*.bin"))
-        found = "holds pickled weights only, which can run code" if pickled else "has no weights"
-        raise ModelError(f"{location}: {found}; moe_evo reads *.safetensors")
-    return family
+def _family(config_file: Path, where: Path | str) -> Family:
+    """The family that config.json tells; raises ModelError where moe_evo cannot load it."""
+    return family_of(_json_object(config_file), str(where))
 
 
 def _sample(file: Path) -> Iterator[bytes]:

@@ -210,6 +210,21 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file that was not there, atomically; raises FileExistsError, also where another process made it first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.link(temporary, path)  # which, unlike a rename, replaces nothing
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def asdict_plain(config: RunConfig) -> Plain:
     """The config as plain data, as YAML holds it."""
     data: Plain = json.loads(json.dumps(asdict(config)))

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ SCHEMA_VERSION = "3"
 
 MAIN, RANDOM, REFERENCE = "search", "random", "reference"
 """Names of searches in a journal. REFERENCE has the candidates that no search proposed, such as the full model."""
+
+_TOLD = "search = ? AND (split = 'search' OR split GLOB 'search/*')"
+_FEWEST_GAPS = 3
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -220,7 +224,21 @@ class Journal:
 
     def told(self, search: str) -> dict[int, Outcome]:
         """The outcomes by which a search goes: on the search split or, each candidate's own, on a sample of it."""
-        return self._outcomes("search = ? AND (split = 'search' OR split GLOB 'search/*')", (search,))
+        return self._outcomes(_TOLD, (search,))
+
+    def num_told(self, search: str) -> int:
+        """The number of outcomes that `told` returns."""
+        return int(self._fetch(f"SELECT count(*) FROM outcomes WHERE {_TOLD}", (search,))[0][0])
+
+    def pace_s(self, search: str) -> float | None:
+        """The seconds between two outcomes that `told` returns; None where there are too few to tell.
+
+        A mean without the longest twentieth of the gaps, in which the run may have been interrupted.
+        """
+        rows = self._fetch(f"SELECT finished_at FROM outcomes WHERE {_TOLD} ORDER BY position", (search,))
+        gaps = sorted(later - earlier for (earlier,), (later,) in pairwise(rows))
+        kept = gaps[: len(gaps) - max(len(gaps) // 20, 1)]
+        return sum(kept) / len(kept) if len(kept) >= _FEWEST_GAPS and sum(kept) > 0 else None
 
     def _outcomes(self, condition: str, arguments: tuple[object, ...]) -> dict[int, Outcome]:
         rows = self._fetch(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moe_evo.config.run import RunConfig
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
+from moe_evo.records.paired import PairedByTask, paired_by_task
 from moe_evo.records.result import (
     FailureFacts,
     FrontPoint,
@@ -23,6 +24,7 @@ from moe_evo.records.result import (
     TaskFacts,
 )
 from moe_evo.records.statistics import WinnersCurse
+from moe_evo.tasks.chance import chance_level
 from moe_evo.tasks.data import SPLITS, TaskData, reported
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
@@ -66,6 +68,7 @@ def run_result(
         search=_search_facts(config, journal),
         winners_curse=_winners_curse(journal, data, rows, is_fresh=config.evaluation.is_fresh),
         expected=expected,
+        against_full=against_full(journal, rows[0].candidate.number, rows[-1].candidate.number),
         gangs=gang_facts(journal.gang_events()),
         rows=tuple(row.to_row(*one) for row, one in zip(rows, sizes, strict=True)),
         front=tuple(
@@ -78,7 +81,8 @@ def task_facts(data: TaskData) -> TaskFacts:
     """A task's name, kind, metrics and hash, and the number of examples in each split."""
     examples = {split: len(found) for split, found in data.splits.items()}
     search_metric = None if data.search_metric == data.metric else data.search_metric
-    return TaskFacts(data.name, data.kind, data.metric, data.hash, examples, search_metric)
+    chance = chance_level(data.metric, data.splits["test"])
+    return TaskFacts(data.name, data.kind, data.metric, data.hash, examples, search_metric, chance)
 
 
 def _search_facts(config: RunConfig, journal: Journal) -> SearchFacts:
@@ -115,6 +119,16 @@ def _winners_curse(
     if not len(full) == len(winner) == len(SPLITS):
         return None
     return winners_curse(winner, np.random.default_rng(0), full)
+
+
+def against_full(journal: Journal, full: int, winner: int) -> PairedByTask | None:
+    """The winner of a search minus the full model on the same test examples; None where one of them has no scores.
+
+    full, winner: their numbers among the references and in the search.
+    """
+    found = [journal.outcomes(REFERENCE, "test").get(full), journal.outcomes(MAIN, "test").get(winner)]
+    reference, own = (one.scores if isinstance(one, Evaluation) else None for one in found)
+    return paired_by_task(own, reference) if own and reference else None
 
 
 def gang_facts(events: Sequence[tuple[float, int, str, str]]) -> GangFacts | None:

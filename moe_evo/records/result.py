@@ -10,6 +10,7 @@ from moe_evo.config.evaluation import FitnessRule
 from moe_evo.errors import RunError
 from moe_evo.genomes.population import Candidate, Evaluation, mean_active_experts
 from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
+from moe_evo.records.paired import PairedByTask
 from moe_evo.records.statistics import Z_95, WinnersCurse, share_interval, wilson_interval
 
 RESULT_VERSION = 1
@@ -46,6 +47,11 @@ class Score:
             num_examples=evaluation.num_examples,
             metrics=dict(evaluation.metrics),
         )
+
+    @classmethod
+    def of_share(cls, share: float, number: int) -> Score:
+        """That of so many answers, each right or wrong; scores between the two vary less. share: from 0 to 1."""
+        return cls(share, *wilson_interval(share, number), num_examples=number)
 
     @property
     def active_experts(self) -> float | None:
@@ -184,7 +190,8 @@ class TaskFacts:
     """A task that was searched for.
 
     metric: what is reported. hash: of its data. examples: how many, by split. search_metric: what the search maximised
-    on the search split, where that is not `metric`.
+    on the search split, where that is not `metric`. chance: what guessing among the choices scores on the test split;
+    None where there is nothing to guess from, and in older results.
     """
 
     name: str
@@ -193,11 +200,11 @@ class TaskFacts:
     hash: str
     examples: Mapping[str, int] = field(hash=False)
     search_metric: str | None = None
+    chance: float | None = None
 
     def to_plain(self) -> Plain:
-        """The fields, without a search metric where there is none of its own."""
-        told = plain_fields(self)
-        return told if self.search_metric else {name: told[name] for name in told if name != "search_metric"}
+        """The fields, without a search metric and a chance level where there are none."""
+        return {name: value for name, value in plain_fields(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -246,10 +253,12 @@ class RunResult:
 
     software: versions of everything that can change a number. fitness: how the scores of several tasks become one.
     router, experts, dynamic_skipping, top_p: as in the model's config. winners_curse: how much of the winner's lead
-    over the full model is lost from one split to the next. expected: what the winner can be expected to score on new
+    over the full model is gone from one split to the next. expected: what the winner can be expected to score on new
     examples of the validation split's kind, as the best of several validation scores is partly luck; None in older
-    results. gangs: None for a run in one process. rows: the final table, the full model first and the winner last.
-    front: of a search with several objectives. recovered: genomes whose model learned from the full one afterwards.
+    results. against_full: the winner minus the full model on the same test examples; None where one of them has no
+    score, and in older results. gangs: None for a run in one process. rows: the final table, the full model first and
+    the winner last. front: of a search with several objectives. recovered: genomes whose model learned from the full
+    one afterwards.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -263,6 +272,7 @@ class RunResult:
     search: SearchFacts
     winners_curse: WinnersCurse | None = None
     expected: float | None = None
+    against_full: PairedByTask | None = None
     gangs: GangFacts | None = None
     rows: tuple[Row, ...]
     front: tuple[FrontPoint, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,19 @@ class SweepFolder:
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.path / "runs" / name)
 
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the folder holds a sweep."""
+        return self.config.is_file()
+
+    @property
+    def begun(self) -> dict[str, RunFolder]:
+        """The runs that have begun, by name in order; raises RunError where there is none."""
+        folders = sorted(self.path.glob("runs/*/config.yaml"))
+        if not folders:
+            raise RunError(f"{self.path}: no run of this sweep has begun; give the same command again")
+        return {file.parent.name: RunFolder(file.parent) for file in folders}
+
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.txt"
 
@@ -79,3 +92,12 @@ class SweepFolder:
             raise RunError(
                 f"{self.result}: cannot be read ({error}); delete it and give the same command again, it is made anew"
             ) from error
+
+
+def run_folders(folders: Sequence[str]) -> list[str]:
+    """The folders of runs, with those of a sweep's runs in place of the sweep; raises RunError for an empty sweep."""
+    found: list[str] = []
+    for one in folders:
+        sweep = SweepFolder(Path(one))
+        found += [str(run.path) for run in sweep.begun.values()] if sweep.is_sweep else [one]
+    return found

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.config.run import RunConfig
 from moe_evo.plain import Plain, plain, plain_fields
 from moe_evo.records.folder import asdict_plain
+from moe_evo.records.paired import Paired
 from moe_evo.records.result import FailureFacts, GangFacts, Score
 from moe_evo.records.statistics import Difference
 from moe_evo.report.html import scores_table, table
 from moe_evo.report.table import loader_label
+from moe_evo.report.verdict import Remark, compared, levels_in_words, needed, word_for
 
 if TYPE_CHECKING:  # these import torch, which reading old runs does not need
     from moe_evo.models.compress.compression import ExpertSize, LayerChange
@@ -55,8 +58,26 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class AgainstBaseline:
+    """A genome against a baseline on the same examples. score: of the baseline. paired: the genome minus it."""
+
+    baseline: str
+    digest: str
+    score: Score
+    paired: Paired
+
+    def to_plain(self) -> Plain:
+        """The fields, with the verdict in a word; see `word_for`."""
+        return {**plain_fields(self), "verdict": word_for(self.paired)}
+
+
+@dataclass(frozen=True)
 class ScoredGenome:
-    """One genome's score on one split. genome: name by which it was given. num_kept, top_k: one number a MoE layer."""
+    """One genome's score on one split.
+
+    genome: name by which it was given. num_kept, top_k: one number a MoE layer. chance: what guessing scores, by task,
+    where that means something. against: a baseline, if one was asked for. samples: the file of examples and answers.
+    """
 
     genome: str
     digest: str
@@ -65,18 +86,32 @@ class ScoredGenome:
     split: str
     duration_s: float
     score: Score
+    chance: Mapping[str, float] = field(default_factory=dict, hash=False)
+    against: AgainstBaseline | None = None
+    samples: Path | None = None
 
     def to_plain(self) -> Plain:
-        """A flat dict: the fields of the score beside the other fields."""
+        """A flat dict: the fields of the score beside the other fields, without a baseline and samples if none are."""
         told = plain_fields(self)
-        return {**{name: value for name, value in told.items() if name != "score"}, **told["score"]}
+        absent = {name for name in ("against", "samples") if told[name] is None} | {"score"}
+        return {**{name: value for name, value in told.items() if name not in absent}, **told["score"]}
+
+    @property
+    def remarks(self) -> list[Remark]:
+        """What the score means: against the baseline, and against guessing."""
+        found = [] if self.against is None else [("baseline", f"{self.against.baseline}: {self.against.score}")]
+        if self.against is not None:
+            examples = f"{self.split} examples"
+            found.append(("verdict", compared(self.against.paired, self.genome, self.against.baseline, examples)))
+        return [*found, *(("chance", f"guessing scores {levels}") for levels in levels_in_words(self.chance))]
 
     def __str__(self) -> str:
         return f"{self.genome}: {self.score} on {self.score.num_examples} {self.split} examples"
 
     def _repr_html_(self) -> str:
         metrics = [[name, f"{value:.4f}"] for name, value in sorted(self.score.metrics.items())]
-        return table(str(self), ["metric", "value"], metrics)
+        told = "".join(f"<p>{escape(f'{name}: {sentence}')}</p>" for name, sentence in self.remarks)
+        return table(str(self), ["metric", "value"], metrics) + told
 
 
 @dataclass(frozen=True)
@@ -217,11 +252,13 @@ class RecoveryFacts:
             back = f", {self.gained.value / lost:.0%} of what pruning cost" if self.gained.value > 0 else ""
         else:
             back = ""
-        if self.gained.low > 0:
+        gained = Paired(self.gained)
+        if gained.sign > 0:
             return f"recovery gained {self.gained.value:.3f} on the test split{back}"
-        if self.gained.high < 0:
+        if gained.sign < 0:
             return f"recovery lost {-self.gained.value:.3f} on the test split: keep the pruned model"
-        return f"no gain that could be told from luck ({self.gained.value:+.3f} on the test split)"
+        told = f"{self.gained.value:+.3f} on the {self.gained.num_examples} examples of the test split"
+        return f"no gain that could be told from luck ({told}; {needed(gained)})"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from moe_evo.records.result import RunResult, Score
 from moe_evo.records.sweep import SweepResult
 from moe_evo.report.lines import Line
 from moe_evo.report.pairing import Pairing
+from moe_evo.report.spread import Spread
 from moe_evo.report.table import expert_weights, experts_label
+from moe_evo.report.verdict import remarks
 
 _BLUE = (0, 114, 178)
 
@@ -36,7 +38,7 @@ def scores_table(title: str, scores: Mapping[str, Score]) -> str:
 
 
 def result_table(result: RunResult) -> str:
-    """The final table of a run."""
+    """The final table of a run, and what it means in words."""
     headings = ["", "experts", "evaluations", "search", "validation", "test [95 % interval]"]
     rows = []
     for row in result.lines:
@@ -47,7 +49,8 @@ def result_table(result: RunResult) -> str:
     title = "; ".join(
         filter(None, [f"{result.fitness} over {result.tasks_label}", "higher is better", result.search_note])
     )
-    return table(title, headings, rows, bold)
+    told = "".join(f"<p>{escape(f'{name}: {sentence}')}</p>" for name, sentence in remarks(result))
+    return table(title, headings, rows, bold) + told
 
 
 def lines_table(lines: Sequence[Line]) -> str:
@@ -69,9 +72,20 @@ def pairings_table(paired: Sequence[Pairing]) -> str:
     for one in paired:
         told = one.reason or f"{one.difference:+.3f} [{one.difference_low:+.3f}, {one.difference_high:+.3f}]"
         counts = ["" if count is None else f"{count:.3g}" for count in (one.won, one.lost, one.p_value)]
-        rows.append([one.run, told, *counts])
-    headings = ["run", "difference [95 % interval]", "won", "lost", "McNemar p"]
+        rows.append([one.run, told, *counts, one.verdict or ""])
+    headings = ["run", "difference [95 % interval]", "won", "lost", "McNemar p", "verdict"]
     return table(f"test score of the winner minus that of {paired[0].against}", headings, rows)
+
+
+def spread_table(found: Sequence[Spread]) -> str:
+    """Mean and spread of the test score over seeds."""
+    headings = ["tasks", "", "algorithm", "experts", "seeds", "mean", "deviation", "lowest", "highest"]
+    rows = [
+        [one.tasks, one.title, one.algorithm, one.kept, str(one.seeds),
+         *(f"{value:.3f}" for value in (one.mean, one.deviation, one.lowest, one.highest))]
+        for one in found
+    ]  # fmt: skip
+    return table("test score over seeds", headings, rows)
 
 
 def sweep_table(result: SweepResult) -> str:

@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.population import Evaluation
-from moe_evo.records.result import Row
+from moe_evo.records.result import Row, RunResult
 from moe_evo.report.plan import count_label
 from moe_evo.report.record import Record
-from moe_evo.report.table import plain_table, print_whole
+from moe_evo.report.table import plain_table, print_fitting
+from moe_evo.report.verdict import word_for
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Line:
     none where its tasks set `search_metric`, as scores are of `metric`.
     num_kept and num_experts: means over MoE layers. parameters: None where the run did not record them.
     {split}, {split}_low, {split}_high: fitness and its 95 % interval over examples; None where there is none.
+    minus_full, minus_full_low, minus_full_high: of the winner, its test score minus that of the full model on the same
+    examples. verdict: what that means in a word; see `word_for`.
     """
 
     run: str
@@ -54,6 +57,10 @@ class Line:
     test: float | None = None
     test_low: float | None = None
     test_high: float | None = None
+    minus_full: float | None = None
+    minus_full_low: float | None = None
+    minus_full_high: float | None = None
+    verdict: str | None = None
 
     def interval(self, split: str) -> tuple[float, float, float] | None:
         """Fitness, low and high on one split, where it has all three."""
@@ -89,6 +96,7 @@ def lines_of(record: Record) -> list[Line]:
             parameters_share=row.parameters / whole if row.parameters and whole else None,
             evaluations=row.evaluations,
             **_intervals(row),
+            **(_against_full(record.result) if row.key == "best" else {}),
         )
         for row in record.result.lines
     ]
@@ -101,6 +109,16 @@ def _intervals(row: Row) -> dict[str, Any]:
         for split, score in row.scores.items()
         for suffix, value in (("", score.fitness), ("_low", score.low), ("_high", score.high))
     }
+
+
+def _against_full(result: RunResult) -> dict[str, Any]:
+    """The winner minus the full model, by the names of `Line`'s fields."""
+    if result.against_full is None:
+        return {}
+    overall = result.against_full.overall
+    difference, word = overall.difference, word_for(overall)
+    return {"minus_full": difference.value, "minus_full_low": difference.low, "minus_full_high": difference.high,
+            "verdict": word}  # fmt: skip
 
 
 def _unfinished(record: Record, common: dict[str, Any]) -> list[Line]:
@@ -181,41 +199,45 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
-    """Print the lines as tables; winners are bold."""
+    """Print the lines as tables; winners are bold. Below each table stand its runs with what they were made by."""
     console = console or Console()
-    has_parameters = any(line.parameters for line in lines)
     for tasks in dict.fromkeys(line.tasks for line in lines):
         group = [line for line in lines if line.tasks == tasks]
-        print_whole(console, _table(tasks, group, has_parameters=has_parameters))
+        print_fitting(console, _table(tasks, group))
+        for line in group:
+            if line.key == "best":
+                console.print(f"{line.run}: {_made_by(line)}", highlight=False, markup=False, soft_wrap=True)
     unfinished = list(dict.fromkeys(line.folder for line in lines if line.state == "unfinished"))
     for folder in unfinished:
         console.print(f"not finished, go on with: moe-evo search --resume {folder}",
                       highlight=False, markup=False, soft_wrap=True)  # fmt: skip
 
 
-def _table(tasks: str, lines: Sequence[Line], *, has_parameters: bool) -> Table:
+def _made_by(line: Line) -> str:
+    """Algorithm, seed, evaluations, size, verdict and folder of a run, by the line of its winner."""
+    parameters = f", {parameters_label(line)} parameters" if line.parameters else ""
+    told = ""
+    if line.minus_full is not None:
+        told = f"; winner minus full model {line.minus_full:+.3f} [{line.minus_full_low:+.3f}, "
+        told += f"{line.minus_full_high:+.3f}], {line.verdict}"
+    spent = f"{line.evaluations} evaluations"
+    return f"{line.algorithm}, seed {line.seed}, {spent}{parameters}{told}; {line.folder}"
+
+
+def _table(tasks: str, lines: Sequence[Line]) -> Table:
     table = plain_table(Text(f"{tasks}; higher is better"))
-    table.add_column("run", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    headings = ["experts", *["parameters"] * has_parameters, "evals", "search", "validation", "test [95 % interval]"]
-    for heading in headings:
+    table.add_column("run", overflow="fold")
+    table.add_column("", overflow="fold")
+    for heading in ("experts", "search", "validation", "test [95 % interval]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("seed", justify="right", no_wrap=True)
-    for heading in ("algorithm", "folder"):
-        table.add_column(heading, no_wrap=True)
     for line in lines:
         mark = " (unfinished)" if line.state == "unfinished" else ""
         table.add_row(
             Text(line.run + mark),
             Text(line.title),
             kept_label(line),
-            *[parameters_label(line)] * has_parameters,
-            str(line.evaluations or ""),
             *(f"{value:.3f}" if value is not None else "" for value in (line.search, line.validation)),
             _interval_label(line),
-            str(line.seed),
-            line.algorithm,
-            Text(line.folder),
             style="bold" if line.key == "best" else "",
         )
     return table

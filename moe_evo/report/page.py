@@ -20,6 +20,7 @@ from moe_evo.report.lines import kept_label, lines_of_all, parameters_label
 from moe_evo.report.payload import finite, index_payload, packed, run_payload
 from moe_evo.report.record import Record
 from moe_evo.report.sections import section
+from moe_evo.report.spread import spreads
 
 GENERATOR = "moe_evo report"
 """Text in the head of every report, by which a file is recognised as a report."""
@@ -48,6 +49,7 @@ def render_page(records: Sequence[Record], *, now: datetime | None = None) -> st
         tasks=list(dict.fromkeys(name for record in records for name in record.task_names)),
         sections=[section(record, number) for number, record in enumerate(records)],
         lines=lines,
+        spread=spreads(lines),
         numbers={record.label: number for number, record in enumerate(records)},
         index=finite(index_payload(records, lines)),
         payloads=[Markup(packed(run_payload(record))) for record in records],

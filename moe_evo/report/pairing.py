@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moe_evo.genomes.population import Evaluation, ExampleScores
+from moe_evo.records.paired import paired
 from moe_evo.records.result import TaskFacts
-from moe_evo.records.statistics import exact_mcnemar, paired_difference
 from moe_evo.report.record import Record
-from moe_evo.report.table import plain_table, print_whole
+from moe_evo.report.table import plain_table, print_fitting
+from moe_evo.report.verdict import TOLD, word_for
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Pairing:
 
     difference: its score minus the other's, mean over tasks, with its 95 % interval. won, lost: numbers of examples
     that only this winner, or only the other, got right; with them the p-value of the exact McNemar test. They are
-    None where scores are not 0 or 1. reason: why the two cannot be paired, in which case all numbers are None.
+    None where scores are not 0 or 1. verdict: in a word; see `word_for`. needed: about how many examples would tell a
+    difference of `TOLD`. reason: why the two cannot be paired, in which case everything else is None.
     """
 
     run: str
@@ -37,6 +38,8 @@ class Pairing:
     won: int | None = None
     lost: int | None = None
     p_value: float | None = None
+    verdict: str | None = None
+    needed: int | None = None
 
 
 def pairings(records: Sequence[Record]) -> list[Pairing]:
@@ -54,14 +57,16 @@ def _pairing(record: Record, first: Record) -> Pairing:
     reason = _other_examples(record, first)
     if reason is not None:
         return replace(between, reason=reason)
-    difference = paired_difference(own, others, np.random.default_rng(0))
-    mcnemar = exact_mcnemar(own, others)
+    found = paired(own, others)
+    difference, mcnemar = found.difference, found.mcnemar
     return replace(
         between,
         num_examples=difference.num_examples,
         difference=difference.value,
         difference_low=difference.low,
         difference_high=difference.high,
+        verdict=word_for(found),
+        needed=found.examples_to_tell(TOLD),
         **({} if mcnemar is None else asdict(mcnemar)),
     )
 
@@ -113,12 +118,16 @@ def _test_share(record: Record, name: str) -> float:
 def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> None:
     """Print a table of the runs that can be paired, and a line for each reason why others cannot."""
     console = console or Console()
-    paired = [one for one in found if one.reason is None]
-    if paired:
+    pairs = [one for one in found if one.reason is None]
+    if pairs:
         # printed by itself, because a table's title is wrapped to the width of the table
-        console.print(f"\ntest score of the winner minus that of {paired[0].against}, on the same examples",
+        console.print(f"\ntest score of the winner minus that of {pairs[0].against}, on the same examples",
                       style="table.title", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
-        print_whole(console, _paired_table(paired))
+        print_fitting(console, _paired_table(pairs))
+        needed = max((one.needed for one in pairs if one.verdict == "unclear" and one.needed), default=0)
+        if needed > (pairs[0].num_examples or 0):
+            told = f"unclear: no difference can be told; about {needed:,} examples would tell one of {TOLD:g}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     runs_of: dict[str, list[str]] = {}
     for one in found:
         if one.reason is not None:
@@ -128,12 +137,13 @@ def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> 
                       highlight=False, markup=False, soft_wrap=True)  # fmt: skip
 
 
-def _paired_table(paired: Sequence[Pairing]) -> Table:
+def _paired_table(pairs: Sequence[Pairing]) -> Table:
     table = plain_table()
-    table.add_column("run", no_wrap=True)
-    for heading in ("difference [95 % interval]", "examples", "won", "lost", "McNemar p"):
+    table.add_column("run", overflow="fold")
+    for heading in ("difference [95 %]", "examples", "won", "lost", "McNemar p"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in paired:
+    table.add_column("verdict", no_wrap=True)
+    for one in pairs:
         numbers = (one.difference, one.difference_low, one.difference_high)
         table.add_row(
             Text(one.run),
@@ -141,6 +151,7 @@ def _paired_table(paired: Sequence[Pairing]) -> Table:
             str(one.num_examples),
             *("" if count is None else str(count) for count in (one.won, one.lost)),
             _p_label(one.p_value),
+            one.verdict,
         )
     return table
 

@@ -40,7 +40,7 @@ def print_plan(plan: Plan, next_command: str, console: Console | None = None) ->
         *_estimate(plan.estimate),
     ]:
         _line(console, line)
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.warnings):
         _line(console, f"note        {note}")
     for number, problem in enumerate(plan.problems, start=1):
         _line(console, f"problem {number:<3} {problem}", style="bold red")

@@ -162,9 +162,9 @@ class RecoveryPlan:
 class Plan:
     """Everything that can be known of a run before it starts.
 
-    problems: why the search would not start, or would fail. notes: remarks on what the user may not expect. cluster:
-    None for a run in one process. estimate: None where no evaluation was measured. recovery: None where none is asked
-    for.
+    problems: why the search would not start, or would fail. notes: remarks on what the user may not expect. warnings:
+    of splits with few examples. cluster: None for a run in one process. estimate: None where no evaluation was
+    measured. recovery: None where none is asked for.
     """
 
     model: ModelPlan | None
@@ -177,3 +177,4 @@ class Plan:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     recovery: RecoveryPlan | None = None
+    warnings: tuple[str, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -12,24 +11,20 @@ from datetime import datetime
 import yaml
 
 from moe_evo.config.task import fitness_label
-from moe_evo.genomes.population import ACTIVE_EXPERTS, Evaluation
+from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import asdict_plain
-from moe_evo.records.result import Row, TaskFacts
-from moe_evo.records.statistics import wilson_interval
 from moe_evo.report.front import FrontTable, export_line, front_cells, front_picture
 from moe_evo.report.lines import Line, kept_label, lines_of, parameters_label
 from moe_evo.report.plan import count_label, time_label
 from moe_evo.report.record import GangNow, Record
 from moe_evo.report.table import experts_label
+from moe_evo.report.task_scores import Cell, task_score, unit_of
+from moe_evo.report.verdict import Remark, remarks, word_for
 from moe_evo.tasks.data import SPLITS
-from moe_evo.tasks.kinds import KINDS, SHARE
 
 _MOST_EVENTS = 100
 
 Facts = list[tuple[str, str]]
-
-Cell = tuple[float, float | None, float | None]
-"""A value with its interval, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ class GangTable:
 class Section:
     """Everything that the template shows of one run.
 
-    note: see `RunResult.search_note`. front, picture: of a run with several objectives; the picture is an SVG.
+    note: see `RunResult.search_note`. remarks: what the table means. front, picture: of a run with several objectives;
+    the picture is an SVG.
     """
 
     number: int
@@ -89,6 +85,7 @@ class Section:
     lines: Sequence[Line]
     scale: tuple[float, float] | None
     note: str | None
+    remarks: Sequence[Remark]
     facts: Facts
     versions: Facts
     tasks: TaskTable | None
@@ -112,6 +109,7 @@ def section(record: Record, number: int) -> Section:
         lines=lines,
         scale=_scale(lines),
         note=None if record.result is None else record.result.search_note,
+        remarks=[] if record.result is None else remarks(record.result),
         facts=_facts(record),
         versions=_versions(record),
         tasks=task_table(record),
@@ -146,10 +144,11 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
     whole = None if full is None else full.interval("test")
     if whole is not None:
         shown.append(("full model", f"{whole[0]:.3f}", f"95 % interval {whole[1]:.3f} to {whole[2]:.3f}"))
-    if record.result.winners_curse is not None:
-        lost = record.result.winners_curse.search_test
-        remark = f"of its lead over the full model, 95 % interval {lost.low:.3f} to {lost.high:.3f}"
-        shown.append(("lost from search to test", f"{lost.value:.3f}", remark))
+    if record.result.against_full is not None:
+        paired = record.result.against_full.overall
+        low, high = paired.difference.low, paired.difference.high
+        remark = f"{word_for(paired)}, 95 % interval {low:+.3f} to {high:+.3f}"
+        shown.append(("winner minus full model, test split", f"{paired.difference.value:+.3f}", remark))
     if record.result.expected is not None:
         remark = "the best of several validation scores is partly luck"
         shown.append(("expected of the winner on new examples", f"{record.result.expected:.3f}", remark))
@@ -233,7 +232,8 @@ def task_table(record: Record) -> TaskTable | None:
     """
     if record.result is None:
         return None
-    rows, tasks = record.result.lines[::-1], record.result.tasks  # the winner first
+    full, *others = record.result.lines
+    rows, tasks = [full, *others[::-1]], record.result.tasks  # beside the full model the winner
     metrics = []
     for task in tasks:
         prefix = f"{task.name}/"
@@ -241,37 +241,12 @@ def task_table(record: Record) -> TaskTable | None:
         names = dict.fromkeys(name for name in told if name.startswith(prefix))
         for name in sorted(names, key=lambda one: one != prefix + task.metric):
             metric = name.removeprefix(prefix)
-            is_counted = metric == task.metric
             for split in reversed(SPLITS):
-                cells = [_cell(row, split, name, metric, task, alone=is_counted and len(tasks) == 1) for row in rows]
+                cells = [task_score(row, split, task, metric, num_tasks=len(tasks)) for row in rows]
                 if any(cell is not None for cell in cells):
-                    metrics.append(MetricRow(task.name, metric, _unit(task, metric), split, is_counted, cells))
+                    is_counted = metric == task.metric
+                    metrics.append(MetricRow(task.name, metric, unit_of(task, metric), split, is_counted, cells))
     return TaskTable([row.title for row in rows], [row.key for row in rows], metrics)
-
-
-def _cell(row: Row, split: str, name: str, metric: str, task: TaskFacts, *, alone: bool) -> Cell | None:
-    """Value, low and high of a metric; alone: whether the row's fitness is this metric of this one task."""
-    score = row.scores.get(split)
-    value = None if score is None else score.metrics.get(name)
-    if score is None or value is None or not math.isfinite(value):
-        return None
-    if alone:
-        return (value, score.low, score.high)
-    number = task.examples[split]
-    if not _is_share(task, metric) or not 0 <= value <= 1 or number < 2:
-        return (value, None, None)
-    return (value, *wilson_interval(value, number))  # for right and wrong answers; scores between them vary less
-
-
-def _is_share(task: TaskFacts, metric: str) -> bool:
-    """Whether a metric is a share from 0 to 1; nothing is known of a kind that is not installed here."""
-    return metric != ACTIVE_EXPERTS and task.kind in KINDS and KINDS[task.kind].unit(metric) == SHARE
-
-
-def _unit(task: TaskFacts, metric: str) -> str:
-    if metric == ACTIVE_EXPERTS:
-        return "a token, mean over layers"
-    return "" if task.kind not in KINDS or _is_share(task, metric) else KINDS[task.kind].unit(metric)
 
 
 def _failures(record: Record) -> list[FailureGroup]:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moe_evo.records.result import Row, RunResult, Score
 from moe_evo.records.sweep import SweepLine, SweepResult
+from moe_evo.report.spread import without_count
 from moe_evo.report.table import experts_label, plain_table, print_whole
 
 _COLOURS = {"best": "#1f6f8b", "best_pruning": "#58a4b0", "random_search": "#d98e04", "frequency": "#a23e48"}
@@ -91,7 +92,7 @@ def print_sweep(result: SweepResult, console: Console | None = None) -> None:
         low = np.mean([_test(line).low for line in lines])
         high = np.mean([_test(line).high for line in lines])
         table.add_row(
-            _title(lines[0]),
+            without_count(lines[0].title),
             _tasks_label(tasks),
             experts_label([number for line in lines for number in line.num_kept]),
             f"{lines[0].parameters:,}",
@@ -102,11 +103,6 @@ def print_sweep(result: SweepResult, console: Console | None = None) -> None:
             "*" if any(line.front for line in lines) else "",
         )
     print_whole(console, table)
-
-
-def _title(line: SweepLine) -> str:
-    """The contender without the number of its evaluations or of a soup's individuals, as seeds may differ in it."""
-    return "soup" if line.key == "soup" else line.title.split(", best of")[0]
 
 
 def _tasks_label(tasks: Sequence[str]) -> str:
@@ -137,7 +133,7 @@ def _draw_panel(axis: Axes, groups: Mapping[tuple[str, str, int], list[SweepLine
         series.setdefault((key, algorithm), []).append(lines)
     names = {key for key, _ in series}
     for (key, algorithm), points in series.items():
-        label = _title(points[-1][0])
+        label = without_count(points[-1][0].title)
         if key == "full":
             axis.axhline(_test(points[0][0]).fitness, color="0.35", linewidth=1, linestyle="--", label=label)
             continue

@@ -15,6 +15,7 @@ from moe_evo.genomes.genome import Genome
 from moe_evo.records.result import RunResult
 
 _SHADES = " ░▒▓█"
+_NARROWEST = 8  # of a column that folds
 
 
 def plain_table(title: str | Text | None = None) -> Table:
@@ -27,6 +28,19 @@ def plain_table(title: str | Text | None = None) -> Table:
 def print_whole(console: Console, table: Table) -> None:
     """Print a table at its full width, so that a narrower terminal wraps lines and does not cut numbers."""
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    width, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = width
+
+
+def print_fitting(console: Console, table: Table) -> None:
+    """Print a table within the width of the console: columns that may fold do, and those that may not are never cut."""
+    folding = [column for column in table.columns if not column.no_wrap]
+    for column in folding:
+        column.max_width = _NARROWEST
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    for column in folding:
+        column.max_width = None
     width, console.width = console.width, max(console.width, needed)
     console.print(table)
     console.width = width

@@ -13,7 +13,6 @@ from moe_evo.config.task import fitness_label
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import GangFacts, RunResult, Score
-from moe_evo.records.statistics import Difference
 from moe_evo.report.answers import (
     CompressedModel,
     ExportedRun,
@@ -26,6 +25,8 @@ from moe_evo.report.answers import (
 )
 from moe_evo.report.front import export_line, front_table
 from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
+from moe_evo.report.task_scores import interval_label, tasks_table
+from moe_evo.report.verdict import remarks
 from moe_evo.tasks.data import SPLITS
 
 
@@ -52,6 +53,8 @@ def _print_progress(folder: RunFolder, progress: Progress) -> None:
 def _print_result(folder: RunFolder, result: RunResult) -> None:
     console = Console()
     print_whole(console, final_table(result))
+    if len(result.tasks) > 1:
+        print_whole(console, tasks_table(result))
     if result.front:
         print_whole(console, front_table(result))
     winner = load_genome(folder.best)
@@ -62,7 +65,7 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
         f"{search.evaluations} evaluations ({search.failures} failed{stopped}), seed {search.seed}, "
         f"{search.evaluation_s:.0f} s of evaluation\n"
         f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}"
-        f"{_luck(result)}{_expected(result)}{_soup(result)}{_front(folder, result)}"
+        f"{_remarks(result)}{_expected(result)}{_soup(result)}{_front(folder, result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -111,14 +114,9 @@ def _gangs(gangs: GangFacts | None) -> str:
     return "\n".join([*lines, *(f"broken   {reason}" for reason in gangs.reasons)]) + "\n"
 
 
-def _luck(result: RunResult) -> str:
-    """How much of the winner's lead on the search split is lost on the other splits (the winner's curse)."""
-    if result.winners_curse is None:
-        return ""
-    lost = result.winners_curse.search_test
-    sign, (low, high) = (1, (lost.low, lost.high)) if lost.value >= 0 else (-1, (-lost.high, -lost.low))
-    told = f"{'falls' if sign > 0 else 'rises'} by {sign * lost.value:.3f} [{low:.3f}, {high:.3f}]"
-    return f"luck     winner minus full model {told} from the search to the test split\n"
+def _remarks(result: RunResult) -> str:
+    """What the table means, in words."""
+    return "".join(f"{name:<9}{sentence}\n" for name, sentence in remarks(result))
 
 
 def _expected(result: RunResult) -> str:
@@ -159,6 +157,9 @@ def print_scores(scored: ScoredGenome) -> None:
     )
     for name, value in sorted(score.metrics.items()):
         console.print(f"  {name}: {value:.4f}", highlight=False)
+    told = [*scored.remarks, *([] if scored.samples is None else [("samples", str(scored.samples))])]
+    for name, sentence in told:
+        console.print(f"{name:<9}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_export(exported: ExportedRun | PrunedModel | CompressedModel | RecoveredModel) -> None:
@@ -233,8 +234,8 @@ def print_recovery(recovered: RecoveredModel) -> None:
     console, facts = Console(), recovered.facts
     _print_scores_of_models(console, facts.scores)
     lines = [
-        f"gained      {_interval(facts.gained)} over the pruned model, on the same examples (95 % interval)",
-        f"missing     {_interval(facts.missing)} against the full model",
+        f"gained      {interval_label(facts.gained)} over the pruned model, on the same examples (95 % interval)",
+        f"missing     {interval_label(facts.missing)} against the full model",
         f"learned     {facts.prompts:,} prompts with their answers, {facts.positions:,} tokens",
         *(f"{stage.method:<12}{stage.in_words}" for stage in facts.stages),
         f"verdict     {facts.verdict}",
@@ -242,10 +243,6 @@ def print_recovery(recovered: RecoveredModel) -> None:
         f"next        moe-evo evaluate --model.path {recovered.folder} --split test",
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _interval(difference: Difference) -> str:
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def print_criteria(methods: Sequence[MethodFacts]) -> None:

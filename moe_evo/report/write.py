@@ -8,20 +8,26 @@ from pathlib import Path
 
 from moe_evo.errors import RunError
 from moe_evo.records.folder import write_whole
+from moe_evo.records.sweep import run_folders
 from moe_evo.report.answers import WrittenReport
-from moe_evo.report.html import lines_table, pairings_table
+from moe_evo.report.html import lines_table, pairings_table, spread_table
 from moe_evo.report.lines import Line, sorted_lines
 from moe_evo.report.page import is_report, render_page
 from moe_evo.report.pairing import Pairing, pairings
 from moe_evo.report.record import read_records
+from moe_evo.report.spread import Spread, spreads
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """The final tables of several runs as one sorted list, and each run's winner against that of the first run."""
+    """The final tables of several runs as one sorted list, and each run's winner against that of the first run.
+
+    spread: of the runs that differ only in their seed.
+    """
 
     lines: tuple[Line, ...]
     paired: tuple[Pairing, ...] = ()
+    spread: tuple[Spread, ...] = ()
 
     def __repr__(self) -> str:
         winners = [(line.run, line.test) for line in self.lines if line.key == "best"]
@@ -29,28 +35,30 @@ class Comparison:
         return f"<Comparison of {len({line.run for line in self.lines})} runs; winners on the test split: {tests}>"
 
     def _repr_html_(self) -> str:
-        return lines_table(self.lines) + (pairings_table(self.paired) if self.paired else "")
+        spread = spread_table(self.spread) if self.spread else ""
+        return lines_table(self.lines) + spread + (pairings_table(self.paired) if self.paired else "")
 
 
 def compare(folders: Sequence[str], *, in_pairs: bool = True) -> Comparison:
     """The final tables of runs, and each run's winner against that of the first run.
 
-    in_pairs: False leaves out the latter, which saves the time of the bootstrap. Raises RunError for a folder that
-    holds no run.
+    folders: of runs, or of sweeps, which stand for their runs. in_pairs: False leaves out the latter, which saves the
+    time of the bootstrap. Raises RunError for a folder that holds neither.
     """
-    records = read_records(folders)
-    return Comparison(tuple(sorted_lines(records)), tuple(pairings(records)) if in_pairs else ())
+    records = read_records(run_folders(folders))
+    lines = tuple(sorted_lines(records))
+    return Comparison(lines, tuple(pairings(records)) if in_pairs else (), tuple(spreads(lines)))
 
 
 def write_report(folders: Sequence[str], to: str | None, *, overwrite: bool) -> WrittenReport:
     """Write one HTML page about runs, atomically, and return where it is.
 
-    to: the file; None means report.html in the folder of the only run. overwrite: replace a file even if it is not a
-    report.
+    folders: of runs, or of sweeps, which stand for their runs. to: the file; None means report.html in the only folder.
+    overwrite: replace a file even if it is not a report.
     """
     target = _target(folders, to)
     _check_target(target, overwrite=overwrite)
-    records = read_records(folders)
+    records = read_records(run_folders(folders))
     # names of folders may have bytes that are not text, which become question marks
     text = render_page(records).encode("utf-8", "replace").decode("utf-8")
     _write(target, text)

@@ -45,7 +45,7 @@ class Inspection:
     None where the model, or the search space asked for, is invalid. hashes: of the model, the data and their tokens, by
     the names that `check_inputs` compares them under. wider: the prunings that a warm start
     begins from; they keep more experts. state: how far the run has come in its folder. problems: why the search would
-    not start.
+    not start. absent: the same of files that a plan does without, weights and tokenizer.
     """
 
     data: tuple[TaskData, ...]
@@ -57,16 +57,20 @@ class Inspection:
     wider: tuple[Genome, ...]
     state: RunState
     problems: tuple[Problem, ...]
+    absent: tuple[Problem, ...] = ()
 
 
 def inspect(config: RunConfig) -> Inspection:
     """Check everything that can be checked before a model is loaded; writes nothing, raises no MoeEvoError."""
-    problems = Problems()
+    problems, absent = Problems(), Problems()
     with problems.noted():
         config = pinned(config)
     data = _data(config, problems)
     source = _source(config, problems)
-    tasks = _tasks(config, source, data, problems)
+    if source is not None:
+        with absent.noted():
+            source.require_weights()
+    tasks = _tasks(config, source, data, problems, absent)
     size = None if source is None else _size(config, source, problems)
     known_as = None if source is None else _hash(source, problems)
     space = None if size is None else _space(size.shape, config.search, problems)
@@ -79,7 +83,9 @@ def inspect(config: RunConfig) -> Inspection:
     hashes = task_hashes(data) | token_hashes({task.name: task.digest for task in tasks})
     hashes |= {} if known_as is None else {"model": known_as}
     state, wider = _folder(config, hashes, space, problems)
-    return Inspection(tuple(data), tuple(tasks), source, size, space, hashes, wider, state, problems.found)
+    return Inspection(
+        tuple(data), tuple(tasks), source, size, space, hashes, wider, state, problems.found, absent.found
+    )
 
 
 def _add(problems: Problems, found: Sequence[Problem]) -> None:
@@ -117,11 +123,13 @@ def _source(config: RunConfig, problems: Problems) -> ModelSource | None:
 
     source = None
     with problems.noted():
-        source = ModelSource(config.model)
+        source = ModelSource(config.model, needs_weights=False)
     return source
 
 
-def _tasks(config: RunConfig, source: ModelSource | None, data: Sequence[TaskData], problems: Problems) -> list[Task]:
+def _tasks(
+    config: RunConfig, source: ModelSource | None, data: Sequence[TaskData], problems: Problems, absent: Problems
+) -> list[Task]:
     """The tasks whose examples are valid, tokenised; none where the model has no tokenizer."""
     if source is None:
         return []
@@ -131,7 +139,7 @@ def _tasks(config: RunConfig, source: ModelSource | None, data: Sequence[TaskDat
     with problems.noted():
         tokenizer = source.tokenizer
         for one in data:
-            with problems.noted():
+            with (problems if source.has_tokenizer else absent).noted():
                 tasks.append(build_task(one, tokenizer, config.evaluation.batch_tokens))
     return tasks
 

@@ -57,7 +57,7 @@ class Run:
         search.restore(asked)
         search.tell(finished)
         done = {one.number for one in finished}
-        self._tracker.stage(title, evaluations, done=len(finished))
+        self._tracker.stage(title, evaluations, done=len(finished), pace_s=self._journal.pace_s(name))
         waiting = self._begin(name, search, [one for one in asked if one.number not in done])
         num_asked = len(asked)
         while True:

@@ -18,6 +18,7 @@ from moe_evo.genomes.soup import alike, greedy_soup
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.result import Score, TableRow
+from moe_evo.runs.early_warnings import full_model_warnings
 from moe_evo.runs.finalists import Judged
 from moe_evo.runs.loop import FULL, Run
 from moe_evo.runs.validation import Validation
@@ -69,6 +70,8 @@ def run_search(
     references = run.references(space, observer, [*baselines, *seeds])
     (full,) = run.score("full model", [(REFERENCE, references[FULL])], "search")
     _require_success(full)
+    for line in full_model_warnings(data, full.evaluation, full.genome, pool):
+        tracker.message(line)
     run.fresh = _fresh_examples(config, data, full)
     genomes = {name: references[name].genome for name in seeds if name in references}
     for name, genome in genomes.items():

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from moe_evo.tasks.answered import Given
 from moe_evo.tasks.base import IGNORED, Batch, ForwardBatch, Scores, target_log_probs
 from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.examples import Example
@@ -72,15 +73,9 @@ class ChoiceScorer:
         return placed
 
     def combine(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> dict[str, Scores]:
-        likelihoods = np.full((len(examples), max(len(one.choices) for one in examples)), -np.inf)
-        lengths = np.ones_like(likelihoods)
-        for index, (example, rows) in enumerate(zip(examples, partials, strict=True)):
-            likelihoods[index, : len(example.choices)] = 0.0
-            lengths[index, : len(example.choices)] = [len(choice.strip()) for choice in example.choices]
-            for row in rows:
-                likelihoods[index, : len(row)] += row.double().numpy()
+        likelihoods = _likelihoods(examples, partials)
         labels = np.array([example.label for example in examples])
-        by_length = likelihoods / lengths
+        by_length = likelihoods / _lengths(examples)
         return {
             "accuracy": (likelihoods.argmax(axis=1) == labels).astype(np.float64),
             "accuracy_norm": (by_length.argmax(axis=1) == labels).astype(np.float64),
@@ -88,6 +83,34 @@ class ChoiceScorer:
             "probability": _share_of(labels, likelihoods),
             "probability_norm": _share_of(labels, by_length),
         }
+
+    def answers(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> list[Given]:
+        """The choice that counts as each example's answer, and the log-likelihoods of all of them."""
+        likelihoods = _likelihoods(examples, partials)
+        is_normed = self.format.data.metric.endswith("_norm")
+        chosen = (likelihoods / _lengths(examples) if is_normed else likelihoods).argmax(axis=1)
+        return [
+            Given(one.choices[choice], tuple(row[: len(one.choices)].tolist()))
+            for one, choice, row in zip(examples, chosen, likelihoods, strict=True)
+        ]
+
+
+def _likelihoods(examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> Scores:
+    """(N, C) log-likelihoods of the examples' choices; -inf where an example has no such choice."""
+    found: Scores = np.full((len(examples), max(len(one.choices) for one in examples)), -np.inf)
+    for index, (example, rows) in enumerate(zip(examples, partials, strict=True)):
+        found[index, : len(example.choices)] = 0.0
+        for row in rows:
+            found[index, : len(row)] += row.double().numpy()
+    return found
+
+
+def _lengths(examples: Sequence[Example]) -> Scores:
+    """(N, C) characters of the choices without outer spaces; 1 where an example has no such choice."""
+    lengths: Scores = np.ones((len(examples), max(len(one.choices) for one in examples)))
+    for index, example in enumerate(examples):
+        lengths[index, : len(example.choices)] = [len(choice.strip()) for choice in example.choices]
+    return lengths
 
 
 def _share_of(labels: npt.NDArray[np.int64], logarithms: Scores) -> Scores:

@@ -266,6 +266,8 @@ def _check_disjoint(config: TaskConfig, splits: Mapping[str, Sequence[Example]],
 def _check_size(config: TaskConfig, splits: Mapping[str, Sequence[Example]], split: str) -> None:
     got, limit = len(splits[split]), config.num_examples(split)
     sizes = ", ".join(f"{name} {len(splits[name])}" for name in SPLITS)
+    if got < MIN_EXAMPLES and (repeated := _repeated(splits)):
+        raise TaskError(f"task {task_name(config)}: split {split} has {got} examples ({sizes}): {repeated}")
     if got < MIN_EXAMPLES:
         raise TaskError(
             f"task {task_name(config)}: split {split} has {got} examples ({sizes}), expected at least "
@@ -275,6 +277,19 @@ def _check_size(config: TaskConfig, splits: Mapping[str, Sequence[Example]], spl
         raise TaskError(
             f"task {task_name(config)}: num_{split}: got {limit}, expected at least {MIN_EXAMPLES} or 0 for all"
         )
+
+
+def _repeated(splits: Mapping[str, Sequence[Example]]) -> str:
+    """In words, where examples have so few different prompts that not every split can get some; else ''."""
+    digests = {example.digest for part in splits.values() for example in part}
+    number = sum(map(len, splits.values()))
+    if len(digests) == number or len(digests) >= len(SPLITS) * MIN_EXAMPLES:
+        return ""
+    different = "the same prompt" if len(digests) == 1 else f"only {len(digests)} different prompts"
+    return (
+        f"all {number} examples have {different}, and equal prompts always go into one split; give different prompts, "
+        "or a folder with search.jsonl, validation.jsonl and test.jsonl"
+    )
 
 
 def _limit(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:

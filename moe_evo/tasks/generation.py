@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from moe_evo.tasks.answer_metrics import ANSWER_METRICS
+from moe_evo.tasks.answered import Given
 from moe_evo.tasks.base import Batch, GenerateBatch, Scores
 from moe_evo.tasks.batches import generate_batches
 from moe_evo.tasks.examples import Example, numbers_in
@@ -53,6 +54,10 @@ class GenerationScorer:
     def combine(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> dict[str, Scores]:
         pairs = list(zip(self.texts([row for (row,) in partials]), examples, strict=True))
         return {name: np.array([metric(*pair) for pair in pairs]) for name, metric in self._metrics.items()}
+
+    def answers(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> list[Given]:
+        """What was generated for each example."""
+        return [Given(text) for text in self.texts([row for (row,) in partials])]
 
     def texts(self, rows: Any) -> list[str]:
         """The answers in rows of new tokens, each ended before the stop text."""

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_log_probs
 from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.data import REPORTED, SPLITS, TaskData
@@ -24,7 +26,8 @@ class Scorer(Protocol):
     """How one kind of task turns examples into rows, and logits into scores; `needs_reference`: see `Task`.
 
     It is made of a `PromptFormat`, and goes by the name of its `moe_evo.tasks.kinds.Kind`.
-    `moe_evo.testing.tasks.TaskContract` tests a new one.
+    `moe_evo.testing.tasks.TaskContract` tests a new one. A scorer whose answers can be shown also has a method
+    `answers` with the arguments of `combine`, which returns a `Given` for each example.
 
     >>> import json, tempfile
     >>> from moe_evo.config.task import TaskConfig
@@ -172,16 +175,34 @@ class Task:
 
     def combine(self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]) -> TaskScores:
         """Partial results of this split put together; parts: (B,) examples and (B, anything) results of a batch."""
+        numbers, examples, partials = self._by_example(split, parts)
+        scoring = self._scoring(split)
+        found = scoring.scorer.combine(examples, partials)
+        metrics = {name: float(values.mean()) for name, values in found.items()}
+        return TaskScores(np.array(numbers), found[scoring.metric], found.get("log_likelihood"), metrics)
+
+    def answered(self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]) -> list[Answered]:
+        """The examples of `parts`, which are as for `combine`, each with what was answered and its score."""
+        numbers, examples, partials = self._by_example(split, parts)
+        scoring = self._scoring(split)
+        scores = scoring.scorer.combine(examples, partials)[scoring.metric].tolist()
+        tell = getattr(scoring.scorer, "answers", None)
+        given = [None] * len(numbers) if tell is None else tell(examples, partials)
+        return [
+            Answered(self.name, scoring.split, number, example, one, scoring.metric, score if isfinite(score) else None)
+            for number, example, one, score in zip(numbers, examples, given, scores, strict=True)
+        ]
+
+    def _by_example(
+        self, split: str, parts: Iterable[tuple[npt.NDArray[np.int64], Tensor]]
+    ) -> tuple[list[int], list[Example], list[list[Tensor]]]:
+        """Numbers of the examples, the examples, and the partial results of each one's rows."""
         of_example: dict[int, list[Tensor]] = {}
         for examples, partial in parts:
             for number, row in zip(examples.tolist(), partial.cpu(), strict=True):
                 of_example.setdefault(number, []).append(row)
-        numbers, known, scoring = sorted(of_example), self._examples(split), self._scoring(split)
-        found = scoring.scorer.combine(
-            [known[number] for number in numbers], [of_example[number] for number in numbers]
-        )
-        metrics = {name: float(values.mean()) for name, values in found.items()}
-        return TaskScores(np.array(numbers), found[scoring.metric], found.get("log_likelihood"), metrics)
+        numbers, known = sorted(of_example), self._examples(split)
+        return numbers, [known[number] for number in numbers], [of_example[number] for number in numbers]
 
     def _examples(self, split: str) -> Sequence[Example]:
         return self._splits[self._scoring(split).split]

@@ -14,6 +14,7 @@ from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace
+from moe_evo.plain import plain
 from moe_evo.tasks.data import SCORINGS
 
 Key = tuple[int, str]
@@ -112,3 +113,15 @@ class PoolContract:
             for found, expected in zip(answers[question.key].layers, answer(question, evaluator).layers, strict=True):
                 for name in expected.names():
                     np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+    def test_what_was_answered_to_examples_is_what_the_evaluator_answers(
+        self, pool: Pool, evaluator: Evaluator
+    ) -> None:
+        (request,) = requests_of(pool.shape, 1, seed=30)
+        for genome, first in ((request.genome, None), (request.genome, 2), (None, 3)):
+            found = pool.answered(genome, "validation", first)
+            assert [plain(one) for one in found] == [
+                plain(one) for one in evaluator.answered(genome, "validation", first)
+            ]
+            numbers_of = {task.name: task.numbers("validation")[:first] for task in evaluator.tasks}
+            assert {name: [one.number for one in found if one.task == name] for name in numbers_of} == numbers_of

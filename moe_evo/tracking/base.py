@@ -15,14 +15,17 @@ class Tracker(Protocol):
     """Gets the events of a run, by calls in the driver's thread.
 
     message: a line to show. stage: a stage of `total` evaluations, or of what else `unit` says, begins, `done` of which
-    an earlier process made. evaluated: an evaluation is done. advanced: so many others are. recorded: an outcome was
-    written into the journal; called once for every candidate of a search (MAIN, RANDOM, REFERENCE) and split. pool:
-    events and status of the gangs. finished: the result, and the files of the winners.
+    an earlier process made, one every `pace_s` seconds where that is known. evaluated: an evaluation is done. advanced:
+    so many others are. recorded: an outcome was written into the journal; called once for every candidate of a search
+    (MAIN, RANDOM, REFERENCE) and split. pool: events and status of the gangs. finished: the result, and the files of
+    the winners.
     """
 
     def message(self, text: str) -> None: ...
 
-    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None: ...
+    def stage(
+        self, title: str, total: int, done: int = 0, unit: str = "evaluation", pace_s: float | None = None
+    ) -> None: ...
 
     def advanced(self, number: int, note: str = "") -> None: ...
 
@@ -45,9 +48,11 @@ class Trackers:
         for tracker in self._trackers:
             tracker.message(text)
 
-    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
+    def stage(
+        self, title: str, total: int, done: int = 0, unit: str = "evaluation", pace_s: float | None = None
+    ) -> None:
         for tracker in self._trackers:
-            tracker.stage(title, total, done, unit)
+            tracker.stage(title, total, done, unit, pace_s)
 
     def advanced(self, number: int, note: str = "") -> None:
         for tracker in self._trackers:

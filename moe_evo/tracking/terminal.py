@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
@@ -18,6 +18,7 @@ from moe_evo.records.result import RunResult
 _PLAIN_INTERVAL_S = 5.0
 _LOADING_INTERVAL_S = 30.0
 _MOST_GANGS = 16  # rows of the live table
+_TRUSTED = 5  # so many evaluations of an earlier process count beside those of this one in the rate
 
 
 class _ProgressWithGangs(Progress):
@@ -70,7 +71,7 @@ class TerminalTracker:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}"),
             console=self._console,
         )
@@ -78,6 +79,7 @@ class TerminalTracker:
         self._title = ""
         self._total = self._done = self._done_before = 0
         self._started = self._last_line = 0.0
+        self._pace_s: float | None = None
         self._failures = 0
         self._status = PoolStatus()
         self._status_line = 0.0
@@ -94,16 +96,23 @@ class TerminalTracker:
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
-        """Begin a bar of `total` evaluations or other units, `done` of which an earlier process made."""
+    def stage(
+        self, title: str, total: int, done: int = 0, unit: str = "evaluation", pace_s: float | None = None
+    ) -> None:
+        """Begin a bar of `total` evaluations or other units, `done` of which an earlier process made.
+
+        pace_s: the seconds that each of those took, all evaluators together, if that is known.
+        """
         self._title, self._total, self._done, self._done_before = title, total, done, done
         self._started = self._last_line = time.monotonic()
+        self._pace_s = pace_s
         self._failures = 0
+        left = self._left() if pace_s is not None and done < total else ""
         if self._live:
-            self._task = self._progress.add_task(title, total=total, completed=done, rate="", note="")
+            self._task = self._progress.add_task(title, total=total, completed=done, rate="", left=left, note="")
         else:
             resumed = f", {done} done before" if done else ""
-            self.message(f"{title}: {total} {unit}{'s' if total != 1 else ''}{resumed}")
+            self.message(f"{title}: {total} {unit}{'s' if total != 1 else ''}{resumed}{left and f', {left}'}")
 
     def evaluated(self, individual: Individual, best: Individual | None, phase: str) -> None:
         """Advance the bar by one evaluation."""
@@ -113,13 +122,12 @@ class TerminalTracker:
     def advanced(self, number: int, note: str = "") -> None:
         """Advance the bar; note: shown beside it."""
         self._done += number
-        rate = f"{self._rate():.1f}/s"
+        rate = self._rate_label()
         if self._task is not None and self._live:
-            self._progress.update(self._task, completed=self._done, rate=rate, note=note)
+            self._progress.update(self._task, completed=self._done, rate=rate, left=self._left(), note=note)
         elif self._done == self._total or time.monotonic() - self._last_line > _PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
-            left_s = (self._total - self._done) / self._rate()
-            self.message(f"{self._title}: {self._done}/{self._total}  {rate}  {left_s:.0f} s left  {note}")
+            self.message(f"{self._title}: {self._done}/{self._total}  {rate}  {self._left()}  {note}")
 
     def recorded(self, search: str, split: str, individual: Individual) -> None:
         """Shows nothing: `evaluated` shows the same outcome."""
@@ -142,8 +150,22 @@ class TerminalTracker:
                 self.message(f"{_in_words(news.status)}{progress}")
 
     def _rate(self) -> float:
-        elapsed_s = max(time.monotonic() - self._started, 1e-6)
-        return max(self._done - self._done_before, 1) / elapsed_s
+        """Evaluations a second; at the beginning those of an earlier process count, too, if their pace is known."""
+        done, elapsed_s = self._done - self._done_before, time.monotonic() - self._started
+        if self._pace_s is not None:
+            done, elapsed_s = done + _TRUSTED, elapsed_s + _TRUSTED * self._pace_s
+        return max(done, 1) / max(elapsed_s, 1e-6)
+
+    def _rate_label(self) -> str:
+        rate = self._rate()
+        return f"{rate:.1f}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
+
+    def _left(self) -> str:
+        """The time that is left, at this rate."""
+        left_s = (self._total - self._done) / self._rate()
+        if left_s < 100:
+            return f"{left_s:.0f} s left"
+        return f"{left_s / 60:.0f} min left" if left_s < 6000 else f"{left_s / 3600:.1f} h left"
 
     def _note(self, best: Individual | None, phase: str) -> str:
         parts = [phase] if phase else []

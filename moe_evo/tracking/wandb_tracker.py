@@ -96,7 +96,9 @@ class WandbTracker:
     def message(self, text: str) -> None:
         """Does nothing: the terminal shows lines."""
 
-    def stage(self, title: str, total: int, done: int = 0, unit: str = "evaluation") -> None:
+    def stage(
+        self, title: str, total: int, done: int = 0, unit: str = "evaluation", pace_s: float | None = None
+    ) -> None:
         """Does nothing: the terminal shows stages."""
 
     def advanced(self, number: int, note: str = "") -> None:

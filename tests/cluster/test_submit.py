@@ -245,15 +245,20 @@ def test_help_is_not_an_error(submit: Submit) -> None:
         ("failed\nStatus message: Job entrypoint command failed with exit code 130, last", 1, 130, "goes on"),
         ("failed\nStatus message: Job entrypoint command failed with exit code 1, last", 1, 1, "the whole log"),
         ("failed\nStatus message: Job entrypoint command failed with exit code -15, last", 1, 143, "goes on"),
+        (
+            "failed\nStatus message: Job entrypoint command failed with exit code 127, last", 1, 127,
+            "nothing was started, as the cluster's nodes cannot run python; give",
+        ),
         ("was stopped", 0, 130, "stopped; every finished evaluation is kept"),
         ("succeeded", 1, 2, "exists already"),
         ("unknown", 1, 1, "no exit code"),
     ],
-)
+)  # fmt: skip
 def test_the_exit_code_is_that_of_the_search(submit: Submit, state: str, ray_says: int, code: int, words: str) -> None:
     done = submit("search.yaml", STUB_STATE=state, STUB_SUBMIT=str(ray_says))
     assert done.returncode == code, done.stderr
     assert words in done.stderr.splitlines()[-1]
+    assert code != 127 or "kept" not in done.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_one_line_and_nothing_is_submitted(

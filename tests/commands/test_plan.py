@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import moe_evo
 from moe_evo.commands.plan import plan, require_no_problems
 from moe_evo.commands.search import search as search_command
 from moe_evo.config.cluster import ClusterConfig, PlacementStrategy
@@ -26,7 +27,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import EEPConfig, SearchConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.errors import ClusterError, ConfigError, Problem
+from moe_evo.errors import ClusterError, ConfigError, ModelError, Problem
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder
@@ -34,6 +35,7 @@ from moe_evo.report.plan import print_plan
 from moe_evo.report.planned import CheckpointPlan
 from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
 from moe_evo.runs.workload import estimate
+from moe_evo.tracking.base import Trackers
 from moe_evo.tracking.terminal import TerminalTracker
 
 GPU = {"GPU": 1.0}
@@ -224,6 +226,26 @@ def test_an_unknown_model_leaves_tasks_and_folder_checked(tmp_path: Path) -> Non
     assert (told.model, told.search, told.memory, told.checkpoint) == (None, None, None, None)
     assert len(told.problems) == 1 and "no such folder" in str(told.problems[0])
     assert len(told.tasks) == 1
+
+
+def test_config_json_is_all_that_a_plan_reads_of_a_model(tmp_path: Path) -> None:
+    embedded = Path(moe_evo.__file__).parent / "data" / "model"
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(embedded / "config.json", bare)
+    config = small(tmp_path)
+    whole = plan(config)
+    told = plan(replace(config, model=replace(config.model, path=str(bare))))
+    assert told.problems == ()
+    assert replace(told.model, path="") == replace(whole.model, path="") and told.memory is not None
+    assert (told.search, told.checkpoint) == (whole.search, whole.checkpoint)
+    lacking = [note for note in told.notes if "this plan does without, a search does not" in note]
+    assert len(lacking) == 2 and "has no weights" in lacking[0] and "tokenizer" in lacking[1]
+    with pytest.raises(ModelError, match=r"has no weights; moe_evo reads \*\.safetensors \(and 1 more"):
+        search_command(replace(config, model=replace(config.model, path=str(bare))), Trackers())
+    shutil.copy(embedded / "tokenizer.json", bare)
+    told = plan(replace(config, model=replace(config.model, path=str(bare))))
+    assert len([note for note in told.notes if "this plan does without" in note]) == 1
 
 
 def test_a_folder_is_told_as_free_held_by_another_run_or_resumed(tmp_path: Path) -> None:

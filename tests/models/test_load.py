@@ -99,7 +99,7 @@ def test_unknown_hugging_face_name_is_refused() -> None:
 
 
 def test_file_in_place_of_a_folder_is_refused(copied: Path) -> None:
-    assert "no such folder" in refused(config(copied / "config.json"))
+    assert "is a file, expected a folder" in refused(config(copied / "config.json"))
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:

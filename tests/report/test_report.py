@@ -13,8 +13,8 @@ from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual
 from moe_evo.records.result import ModelFacts, Row, RunResult, Score, SearchFacts, TaskFacts
 from moe_evo.report.figure import kept_figure, search_figure
-from moe_evo.report.sections import _cell, _unit
 from moe_evo.report.table import expert_weights, experts_label, final_table, kept_picture
+from moe_evo.report.task_scores import task_score, unit_of
 from moe_evo.tasks.kinds import KINDS, Kind
 
 PRUNING = Genome.from_kept([[0, 2], [1, 3]], 4, 2)
@@ -87,11 +87,11 @@ def test_a_metric_of_a_plug_in_has_an_interval_where_it_is_a_share(monkeypatch: 
     for kind in ("own", "not installed"):
         task = TaskFacts("t", kind, "loss", "", {"test": 50})
         for metric in ("loss", "right"):
-            cell = _cell(row, "test", f"t/{metric}", metric, task, alone=False)
+            cell = task_score(row, "test", task, metric, num_tasks=2)
             assert cell is not None and cell[0] == 0.4
-            told[kind, metric] = (_unit(task, metric), cell[1] is not None)
-        assert _cell(row, "test", "t/active_experts", "active_experts", task, alone=False) == (1.0, None, None)
-        assert _unit(task, "active_experts") == "a token, mean over layers"
+            told[kind, metric] = (unit_of(task, metric), cell[1] is not None)
+        assert task_score(row, "test", task, "active_experts", num_tasks=2) == (1.0, None, None)
+        assert unit_of(task, "active_experts") == "a token, mean over layers"
     assert told == {
         ("own", "loss"): ("in nats", False),
         ("own", "right"): ("", True),

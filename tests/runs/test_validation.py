@@ -26,6 +26,7 @@ from moe_evo.genomes.population import Evaluation, Population
 from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.records.paired import Paired, PairedByTask
 from moe_evo.records.statistics import Difference
 from moe_evo.report.terminal import print_run
 from moe_evo.runs.finalists import are_apart, finalists
@@ -175,8 +176,14 @@ def test_plan_counts_samples_as_parts_and_refuses_large_ones(
 @pytest.mark.parametrize(
     ("lost", "told"),
     [
-        (Difference(0.279, 0.2, 0.3, 48), "falls by 0.279 [0.200, 0.300] from the search to the test split"),
-        (Difference(-0.167, -0.3, 0.1, 48), "rises by 0.167 [-0.100, 0.300] from the search to the test split"),
+        (
+            Difference(0.279, 0.2, 0.3, 48),
+            "+0.368 on the search split, +0.089 on the test split: lower by 0.279 [0.200, 0.300]",
+        ),
+        (
+            Difference(-0.167, -0.3, 0.1, 48),
+            "-0.078 on the search split, +0.089 on the test split: higher by 0.167 [-0.100, 0.300]",
+        ),
     ],
 )
 def test_luck_says_which_way_the_lead_went(
@@ -184,5 +191,11 @@ def test_luck_says_which_way_the_lead_went(
 ) -> None:
     result = halved.read_result()
     assert result.winners_curse is not None
-    print_run(halved, replace(result, winners_curse=replace(result.winners_curse, search_test=lost)))
-    assert f"luck     winner minus full model {told}\n" in capsys.readouterr().out
+    lead = PairedByTask(Paired(Difference(0.089, 0.01, 0.16, 48)))
+    curse = replace(result.winners_curse, search_test=lost)
+    print_run(halved, replace(result, winners_curse=curse, against_full=lead))
+    out = capsys.readouterr().out
+    assert f"luck     winner minus full model is {told}\n" in out
+    assert (
+        "verdict  the winner is better than the full model: +0.089 [+0.010, +0.160] on the same 48 test examples" in out
+    )

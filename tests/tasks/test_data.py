@@ -173,6 +173,18 @@ def test_repeated_prompts_land_in_the_same_split(tmp_path):
     assert sum(map(len, digests.values())) == len(set.union(*digests.values())) == 30
 
 
+@pytest.mark.parametrize(
+    ("different", "told"),
+    [(1, "all 120 examples have the same prompt"), (4, "all 120 examples have only 4 different prompts")],
+)
+def test_examples_with_too_few_different_prompts_to_split_are_told_so(tmp_path, different, told):
+    rows = [{**CHOICE, "prompt": f"p{n % different}", "choices": ["a", f"b{n}"]} for n in range(120)]
+    path = tiny.write_rows(tmp_path / "t.jsonl", rows)
+    with pytest.raises(TaskError, match=told) as found:
+        read_task(config(path))
+    assert "equal prompts always go into one split" in str(found.value)
+
+
 def test_split_shares_are_kept_roughly(tmp_path):
     path = tiny.write_rows(tmp_path / "t.jsonl", [{**CHOICE, "prompt": f"p{n}"} for n in range(2000)])
     splits = read_task(config(path, split_shares=(0.5, 0.1, 0.4))).splits

@@ -93,3 +93,51 @@ def test_plain_lines_tell_events_and_the_gangs_in_a_few_words(monkeypatch: pytes
 def test_plain_lines_say_how_far_gangs_have_loaded_while_none_serves() -> None:
     text = told_of_gangs(PoolNews(PoolStatus(gangs=GANGS.gangs[1:])), is_terminal=False)
     assert "gangs: 1 loading, queue 0 (1.5 GiB a rank after 3 s)" in text
+
+
+def at(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tracker's clock show these seconds, one after the other, and then the last one."""
+    left = list(seconds)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: left.pop(0) if len(left) > 1 else left[0])
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_resumed_stage_tells_the_time_left_at_once_from_the_pace_before(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL_S", 0.0)
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=160, force_interactive=is_terminal)
+    with TerminalTracker(console) as tracker:
+        tracker.stage("search", 200, done=120, pace_s=30.0)
+    assert "40 min left" in output.getvalue()  # 80 evaluations of 30 s
+    assert is_terminal or output.getvalue() == "search: 200 evaluations, 120 done before, 40 min left\n"
+
+
+def test_the_pace_before_counts_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL_S", -1.0)
+    output = io.StringIO()
+    tracker = TerminalTracker(Console(file=output, width=160))
+    at([0.0], monkeypatch)
+    tracker.stage("search", 300, done=100, pace_s=1.0)
+    at([2.0], monkeypatch)  # now an evaluation takes 2 s
+    tracker.advanced(1)
+    at([200.0], monkeypatch)
+    tracker.advanced(99)
+    first, later = output.getvalue().splitlines()[1:]
+    assert "101/300" in first and "4 min left" in first  # 199 of (5 + 2) / 6 s each
+    assert "200/300" in later and "3 min left" in later  # 100 of (5 + 200) / 105 s each
+
+
+def test_slow_evaluations_have_a_rate_and_a_time_left_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=160, force_interactive=True)
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with TerminalTracker(console) as tracker:
+        tracker.stage("search", 10)
+        for _ in range(3):
+            clock[0] += 120.0
+            tracker.advanced(1)
+    text = output.getvalue()
+    assert "120 s each" in text and "14 min left" in text
