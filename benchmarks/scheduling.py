@@ -92,7 +92,7 @@ class NoWorkPool:
         raise AssertionError("nothing is asked of a pool without a model")
 
     def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
-        raise AssertionError("a pool without a model answers nothing")
+        raise AssertionError("nothing is answered by a pool without a model")
 
     def close(self) -> None:
         pass

@@ -44,7 +44,7 @@ class CommandParser:
         self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
         self._types: dict[str, Any] = {"help": Any}
         self._bare: dict[str, Any] = {}  # arguments that take bare words, and how many
-        self._required: dict[str, str] = {}  # options and bare words that have to be there, as they are written
+        self._required: dict[str, str] = {}  # what has to be there, with the complaint where it is not
         self._switches: dict[str, str] = {}  # sections whose name alone is an option that takes true or false
         self.print_help = self._parser.print_help
         self.set_defaults = self._parser.set_defaults
@@ -63,8 +63,7 @@ class CommandParser:
         else:
             self._bare[name] = options.get("nargs")
         if options.get("required") or not name.startswith("--"):
-            shown = str(options.get("metavar") or name.removeprefix("--").upper())
-            self._required[name] = f"{name} {shown}" if name.startswith("--") else shown
+            self._required[name] = _missing_line(name, options)
         self._parser.add_argument(name, **options)
 
     def add_config(self) -> None:
@@ -134,8 +133,7 @@ class CommandParser:
             if word.option is not None:
                 self._check_option(word.option, word.value)
         if (missing := self._missing(words)) is not None:
-            name = self._required[missing]
-            raise ConfigError(f"{name.split()[0] if missing.startswith('--') else name}: is missing; add {name}")
+            raise ConfigError(self._required[missing])
         if unclaimed := self._unclaimed(words):
             raise ConfigError(f"got {' '.join(unclaimed)!r}, which belongs to no option; --help tells what each takes")
 
@@ -251,6 +249,14 @@ def _types_of(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield name, hint
         if is_dataclass(hint):
             yield from _types_of(hint, f"{name}.")
+
+
+def _missing_line(name: str, options: Mapping[str, Any]) -> str:
+    """What is told where a required option or bare word is not there; options: as for `add_argument`."""
+    shown = str(options.get("metavar") or name.removeprefix("--").upper())
+    meaning = str(options.get("help", "")).split(";")[0].split(":")[0]
+    is_option = name.startswith("--")
+    return f"{name if is_option else shown}: is missing, expected {f'{name} {shown}, ' if is_option else ''}{meaning}"
 
 
 def _is_option(word: str) -> bool:

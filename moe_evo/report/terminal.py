@@ -12,6 +12,7 @@ from rich.text import Text
 from moe_evo.config.task import fitness_label
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
+from moe_evo.records.paired import Paired
 from moe_evo.records.result import GangFacts, RunResult, Score
 from moe_evo.report.answers import (
     CompressedModel,
@@ -26,7 +27,7 @@ from moe_evo.report.answers import (
 from moe_evo.report.front import export_line, front_table
 from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
 from moe_evo.report.task_scores import interval_label, tasks_table
-from moe_evo.report.verdict import remarks
+from moe_evo.report.verdict import compared, remarks
 from moe_evo.tasks.data import SPLITS
 
 
@@ -235,7 +236,7 @@ def print_recovery(recovered: RecoveredModel) -> None:
     _print_scores_of_models(console, facts.scores)
     lines = [
         f"gained      {interval_label(facts.gained)} over the pruned model, on the same examples (95 % interval)",
-        f"missing     {interval_label(facts.missing)} against the full model",
+        f"missing     {compared(Paired(facts.missing), 'the recovered model', 'the full model')}",
         f"learned     {facts.prompts:,} prompts with their answers, {facts.positions:,} tokens",
         *(f"{stage.method:<12}{stage.in_words}" for stage in facts.stages),
         f"verdict     {facts.verdict}",

@@ -270,7 +270,10 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
     ),
     "show of no run": (lambda folder: ["show", str(folder)], "not the folder of a run"),
     "export of no run": (lambda folder: ["export", str(folder), "--to", "x"], "not the folder of a run"),
-    "export without target": (lambda folder: ["export", str(folder)], "required: to"),
+    "export without target": (
+        lambda folder: ["export", str(folder)],
+        "--to: is missing, expected --to DIR, folder to write",
+    ),
     "resume of no run": (lambda folder: ["search", "--resume", str(folder)], "not the folder of a run"),
     "resume with other options": (
         lambda folder: ["search", "--resume", str(folder), "--search.seed", "3"],

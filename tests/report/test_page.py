@@ -310,7 +310,7 @@ def test_a_file_that_is_no_report_is_kept_unless_told_otherwise(
         (["nowhere"], "not the folder of a run"),
         (["{run}", "{other}"], "--to: got none for 2 runs"),
         (["{run}", "--to", "{run}"], "is a folder"),
-        ([], "required: runs"),
+        ([], "RUN: is missing, expected folders of runs, finished or not"),
     ],
 )
 def test_wrong_input_is_one_line(
