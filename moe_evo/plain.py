@@ -6,12 +6,15 @@ whose plain data should look different has methods `to_plain` and `from_plain`.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moe_evo.shown import shown
 
 Plain = dict[str, Any]
 """A JSON object."""
@@ -70,9 +73,18 @@ def _made(kind: Any, data: Any, where: str) -> Any:
     if kind is Path:
         return Path(_checked(isinstance(data, str | Path), kind, data, where))
     if kind is float:  # as YAML and JSON write whole numbers
-        return float(_checked(isinstance(data, int | float) and not isinstance(data, bool), kind, data, where))
+        return float(_checked(_is_number(data), kind, data, where))
+    if kind is int:
+        return _checked(_is_number(data) and isinstance(data, int), kind, data, where)
     is_right = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
     return _checked(is_right, kind, data, where)
+
+
+def _is_number(data: Any) -> bool:
+    """Whether data are a number, finite, and within 64 bits where it is whole."""
+    if isinstance(data, bool) or not isinstance(data, int | float):
+        return False
+    return abs(data) < 2**63 if isinstance(data, int) else math.isfinite(data)
 
 
 def _key(kind: Any, key: Any, where: str) -> Any:
@@ -164,8 +176,7 @@ def _name(kind: Any) -> str:
 
 
 def _short(data: object) -> str:
-    text = repr(data)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shown(data, 80)
 
 
 def _in(where: str, key: object) -> str:

@@ -35,8 +35,9 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import EEPConfig, SearchConfig, SurrogateConfig
 from moe_evo.config.task import TaskConfig
+from moe_evo.files.write import write_whole
 from moe_evo.genomes.population import Evaluation
-from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, REFERENCE
 from moe_evo.records.result import Row
 from moe_evo.tasks.data import REPORTED, embedded_task_names

@@ -28,7 +28,8 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.config.task import TaskConfig
-from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.files.write import write_whole
+from moe_evo.records.folder import RunFolder
 from moe_evo.tracking.terminal import TerminalTracker
 
 NUM_SEARCH = 3000

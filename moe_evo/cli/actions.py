@@ -23,6 +23,7 @@ from moe_evo.cli.checkpoint_actions import (
 from moe_evo.cli.starting import start, tell_imports
 from moe_evo.errors import ConfigError
 from moe_evo.plain import plain
+from moe_evo.shown import printable
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def _note(line: str) -> None:
-    print(f"moe-evo: note: {line}", file=sys.stderr)
+    print(f"moe-evo: note: {printable(line)}", file=sys.stderr)
 
 
 def _search(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
@@ -130,7 +131,7 @@ def _print_sweep(folder: SweepFolder, result: SweepResult, *, as_json: bool) -> 
         told = [f"figure   {folder.figure}", f"result   {folder.result}"] if folder.result.is_file() else []
         told += [f"         {name} is not finished" for name in result.unfinished]
         told.append(f"next     moe-evo report {folder.path}")
-        print("\n".join(told))
+        print(printable("\n".join(told)))
 
 
 def _print_run(run: str, *, as_json: bool) -> None:
@@ -260,7 +261,7 @@ def _wandb_replay(parser: CommandParser, argv: Sequence[str], *, as_json: bool) 
         print(json.dumps(plain(report)))
     else:
         old = f"; the older run {report.replaced_id} is left as it is" if report.replaced_id else ""
-        print(f"{report.outcomes} outcomes in the W&B run {report.id} ({report.mode}){old}\n{report.where}")
+        print(printable(f"{report.outcomes} outcomes in the W&B run {report.id} ({report.mode}){old}\n{report.where}"))
 
 
 ACTIONS: dict[str, Callable[..., None]] = {

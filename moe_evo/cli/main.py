@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from moe_evo.cli.actions import ACTIONS
+from moe_evo.cli.output import write_any_character
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
+from moe_evo.shown import line_of, shown
 
 _USAGE = "moe-evo COMMAND ...  (--help after each command tells its options)"
 _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model a task needs; export the smaller model.
@@ -48,18 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:  # run as a program: SIGTERM, as sent by `ray job stop`, is handled like Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    write_any_character()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take(words, "--debug")
     as_json = _take(words, "--json")
     try:
         return _dispatch(words, as_json=as_json)
     except MoeEvoError as error:
-        return _fail(f"error: {' '.join(str(error).split())}", 3 if isinstance(error, ClusterError) else 2, debug=debug)
+        return _fail(f"error: {error}", 3 if isinstance(error, ClusterError) else 2, debug=debug)
     except KeyboardInterrupt:
         return _fail(f"interrupted{_KEPT.get(words[0], '') if words else ''}", 130, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still buffered must not raise at exit
         return 0
+    except OSError as error:  # of a file that the command names; where more is known, the error above is raised
+        where = error.filename2 or error.filename
+        message = f"error: {where or 'a file'}: {error.strerror or error}; check the path, its permissions and its disk"
+        return _fail(message, 2, debug=debug)
     except Exception as error:  # noqa: BLE001 - the border of the process: a defect still ends in one line
         message = f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback"
         return _fail(message, 1, debug=debug)
@@ -86,6 +93,8 @@ def _dispatch(words: list[str], *, as_json: bool) -> int:
 
         print(version("moe_evo"))
         return 0
+    if hidden := next((word for word in words if "\x00" in word), None):
+        raise ConfigError(f"got {shown(hidden)}, expected words without NUL")
     if words[0] not in ACTIONS:
         is_option = words[0].startswith("-")
         got = f"option {words[0]!r} before any command" if is_option else f"command {words[0]!r}"
@@ -105,5 +114,5 @@ def _dispatch(words: list[str], *, as_json: bool) -> int:
 def _fail(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"moe-evo: {message}", file=sys.stderr)
+    print(f"moe-evo: {line_of(message)}", file=sys.stderr)
     return code

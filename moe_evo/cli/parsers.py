@@ -19,7 +19,9 @@ def search_parser() -> CommandParser:
         "moe-evo search [CONFIG.yaml] [--section.key VALUE ...] [--recover] | --resume RUN",
         RunConfig,
     )
-    parser.add_argument("--resume", metavar="RUN", type=str | None, help="go on with the run in this folder")
+    parser.add_argument(
+        "--resume", is_path=True, metavar="RUN", type=str | None, help="go on with the run in this folder"
+    )
     _add_recovery(parser)
     return parser
 
@@ -115,9 +117,10 @@ def prune_parser() -> CommandParser:
     )
     parser.add_argument("--method", type=str, required=True, help="a one-shot method; `moe-evo criteria` lists them")
     parser.add_argument("--num_kept", type=int, required=True, help="experts kept in every MoE layer")
-    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--to", is_path=True, type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--observations",
+        is_path=True,
         type=str | None,
         metavar="FILE",
         help="what the model does on tasks: what FILE knows is not observed again, and what it does not is added",
@@ -143,6 +146,7 @@ def prune_parser() -> CommandParser:
     )
     parser.add_argument(
         "--base_model",
+        is_path=True,
         type=str | None,
         metavar="PATH",
         help="the checkpoint before fine-tuning, for methods that compare router rows with it; only those are read",
@@ -169,12 +173,13 @@ def recover_parser() -> CommandParser:
     )
     parser.add_argument(
         "pruned",
+        is_path=True,
         type=str,
         metavar="CHECKPOINT | RUN",
         help="what is to learn: an exported folder, whose full model is --model.path; or the folder of a finished run, "
         "whose config says what model and tasks there are",
     )
-    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--to", is_path=True, type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--which", type=str, default="best", help="of a run: the genome, as for moe-evo export (default: the winner)"
     )
@@ -191,10 +196,14 @@ def compress_parser() -> CommandParser:
         ScoringConfig,
     )
     parser.add_argument(
-        "checkpoint", type=str, metavar="CHECKPOINT", help="an exported folder or any other model; sets model.path"
+        "checkpoint",
+        is_path=True,
+        type=str,
+        metavar="CHECKPOINT",
+        help="an exported folder or any other model; sets model.path",
     )
     parser.add_argument("--method", type=str, required=True, help="moe_pruner or mc_smoe")
-    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--to", is_path=True, type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--sparsity", type=float | None, help="moe_pruner: share of each row's weights that become zero (default: 0.5)"
     )
@@ -229,7 +238,9 @@ def show_parser() -> CommandParser:
         "full model, and what guessing scores. Of a sweep a line for each contender and number of experts: mean over "
         "seeds and their spread.",
     )
-    parser.add_argument("run", type=str, metavar="RUN | SWEEP", help="folder of a run, finished or not, or of a sweep")
+    parser.add_argument(
+        "run", is_path=True, type=str, metavar="RUN | SWEEP", help="folder of a run, finished or not, or of a sweep"
+    )
     return parser
 
 
@@ -241,7 +252,7 @@ def compare_parser() -> CommandParser:
         "RUN, on the same test examples: the difference of their scores with its 95 % interval, McNemar's test, and a "
         "verdict. Of runs that differ only in their seed, mean and spread.",
     )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=_RUNS)
+    parser.add_argument("runs", is_path=True, type=str, nargs="+", metavar="RUN", help=_RUNS)
     parser.add_argument(
         "--format",
         choices=("table", "csv", "json"),
@@ -257,9 +268,10 @@ def report_parser() -> CommandParser:
         "Write one HTML page over runs that needs no network: search curves, kept experts, lineage, scores by task, "
         "score against size, any two runs side by side, failures, and the commands to reproduce and export.",
     )
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=_RUNS)
+    parser.add_argument("runs", is_path=True, type=str, nargs="+", metavar="RUN", help=_RUNS)
     parser.add_argument(
         "--to",
+        is_path=True,
         type=str | None,
         metavar="FILE",
         help="file to write; default: report.html in the folder of a single run or sweep",
@@ -274,8 +286,8 @@ def export_parser() -> CommandParser:
         "Write the smaller checkpoint of a finished run, then reload it with stock transformers and compare its "
         "logits with what was evaluated.",
     )
-    parser.add_argument("run", type=str, help="folder of a finished run")
-    parser.add_argument("--to", type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("run", is_path=True, type=str, help="folder of a finished run")
+    parser.add_argument("--to", is_path=True, type=str, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--which",
         type=str,
@@ -295,7 +307,7 @@ def wandb_replay_parser() -> CommandParser:
         "Write a new run of Weights & Biases from the journal of a search, finished or not; a search that goes on "
         "later goes on in that one.",
     )
-    parser.add_argument("run", type=str, help="folder of a run that no process is working on")
+    parser.add_argument("run", is_path=True, type=str, help="folder of a run that no process is working on")
     parser.add_section(TrackingConfig, "tracking")
     return parser
 

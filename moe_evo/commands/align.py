@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from moe_evo.commands.named_genome import GENOME_IN_CHECKPOINT
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError
+from moe_evo.files.write import write_whole
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.plain import Plain
@@ -103,7 +103,7 @@ def save_beside(
     if alignment is not None:
         files["alignment"] = folder / "alignment.safetensors"
         if isinstance(alignment, str):
-            shutil.copyfile(alignment, files["alignment"])
+            write_whole(files["alignment"], Path(alignment).read_bytes())
         else:
             save_alignment(files["alignment"], alignment)
     return {name: str(path) for name, path in files.items()}

@@ -12,11 +12,12 @@ from moe_evo.commands.named_genome import named_genome
 from moe_evo.config.model import RouterMode
 from moe_evo.config.run import ScoringConfig
 from moe_evo.errors import GenomeError, RunError
+from moe_evo.files.write import write_new
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure
 from moe_evo.genomes.space import ModelShape, check_fits
 from moe_evo.plain import plain
-from moe_evo.records.folder import RunFolder, with_absolute_paths, write_new
+from moe_evo.records.folder import RunFolder, with_absolute_paths
 from moe_evo.records.paired import paired
 from moe_evo.records.result import Score
 from moe_evo.report.answers import AgainstBaseline, ScoredGenome

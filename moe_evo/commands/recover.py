@@ -30,9 +30,10 @@ from moe_evo.commands.recovery_input import (
 from moe_evo.commands.shared import provenance
 from moe_evo.commands.teaching import ask_full_model, scored_alone
 from moe_evo.config.recover import RecoveryConfig
+from moe_evo.files.write import write_whole
 from moe_evo.genomes.population import Evaluation, ExampleScores
 from moe_evo.plain import Plain, plain
-from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.records.folder import RunFolder
 from moe_evo.records.recovery_folder import RecoveryFolder
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import paired_difference

@@ -26,8 +26,9 @@ from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ClusterError, ConfigError, JournalError, MoeEvoError, RunError
+from moe_evo.files.write import write_whole
 from moe_evo.genomes.space import ModelShape
-from moe_evo.records.folder import RunFolder, asdict_plain, check_inputs, task_hashes, with_absolute_paths, write_whole
+from moe_evo.records.folder import RunFolder, as_file_name, asdict_plain, check_inputs, task_hashes, with_absolute_paths
 from moe_evo.records.journal import MAIN
 from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
@@ -75,7 +76,7 @@ def grid(config: SweepConfig, shape: ModelShape, folder: SweepFolder) -> dict[st
             parts.insert(0, algorithm)
         if len(swept.tasks) > 1:
             parts.insert(0, task_name(tasks[0]))
-        name = "-".join(parts)
+        name = as_file_name("-".join(parts))
         if name in runs:
             raise ConfigError(f"sweep.tasks: two tasks have the name {task_name(tasks[0])!r}; rename a file or folder")
         run = RunConfig(**{**plain, "tasks": tasks, "search": search, "folder": str(folder.run(name).path)})
@@ -273,7 +274,7 @@ def _one_by_one(
             except ClusterError:
                 raise
             except MoeEvoError as error:
-                folder.log(name).write_text(f"error: {error}\n", "utf-8")
+                write_whole(folder.log(name), f"error: {error}\n")
             progress(name, "ended")
 
 
@@ -333,14 +334,14 @@ def _waves(runs: Mapping[str, RunConfig], config: SweepConfig) -> list[dict[str,
 
 def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) -> None:
     """Make one whole search, as a trial, on the gangs of `cluster`. report: called with the numbers that Tune shows."""
-    from rich.console import Console
+    from moe_evo.report.screen import screen
 
     assert config.folder is not None
     run = RunFolder(Path(config.folder))
     folder = SweepFolder(run.path.parent.parent)
     folder.logs.mkdir(exist_ok=True)
     log = folder.log(run.path.name)
-    with log.open("a", encoding="utf-8") as stream, TerminalTracker(Console(file=stream)) as tracker:
+    with log.open("a", encoding="utf-8") as stream, TerminalTracker(screen(file=stream)) as tracker:
         try:
             search_command(config, tracker, cluster=cluster)
         except ClusterError:
@@ -353,4 +354,4 @@ def _search_in_trial(config: RunConfig, report: Report, cluster: ClusterConfig) 
 
 def _default_folder(config: SweepConfig) -> str:
     names = [task_name(TaskConfig(data=data)) for data in config.sweep.tasks] or list(map(task_name, config.tasks))
-    return f"runs/sweep-{'+'.join(names)[:150]}"
+    return f"runs/sweep-{as_file_name('+'.join(names))[:150]}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_evo.config.check import require
+from moe_evo.config.model import MOST_GIB
 
 FitnessRule = Literal["mean", "worst"]
 StateDevice = Literal["model", "cpu"]
@@ -47,7 +48,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         cache = self.state_cache_gib
-        require(cache is None or cache >= 0, "evaluation.state_cache_gib", cache, "0 or more")
+        require(cache is None or 0 <= cache <= MOST_GIB, "evaluation.state_cache_gib", cache, f"0 to {MOST_GIB:,}")
         require(self.batch_tokens >= 1, "evaluation.batch_tokens", self.batch_tokens, "1 or more")
         pack = self.pack_tokens
         require(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import Namespace
 
+from moe_evo.config.check import require_path
 from moe_evo.config.parser import CommandParser, Word, yaml_of
 from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig
@@ -76,6 +77,7 @@ def _spelt_out_word(
     if word.option is None or word.value is None:
         return word
     if word.option == "config":
+        require_path("--config", word.value)
         return replace(word, value=yaml.safe_dump(_read(Path(word.value), config, note, known)))
     if word.option in _LISTS and not word.value.lstrip().startswith(("[", "{")):
         return replace(word, value=f"[{word.value}]")
@@ -101,7 +103,9 @@ def _read(
         )
     try:
         text = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from error
     content = yaml_of(text, str(file))
     if not isinstance(content, dict):

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_path
 
 RouterMode = Literal["exported", "eep"]
 ExpertsMode = Literal["own", "meo"]
@@ -30,6 +30,10 @@ EMBEDDED_MODELS = {
     "embedded-fine": EmbeddedModel("fine", "moe_evo embedded Qwen3-MoE"),
 }
 """By what `model.path` calls them."""
+
+
+MOST_GIB = 2**20
+"""More memory than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "a folder or a Hugging Face name")
+        for option in ("path", "offload_folder", "alignment"):
+            require_path(f"model.{option}", getattr(self, option))
+        require(
+            self.revision is None or (bool(self.revision) and self.path not in EMBEDDED_MODELS), "model.revision",
+            self.revision, "none, as the model comes with this package" if self.revision else "a branch, tag or commit",
+        )  # fmt: skip
         cache = self.merged_cache_gib
-        require(cache is None or cache >= 0, "model.merged_cache_gib", cache, "0 or more")
+        require(cache is None or 0 <= cache <= MOST_GIB, "model.merged_cache_gib", cache, f"0 to {MOST_GIB:,}")
         zero3 = self.sharding == "zero3"
         require(zero3 or self.offload == "none", "model.offload", self.offload, "'none' without model.sharding zero3")
         require(

@@ -12,11 +12,14 @@ from difflib import get_close_matches
 from itertools import groupby
 from typing import Any, Literal, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from moe_evo.config.check import require_path
 from moe_evo.config.value_types import element_types, expected, fits, misfit, unknown_key
 from moe_evo.errors import ConfigError
+from moe_evo.files.yaml_text import YamlError, YamlRefused
+from moe_evo.files.yaml_text import yaml_of as read_yaml
+from moe_evo.shown import shown
 
 _RENAMED = {
     "selection.frequency": "older versions had it; the baselines now stand in selection.baselines, as in [frequency]",
@@ -43,6 +46,7 @@ class CommandParser:
     def __init__(self, **options: Any) -> None:
         self._parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
         self._types: dict[str, Any] = {"help": Any}
+        self._paths: list[str] = []
         self._bare: dict[str, Any] = {}  # arguments that take bare words, and how many
         self._required: dict[str, str] = {}  # what has to be there, with the complaint where it is not
         self._switches: dict[str, str] = {}  # sections whose name alone is an option that takes true or false
@@ -54,8 +58,10 @@ class CommandParser:
         """The names of all options, without their dashes."""
         return frozenset(self._types)
 
-    def add_argument(self, name: str, **options: Any) -> None:
-        """As `ArgumentParser.add_argument`, with one name."""
+    def add_argument(self, name: str, *, is_path: bool = False, **options: Any) -> None:
+        """As `ArgumentParser.add_argument`, with one name. is_path: whether its values are paths."""
+        if is_path:
+            self._paths.append(name.removeprefix("--"))
         of_choices: Any = Literal
         hint = of_choices[tuple(options["choices"])] if "choices" in options else options.get("type", Any)
         if name.startswith("--"):
@@ -91,8 +97,14 @@ class CommandParser:
         self.check(words)
         try:
             parsed: Namespace = self._parser.instantiate(self._parser.parse_args(list(map(str, words))))
-        except (ArgumentError, ValueError) as error:
+        except (ArgumentError, ValueError, TypeError, OverflowError) as error:
             raise ConfigError(_reason(error)) from error
+        except RecursionError as error:
+            raise ConfigError("got lists in lists too deep to read, expected plain values") from error
+        for name in self._paths:
+            found = parsed.get(name)
+            for path in found if isinstance(found, list) else [found]:
+                require_path(name if name in self._bare else f"--{name}", path)
         return parsed
 
     def words(self, argv: Iterable[str]) -> list[Word]:
@@ -141,7 +153,7 @@ class CommandParser:
         """The same check for the content of a file; name: of the section, or '' for the whole file."""
         if not isinstance(content, Mapping):
             if content is not None:
-                raise ConfigError(f"{name}: got {str(content)!r}, expected {expected(dict)}")
+                raise ConfigError(f"{name}: got {shown(str(content))}, expected {expected(dict)}")
             return
         for key, value in content.items():
             option = f"{name}.{key}" if name else str(key)
@@ -157,7 +169,7 @@ class CommandParser:
         hints = self._types_of(option)
         if value is None:
             return
-        content = _yaml_or_text(value)
+        content = _yaml_or_text(value, name)
         if is_dataclass(hints[0]) or option == "config":
             self._check_section("" if option == "config" else name, content)
         elif not any(fits(one, hint) for one in (value, content) for hint in hints):
@@ -226,17 +238,27 @@ class CommandParser:
         return next((ends[one] for one in get_close_matches(end, ends, n=1)), None)
 
 
+class RefusedValue(ConfigError):
+    """A value is YAML that no option may have."""
+
+
 def yaml_of(text: str, where: str) -> Any:
     """The content of a YAML text; raises ConfigError."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: is not YAML ({' '.join(str(error).split())})") from error
+        return read_yaml(text)
+    except YamlRefused as error:
+        raise RefusedValue(f"{where}: got {error}, expected plain values") from error
+    except YamlError as error:
+        raise ConfigError(f"{where}: is not YAML ({error})") from error
 
 
-def _yaml_or_text(text: str) -> Any:
+def _yaml_or_text(text: str, option: str) -> Any:
     try:
-        return yaml_of(text, "")
+        return yaml_of(text, option)
+    except RefusedValue:
+        if not text.lstrip().startswith(("[", "{", "&", "- ")):  # such as a text with !, or nan
+            return text
+        raise
     except ConfigError:
         return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_path
 from moe_evo.config.run import ScoringConfig
 
 PARTS = ("experts", "router", "norms", "attention", "all")
@@ -73,6 +73,7 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "recover.methods", self.methods, "at least one, such as logits")
+        require_path("recover.prompts", self.prompts)
         unknown = [part for part in self.train if part not in PARTS]
         require(not unknown, "recover.train", self.train, f"a list of {', '.join(PARTS)}")
         require(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_path, require_text
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
@@ -72,6 +72,8 @@ class TrackingConfig:
         for option, length in (("group", 128), ("entity", 128)):
             value = getattr(self, option)
             require(value is None or 0 < len(value) <= length, f"tracking.{option}", value, "1 to 128 characters")
+        for option in ("project", "group", "entity"):
+            require_text(f"tracking.{option}", getattr(self, option) or "")
         require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
 
 
@@ -132,6 +134,8 @@ class RunConfig(ScoringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.folder is None or bool(self.folder), "folder", self.folder, "a folder")
+        require_path("folder", self.folder)
         objectives, by_task = self.search.objectives, TASKS in self.search.objectives
         require(
             not by_task or len(self.tasks) > 1, "search.objectives", objectives,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_path
 
 RANDOM = "random"
 """The origin of initial candidates that are drawn at random, not made by a one-shot method."""
@@ -160,6 +160,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         self._check_objectives()
+        require_path("search.warm_start", self.warm_start)
         if isinstance(self.num_kept, dict):
             self._check_range(self.num_kept)
         else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_name, require_path, require_text
+from moe_evo.shown import cut
 
 AUTO, DEFAULT = "auto", "default"
 """Values of `kind` and `metric`: take the kind that the examples' fields fit, and the first metric of the kind.
 
 DEFAULT as `search_metric`: the same as `metric`.
 """
+
+_MOST_TOKENS = 2**30
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,20 @@ class TaskConfig:
     max_length: int = 2048
 
     def __post_init__(self) -> None:
-        where = f"tasks ({self.name or self.data or 'unnamed'})"
+        where = f"tasks ({cut(self.name or self.data or 'unnamed', 80)})"
         require(bool(self.data), f"{where}.data", self.data, "a file, a folder or an embedded task")
+        require_name(f"{where}.name", self.name)
+        for option, path in (("data", self.data), ("few_shot", self.few_shot)):
+            require_path(f"{where}.{option}", path)
+        for option, text in (("prefix", self.prefix), ("stop", self.stop)):
+            require_text(f"{where}.{option}", text)
         shares_ok = min(self.split_shares) > 0 and abs(sum(self.split_shares) - 1) < 1e-6
         require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
         for option in ("num_search", "num_validation", "num_test"):
             require(getattr(self, option) >= 0, f"{where}.{option}", getattr(self, option), "0 (all) or more")
-        require(self.max_new_tokens > 0, f"{where}.max_new_tokens", self.max_new_tokens, "at least 1")
-        require(self.max_length > 1, f"{where}.max_length", self.max_length, "at least 2")
+        for option, least in (("max_new_tokens", 1), ("max_length", 2)):
+            value = getattr(self, option)
+            require(least <= value <= _MOST_TOKENS, f"{where}.{option}", value, f"{least} to {_MOST_TOKENS:,}")
 
     @property
     def sets_search_metric(self) -> bool:

@@ -8,6 +8,9 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from moe_evo.config.check import is_usable
+from moe_evo.shown import shown
+
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -50,7 +53,7 @@ def is_union(hint: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type; a number may be given as text."""
+    """Whether a value has a type."""
     if is_union(hint):
         return any(fits(value, one) for one in get_args(hint))
     return misfit("", value, hint) is None
@@ -70,12 +73,12 @@ def misfit(option: str, value: Any, hint: Any) -> str | None:
         is_right = value in get_args(hint)
     else:
         is_right = hint is Any or _is_plain(value, hint)
-    return None if is_right else f"{option}: got {str(value)!r}, expected {expected(hint)}"
+    return None if is_right else f"{option}: got {shown(str(value))}, expected {expected(hint)}"
 
 
 def unknown_key(option: str, key: Any, known: Iterable[str]) -> str:
     near = get_close_matches(str(key), known, n=1)
-    return f"{option}: got an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{option}: got an unknown key {shown(key, 80)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _parts(value: Any, hint: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -86,7 +89,7 @@ def _parts(value: Any, hint: Any) -> Iterable[tuple[Any, Any]] | None:
     if origin is tuple and isinstance(value, list) and len(value) == len(of):
         return list(zip(value, of, strict=True))
     if origin is dict and isinstance(value, Mapping):
-        return [(one, of[1]) for one in value.values()]
+        return [*((key, of[0]) for key in value), *((one, of[1]) for one in value.values())]
     return None
 
 
@@ -103,13 +106,9 @@ def _is_plain(value: Any, hint: Any) -> bool:
     if hint is types.NoneType:
         return value is None
     if hint is bool:
-        return isinstance(value, bool) or str(value).lower() in ("true", "false")
-    if hint in (int, float) and isinstance(value, str):
-        try:
-            hint(value)
-        except ValueError:
-            return False
-        return True
-    if hint is float and isinstance(value, int):
-        return not isinstance(value, bool)
+        return isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return is_usable(value) and (hint is float or isinstance(value, int))
+    if hint is str and isinstance(value, str) and "\x00" in value:
+        return False
     return get_origin(hint) is None and isinstance(value, hint) and not isinstance(value, bool)

@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from moe_evo.config.model import ModelConfig
 from moe_evo.criteria.sums import KINDS, Observation
 from moe_evo.errors import ObservationError
-from moe_evo.genomes.stamped_file import FileKind
+from moe_evo.files.json_text import json_of
+from moe_evo.genomes.stamped_file import FileKind, Tensors
+from moe_evo.plain import PlainError, value_of
+from moe_evo.shown import line_of
 from moe_evo.tasks import kinds
 from moe_evo.tasks.data import TaskData
 
@@ -73,24 +78,47 @@ def load_observations(path: str | os.PathLike[str], model_hash: str | None = Non
     """
     tensors, metadata = FILE.load(path)
     try:
-        answers = {}
-        for number, told in enumerate(json.loads(metadata["answers"])):
-            if told["kind"] in _FORMER_KINDS:
-                continue
-            kind = KINDS[told["kind"]]
-            layers = [
-                kind(*(tensors[f"{number}.{index}.{name}"] for name in kind.names()))
-                for index in range(told["num_layers"])
-            ]
-            answers[told["key"]] = Observation(tuple(layers))
+        told = value_of(tuple[_Answer, ...], json_of(metadata["answers"]), "answers")
+        answers = {
+            one.key: _observation(tensors, number, one)
+            for number, one in enumerate(told)
+            if one.kind not in _FORMER_KINDS
+        }
         stored = StoredObservations(metadata["model_hash"], answers)
     except (KeyError, TypeError, ValueError) as error:
-        raise ObservationError(f"{path}: damaged ({type(error).__name__}: {error}); {FILE.advice}") from error
+        reason = line_of(f"{type(error).__name__}: {error}")
+        raise ObservationError(f"{path}: damaged ({reason}); {FILE.advice}") from error
     if model_hash is not None and stored.model_hash != model_hash:
         raise ObservationError(
             f"{path}: observations of the model {stored.model_hash}, this one is {model_hash}; observe again"
         )
     return stored
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the metadata tell of one observation."""
+
+    key: str
+    kind: str
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise PlainError(f"answers: got {self.num_layers} layers, expected 1 or more")
+
+
+def _observation(tensors: Tensors, number: int, told: _Answer) -> Observation[Any]:
+    """The observation of this number; raises KeyError or ValueError where it is not whole."""
+    kind = KINDS[told.kind]
+    layers = []
+    for index in range(told.num_layers):
+        found = {name: tensors[f"{number}.{index}.{name}"] for name in kind.names()}
+        for name, sums in found.items():
+            if sums.dtype != np.float64 or not np.isfinite(sums).all():
+                raise ValueError(f"{name} of layer {index} is {sums.dtype}, expected finite float64")
+        layers.append(kind(*found.values()))
+    return Observation(tuple(layers))
 
 
 _PROMPT_OPTIONS = (

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from moe_evo.errors import GenomeError
+from moe_evo.files.json_text import JsonError, json_of
+from moe_evo.files.limits import MOST_UNPACKED
 from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
 from moe_evo.genomes.population import EvaluationFailure, Individual, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
 from moe_evo.genomes.stamped_file import FileKind
+from moe_evo.shown import cut, shown
 
 FILE = FileKind(
     "moe_evo.genome",
@@ -81,7 +84,7 @@ def genome_from_bytes(content: bytes) -> Genome:
     """The genome of `genome_to_bytes`; raises GenomeError for anything else."""
     where = "stored genome"
     with _malformed_is_genome_error(where):
-        return _from_bytes(zlib.decompress(content), where)[0]
+        return _from_bytes(unpacked(content), where)[0]
 
 
 def genome_from_kept_json(text_or_path: str | os.PathLike[str], shape: ModelShape) -> Genome:
@@ -95,9 +98,9 @@ def genome_from_kept_json(text_or_path: str | os.PathLike[str], shape: ModelShap
         text = FILE.read(text_or_path).decode("utf-8", errors="replace")
     expected = "a JSON list with one list of expert numbers a MoE layer, such as [[0, 3], [1, 2]]"
     try:
-        kept = json.loads(text)
-    except ValueError as error:
-        raise GenomeError(f"{where}: not JSON ({error}), expected {expected}") from error
+        kept = json_of(text)
+    except JsonError as error:
+        raise GenomeError(f"{where}: {error}, expected {expected}") from error
     if not isinstance(kept, list) or not all(_is_int_list(layer) for layer in kept):
         raise GenomeError(f"{where}: got {_shortened(text)}, expected {expected}")
     if len(kept) != shape.num_layers:
@@ -130,18 +133,24 @@ def _to_bytes(genome: Genome, **extras: Mapping[str, Any]) -> bytes:
 
 def _from_bytes(content: bytes, where: str) -> tuple[Genome, dict[str, Any]]:
     tensors, metadata = FILE.from_bytes(content, where)
-    top_k = json.loads(metadata["top_k"])
+    known = {key: json_of(text) for key, text in metadata.items()}
+    top_k = known["top_k"]
+    if not _is_int_list(top_k):
+        raise GenomeError(f"{where}: top_k: got {shown(top_k, 80)}, expected a list of whole numbers; {FILE.advice}")
+    for key in ("space", "lineage", "outcome", "provenance"):
+        if not isinstance(known.get(key, {}), dict):
+            raise GenomeError(f"{where}: {key}: got {shown(known[key], 80)}, expected an object; {FILE.advice}")
     if len(tensors) != 2 * len(top_k):
         raise GenomeError(f"{where}: holds {len(tensors)} matrices, expected {2 * len(top_k)}; {FILE.advice}")
     layers = tuple(
         LayerGenome(
             _matrix(tensors, f"layers.{index}.expert_merging", where),
             _matrix(tensors, f"layers.{index}.router_mapping", where),
-            int(active),
+            active,
         )
         for index, active in enumerate(top_k)
     )
-    return Genome(layers), {key: json.loads(text) for key, text in metadata.items()}
+    return Genome(layers), known
 
 
 def _matrix(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, where: str) -> Matrix:
@@ -168,10 +177,20 @@ def _malformed_is_genome_error(where: str) -> Iterator[None]:
         raise GenomeError(f"{where}: damaged metadata ({reason}); {FILE.advice}") from error
 
 
+def unpacked(content: bytes) -> bytes:
+    """What zlib packed; raises zlib.error for anything else, and for more bytes than anything of ours has."""
+    packed = zlib.decompressobj()
+    found = packed.decompress(content, MOST_UNPACKED)
+    if packed.unconsumed_tail:
+        raise zlib.error(f"more than {MOST_UNPACKED:,} bytes in {len(content):,}")
+    if not packed.eof or packed.unused_data:
+        raise zlib.error("incomplete or with something behind it")
+    return found
+
+
 def _is_int_list(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else line[:57] + "..."
+    return cut(" ".join(text.split()), 60)

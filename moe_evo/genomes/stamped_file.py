@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from moe_evo.errors import MoeEvoError
+from moe_evo.files.json_text import json_of
+from moe_evo.files.write import open_no_link, write_whole
+from moe_evo.shown import line_of
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
 
@@ -42,13 +44,16 @@ class FileKind:
 
     def from_bytes(self, content: bytes, where: str) -> tuple[Tensors, dict[str, str]]:
         """What `to_bytes` got; raises `error` for bytes of any other kind."""
+        header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data
         try:
             tensors = load_tensors(content)
+            metadata: dict[str, str] = json_of(content[8 : 8 + header_size]).get("__metadata__") or {}
         except SafetensorError as error:
-            reason = " ".join(str(error).split())
-            raise self.error(f"{where}: not a safetensors file ({reason}); {self.advice}") from error
-        header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data
-        metadata: dict[str, str] = json.loads(content[8 : 8 + header_size]).get("__metadata__") or {}
+            raise self.error(f"{where}: not a safetensors file ({line_of(error)}); {self.advice}") from error
+        except KeyError as error:  # a type of numbers that numpy has not, such as bfloat16
+            raise self.error(f"{where}: holds numbers of the type {error}; {self.advice}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self.error(f"{where}: damaged ({line_of(error)}); {self.advice}") from error
         if metadata.pop("format", None) != self.format:
             raise self.error(f"{where}: safetensors without {self.holds} of moe_evo; {self.advice}")
         found = metadata.pop("version", None)
@@ -64,18 +69,10 @@ class FileKind:
 
     def write(self, path: str | os.PathLike[str], content: bytes) -> None:
         """Write a file on disk for good, or leave what was there and raise `error`."""
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
+            write_whole(Path(path), content)
         except OSError as error:
             raise self._unwritable(path, error) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, path: str | os.PathLike[str]) -> Iterator[None]:
@@ -86,7 +83,7 @@ class FileKind:
         """
         target = Path(path)
         try:
-            lock = target.with_name(f".{target.name}.lock").open("a")
+            lock = os.fdopen(open_no_link(target.with_name(f".{target.name}.lock")), "r+b")
         except OSError as error:
             raise self._unwritable(path, error) from error
         with lock:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_evo.errors import ModelError
-from moe_evo.models.transformers_border import transformers
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -126,57 +125,3 @@ def _told(name: str, shape: Iterable[int] | None) -> str:
 
 def _sizes(shape: Iterable[int]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
-
-
-_POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "sliding_window", "num_experts_per_tok", "num_local_experts", "num_experts",
-    "n_routed_experts", "decoder_sparse_step", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim",
-    "rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor", "logits_scaling",
-    "attention_multiplier", "embedding_multiplier", "residual_multiplier", "swiglu_limit", "moe_layer_freq",
-)  # fmt: skip
-_FROM_ZERO = (
-    "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "qk_rope_head_dim", "n_group",
-    "topk_group", "first_k_dense_replace", "n_shared_experts", "max_window_layers", "num_nextn_predict_layers",
-)  # fmt: skip
-
-
-def check_numbers(where: str, config: Any) -> None:
-    """Raise ModelError for a number in config.json with which a model loads but computes nonsense.
-
-    config: of transformers. Fields that are absent or null are left alone.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    values = {name: getattr(config, name, None) for name in (*_POSITIVE, *_FROM_ZERO)}
-    values |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor", "factor") if name in rope}
-    for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            fits = 0 <= value < float("inf") if name in _FROM_ZERO else 0 < value < float("inf")
-            _require(fits, where, name, value, "0 or more" if name in _FROM_ZERO else "more than 0")
-    _check_layers(where, config)
-
-
-def check_routing(where: str, config: Any, num_experts: int, top_k: int) -> None:
-    """Raise ModelError where tokens cannot choose `top_k` of `num_experts` experts as the config says."""
-    _require(1 <= top_k <= num_experts, where, "num_experts_per_tok", top_k, f"1 to the {num_experts} experts")
-    num_groups, chosen = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
-    _require(num_experts % num_groups == 0, where, "n_group", num_groups, f"a divisor of the {num_experts} experts")
-    _require(chosen <= num_groups, where, "topk_group", chosen, f"1 to the {num_groups} groups of n_group")
-
-
-def _check_layers(where: str, config: Any) -> None:
-    number = config.num_hidden_layers
-    dense = getattr(config, "mlp_only_layers", None) or []
-    fits = all(isinstance(one, int) and 0 <= one < number for one in dense)
-    _require(fits, where, "mlp_only_layers", dense, f"numbers of layers, 0 to {number - 1}")
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1
-    _require(heads % groups == 0, where, "num_key_value_heads", groups, f"a divisor of the {heads} num_attention_heads")
-    _require(
-        not getattr(config, "is_encoder_decoder", False), where, "is_encoder_decoder", True,
-        f"false: transformers {transformers.__version__} has this family as a decoder only",
-    )  # fmt: skip
-
-
-def _require(fits: bool, where: str, name: str, got: object, expected: str) -> None:
-    if not fits:
-        raise ModelError(f"{where}: config.json: {name}: got {got!r}, expected {expected}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from moe_evo.errors import ModelError
+from moe_evo.files.json_text import json_of
 from moe_evo.models.source import ModelSource
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet
 
@@ -64,7 +64,7 @@ def _files(source: ModelSource) -> list[Path]:
         options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         index = cached_file(location, "model.safetensors.index.json", **options)
         if index is not None:
-            weights: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            weights: dict[str, str] = json_of(Path(index).read_bytes())["weight_map"]
             names = sorted({file for name, file in weights.items() if _ROUTER.search(name)})
         return [Path(str(cached_file(location, name, revision=revision))) for name in names]
 

@@ -18,12 +18,21 @@ import numpy as np
 
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
+from moe_evo.files.json_text import read_json
 from moe_evo.genomes.space import ModelShape
-from moe_evo.models.checkpoint_check import Header, check_headers, check_numbers, check_routing, headers_of
+from moe_evo.models.checkpoint_check import Header, check_headers, headers_of
+from moe_evo.models.config_check import check_config
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment
 from moe_evo.models.families import Family, family_of
 from moe_evo.models.location import location
-from moe_evo.models.transformers_border import LIBRARY_ERRORS, cached_file, one_line, quiet, transformers
+from moe_evo.models.transformers_border import (
+    LIBRARY_ERRORS,
+    cached_file,
+    one_line,
+    quiet,
+    tokenizer_errors,
+    transformers,
+)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
@@ -68,17 +77,18 @@ class ModelSource:
                 found = transformers.AutoConfig.from_pretrained(
                     self.location, revision=self.config.revision, trust_remote_code=False
                 )
+                check_config(found.to_dict(), str(self._config_file))  # with the defaults of what it leaves out
         except LIBRARY_ERRORS as error:
-            raise ModelError(f"{self.location}: config.json cannot be used ({one_line(error)})") from error
-        check_numbers(str(self.location), found)
+            raise _unusable(self.location, error) from error
         return found
 
     @cached_property
     def shape(self) -> ModelShape:
         """The model's MoE layers."""
-        shape = self.family.shape(self.transformers_config)
-        check_routing(str(self.location), self.transformers_config, shape.num_experts[0], shape.top_k[0])
-        return shape
+        try:
+            return self.family.shape(self.transformers_config)
+        except LIBRARY_ERRORS as error:
+            raise _unusable(self.location, error) from error
 
     def checked_headers(self) -> dict[str, Header]:
         """The tensors in a folder's files by name; {} for a Hugging Face name, whose files are not here yet.
@@ -101,16 +111,13 @@ class ModelSource:
         """None where a folder has none."""
         if not self.has_tokenizer:
             return None
-        try:
-            with quiet():
-                return transformers.AutoTokenizer.from_pretrained(
-                    self.location,
-                    config=self.transformers_config,  # or the library reads config.json again, with the code beside it
-                    revision=self.config.revision,
-                    trust_remote_code=self.config.trust_remote_code,
-                )
-        except LIBRARY_ERRORS as error:
-            raise ModelError(f"{self.location}: the tokenizer cannot be loaded ({one_line(error)})") from error
+        with quiet(), tokenizer_errors(ModelError, f"{self.location}: the tokenizer cannot be loaded"):
+            return transformers.AutoTokenizer.from_pretrained(
+                self.location,
+                config=self.transformers_config,  # or the library reads config.json again, with the code beside it
+                revision=self.config.revision,
+                trust_remote_code=self.config.trust_remote_code,
+            )
 
     @cached_property
     def alignment(self) -> Alignment | None:
@@ -169,10 +176,7 @@ def _config_file(config: ModelConfig, where: Path | str) -> Path:
 
 def _json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ModelError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
+    found = read_json(file, ModelError)
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds {type(found).__name__}, expected an object")
     return found
@@ -192,7 +196,16 @@ def _own_end_tokens(folder: Path, config_file: Path) -> bytes:
 
 def _family(config_file: Path, where: Path | str) -> Family:
     """The family that config.json tells; raises ModelError where moe_evo cannot load it."""
-    return family_of(_json_object(config_file), str(where))
+    config = _json_object(config_file)
+    family = family_of(config, str(where))
+    check_config(config, str(config_file))
+    return family
+
+
+def _unusable(location: Path | str, error: BaseException) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    return ModelError(f"{location}: config.json cannot be used ({one_line(error)})")
 
 
 def _sample(file: Path) -> Iterator[bytes]:

@@ -18,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as _library_logging
 
-from moe_evo.errors import ModelError
+from moe_evo.errors import ModelError, MoeEvoError
+from moe_evo.shown import cut, line_of
 from moe_evo.versions import ADVICE
 
 transformers: Any = _library  # its own annotations are half complete
@@ -46,6 +47,7 @@ __all__ = [
     "kept_in_float32",
     "one_line",
     "quiet",
+    "tokenizer_errors",
     "transformers",
     "undivided_modules",
 ]
@@ -59,6 +61,8 @@ LIBRARY_ERRORS = (
     ImportError,
     IndexError,
     RuntimeError,
+    ArithmeticError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -67,7 +71,7 @@ LIBRARY_ERRORS = (
 
 def is_own_defect(error: BaseException) -> bool:
     """Whether a defect of our own code raised the error, so that it tells nothing about library or model."""
-    if not isinstance(error, TypeError | AttributeError | NameError):
+    if not isinstance(error, TypeError | AttributeError | NameError | ArithmeticError | AssertionError):
         return False
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
@@ -135,7 +139,22 @@ logging.getLogger("DeepSpeed").addFilter(_is_error)  # where it is installed, tr
 
 def one_line(error: BaseException) -> str:
     """A library's error message, often a page long, as one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return cut(line_of(error), 300) or type(error).__name__
+
+
+@contextmanager
+def tokenizer_errors(kind: type[MoeEvoError], told: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises into an error of this kind: `told`, with the reason behind it."""
+    try:
+        yield
+    except MoeEvoError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise kind(f"{told} ({one_line(error)})") from error
+    except Exception as error:
+        if type(error) is not Exception:  # which is what the tokenizers library itself raises
+            raise
+        raise kind(f"{told} ({one_line(error)})") from error
 
 
 @contextmanager

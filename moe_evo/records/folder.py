@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from moe_evo.config.evaluation import SPEED_ONLY
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, difference
 from moe_evo.errors import MoeEvoError, RunError
+from moe_evo.files.json_text import read_json
+from moe_evo.files.write import write_whole
 from moe_evo.plain import Plain, PlainError, plain, value_of
 from moe_evo.records.journal import Journal
 from moe_evo.records.result import RunResult, VersionError
@@ -171,7 +172,7 @@ class RunFolder:
         """Keep the result of a smaller budget under another name: with a result, a run counts as finished."""
         if self.result.is_file():
             kept = self.result.with_name(f"result-{datetime.now(UTC):%Y%m%dT%H%M%S}.json")
-            os.replace(self.result, kept)
+            self.result.replace(kept)
 
     def _unwritable(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be written ({error.strerror}); choose another folder with --folder")
@@ -188,41 +189,13 @@ class RunFolder:
         if not self.result.is_file():
             raise RunError(f"{self.path}: this run is not finished; go on with: moe-evo search --resume {self.path}")
         again = "delete it and run the same search again, it is made anew"
-        try:
-            data = json.loads(self.result.read_text("utf-8"))
-        except ValueError as error:
-            raise RunError(f"{self.result}: is not JSON ({error}); {again}") from error
+        data = read_json(self.result, RunError, again)
         try:
             return value_of(RunResult, data)
         except VersionError as error:
             raise RunError(f"{self.result}: {error}") from error
         except PlainError as error:
             raise RunError(f"{self.result}: {error}; {again}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: if this fails, an older file of that name is unchanged."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that was not there, atomically; raises FileExistsError, also where another process made it first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.link(temporary, path)  # which, unlike a rename, replaces nothing
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def asdict_plain(config: RunConfig) -> Plain:
@@ -247,9 +220,14 @@ def _defining(config: RunConfig) -> Plain:
 
 def default_folder(config: RunConfig) -> Path:
     """The folder in runs/ whose name is made of the options in which runs usually differ."""
-    tasks = "+".join(map(task_name, config.tasks))
+    tasks = as_file_name("+".join(map(task_name, config.tasks)))
     tail = f"-{config.search.algorithm}-seed{config.search.seed}"
     return Path("runs") / (f"{tasks}-keep{config.search.kept_label}"[: _NAME_LENGTH - len(tail)] + tail)
+
+
+def as_file_name(text: str) -> str:
+    """The text as part of a file's name, which cannot lead to another folder."""
+    return re.sub(r"[/\\\x00-\x1f\x7f]", "-", text)
 
 
 Config = TypeVar("Config", bound=ScoringConfig)

@@ -17,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from moe_evo.errors import GenomeError, JournalError
-from moe_evo.genomes.file import genome_from_bytes, genome_to_bytes
+from moe_evo.files.json_text import json_of
+from moe_evo.genomes.file import genome_from_bytes
 from moe_evo.genomes.genome import Genome
-from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure, Individual, Outcome
-from moe_evo.plain import Plain
+from moe_evo.genomes.population import Candidate, Individual, Outcome
+from moe_evo.plain import Plain, value_of
+from moe_evo.records.journal_rows import (
+    ancestry_of,
+    candidate_columns,
+    candidate_of,
+    gang_event_of,
+    number_of,
+    outcome_columns,
+    outcome_of,
+)
 from moe_evo.records.lock import lock
-from moe_evo.tasks.samples import Sample
+from moe_evo.shown import line_of
 
 SCHEMA_VERSION = "3"
 
@@ -149,24 +158,14 @@ class Journal:
 
     def propose(self, search: str, candidates: Sequence[Candidate]) -> None:
         """Write the candidates of one `ask` in one transaction."""
-        rows = [
-            (
-                search,
-                one.number,
-                one.genome.digest,
-                one.operator,
-                json.dumps(one.parents),
-                genome_to_bytes(one.genome),
-            )
-            for one in candidates
-        ]
+        rows = [candidate_columns(search, one) for one in candidates]
         with self._write() as database:
             database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def record(self, outcomes: Sequence[tuple[str, int, str, Outcome]]) -> None:
         """Write outcomes as (search, number, split, outcome), together; they are on disk when this returns."""
         now = time.time()
-        rows = [(*key, *_columns(outcome), outcome.duration_s, now) for *key, outcome in outcomes]
+        rows = [(*key, *outcome_columns(outcome), outcome.duration_s, now) for *key, outcome in outcomes]
         with self._write() as database:
             database.executemany(
                 "INSERT INTO outcomes (search, number, split, fitness, tie_break, standard_error, num_examples,"
@@ -184,12 +183,15 @@ class Journal:
 
     def gang_events(self) -> list[tuple[float, int, str, str]]:
         """All events of gangs in order, in the form that `record_pool` takes."""
-        return self._fetch("SELECT at, gang, kind, detail FROM gang_events ORDER BY rowid", ())
+        rows = self._fetch("SELECT at, gang, kind, detail FROM gang_events ORDER BY rowid", ())
+        with self._readable():
+            return list(map(gang_event_of, rows))
 
     def pool_status(self) -> Plain | None:
         """The last status of the gangs that was written; None for a run without gangs."""
         rows = self._fetch("SELECT status FROM pool_status ORDER BY rowid DESC LIMIT 1", ())
-        return dict(json.loads(rows[0][0])) if rows else None
+        with self._readable():
+            return value_of(dict[str, Any], json_of(value_of(str, rows[0][0])), "pool_status") if rows else None
 
     def candidates(self, search: str) -> list[Candidate]:
         """All candidates of a search in the order of their numbers."""
@@ -198,25 +200,25 @@ class Journal:
             (search,),
         )
         with self._readable():
-            return [
-                Candidate(number, genome_from_bytes(genome), operator, tuple(json.loads(parents)))
-                for number, genome, operator, parents in rows
-            ]
+            return [candidate_of(*columns) for columns in rows]
 
     def ancestry(self, search: str) -> dict[int, tuple[str, tuple[int, ...]]]:
         """Operator and parents of every candidate by its number, without its genome."""
         rows = self._fetch("SELECT number, operator, parents FROM candidates WHERE search = ?", (search,))
-        return {number: (operator, tuple(json.loads(parents))) for number, operator, parents in rows}
+        with self._readable():
+            return {number_of(number): ancestry_of(operator, parents) for number, operator, parents in rows}
 
     def genome(self, search: str, number: int) -> Genome:
         """The genome of one candidate."""
         rows = self._fetch("SELECT genome FROM candidates WHERE search = ? AND number = ?", (search, number))
         with self._readable():
-            return genome_from_bytes(rows[0][0])
+            return genome_from_bytes(value_of(bytes, rows[0][0], "genome"))
 
     def splits(self, search: str) -> list[str]:
         """Those on which candidates of a search have outcomes."""
-        return [name for (name,) in self._fetch("SELECT DISTINCT split FROM outcomes WHERE search = ?", (search,))]
+        rows = self._fetch("SELECT DISTINCT split FROM outcomes WHERE search = ?", (search,))
+        with self._readable():
+            return [value_of(str, name, "split") for (name,) in rows]
 
     def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
         """Outcomes by candidate number, in the order in which they finished."""
@@ -247,13 +249,14 @@ class Journal:
             arguments,
         )
         with self._readable():
-            return {number: _outcome(split, columns) for number, split, *columns in rows}
+            return {number_of(number): outcome_of(split, columns) for number, split, *columns in rows}
 
     def individuals(self, search: str, split: str = "search") -> list[Individual]:
         """Finished individuals of a search, in the order in which they finished; on the search split as `told` says."""
         candidates = {one.number: one for one in self.candidates(search)}
         outcomes = self.told(search) if split == "search" else self.outcomes(search, split)
-        return [Individual(candidates[number], outcome) for number, outcome in outcomes.items()]
+        with self._readable():
+            return [Individual(candidates[number], outcome) for number, outcome in outcomes.items()]
 
     def _fetch(self, query: str, arguments: tuple[object, ...]) -> list[Any]:
         with _explained(self.path):
@@ -263,8 +266,10 @@ class Journal:
     def _readable(self) -> Iterator[None]:
         try:
             yield
+        except KeyError as error:
+            raise JournalError(f"{self.path}: has no candidate {error} that it tells of; {_RESTORE}") from error
         except (GenomeError, ValueError, SafetensorError, zlib.error) as error:
-            raise JournalError(f"{self.path}: holds what cannot be read ({error}); {_RESTORE}") from error
+            raise JournalError(f"{self.path}: holds what cannot be read ({line_of(error)}); {_RESTORE}") from error
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -273,29 +278,6 @@ class Journal:
 
 
 _RESTORE = "restore the file from a copy, or start anew in another folder"
-
-
-def _columns(outcome: Outcome) -> tuple[object, ...]:
-    """An outcome as values of the table's columns from fitness to failure_reason."""
-    if isinstance(outcome, EvaluationFailure):
-        return (None,) * 6 + (outcome.kind, outcome.reason)
-    metrics = json.dumps(dict(outcome.metrics), sort_keys=True)
-    scores = None if outcome.scores is None else zlib.compress(save(dict(outcome.scores)))
-    numbers = (outcome.fitness, outcome.tie_break, outcome.standard_error, outcome.num_examples)
-    return (*numbers, metrics, scores, None, None)
-
-
-def _outcome(split: str, columns: Sequence[Any]) -> Outcome:
-    fitness, tie_break, standard_error, num_examples, metrics, scores, kind, reason, duration_s = columns
-    if kind is not None:
-        return EvaluationFailure(kind, reason, duration_s)
-    sample = Sample.read(split)
-    return Evaluation(
-        *(fitness, tie_break, standard_error, num_examples, duration_s),
-        metrics=json.loads(metrics),
-        scores=None if scores is None else load(zlib.decompress(scores)),
-        sample=None if sample is None else sample.number,
-    )
 
 
 @contextmanager

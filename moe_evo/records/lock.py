@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from moe_evo.errors import MoeEvoError
+from moe_evo.files.write import open_no_link
 
 
 def lock(file: Path, error: type[MoeEvoError]) -> IO[str]:
@@ -16,7 +17,7 @@ def lock(file: Path, error: type[MoeEvoError]) -> IO[str]:
     Raises `error` where its folder cannot be written, or where another process holds it.
     """
     try:
-        held = open(file, "a+", encoding="utf-8")  # noqa: SIM115
+        held = os.fdopen(open_no_link(file), "r+", encoding="utf-8")
     except OSError as reason:
         raise error(f"{file.parent}: cannot be written ({reason.strerror}); choose another folder") from reason
     try:
@@ -27,6 +28,11 @@ def lock(file: Path, error: type[MoeEvoError]) -> IO[str]:
         held.close()
         raise error(
             f"{file.parent}: process {owner} is working on this run; wait for it, end it, or use another folder"
+        ) from reason
+    except OSError as reason:  # such as ENOLCK of a network file system
+        held.close()
+        raise error(
+            f"{file.parent}: cannot be locked ({reason.strerror}); choose another folder, on a file system with locks"
         ) from reason
     held.truncate(0)
     held.write(str(os.getpid()))

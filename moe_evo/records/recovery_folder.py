@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,12 +14,26 @@ import numpy as np
 
 from moe_evo.config.run import difference
 from moe_evo.errors import MoeEvoError, RunError
+from moe_evo.files.json_text import read_json
+from moe_evo.files.write import write_whole
 from moe_evo.genomes.population import Evaluation
-from moe_evo.plain import Plain
-from moe_evo.records.folder import write_whole
+from moe_evo.plain import Plain, PlainError, value_of
 from moe_evo.records.lock import lock
 
 _NUMBERS = ("fitness", "tie_break", "standard_error", "num_examples", "duration_s")
+
+
+@dataclass(frozen=True)
+class _KeptScore:
+    """A score in its file; see `Evaluation`."""
+
+    fitness: float
+    tie_break: float
+    standard_error: float
+    num_examples: int
+    duration_s: float
+    metrics: Mapping[str, float] = field(hash=False)
+    scores: Mapping[str, tuple[float, ...]] = field(hash=False)
 
 
 class RecoveryFolder:
@@ -58,7 +73,8 @@ class RecoveryFolder:
             shutil.rmtree(self.path)
 
     def _check(self, job: Plain) -> None:
-        lines = difference(json.loads(self.job.read_text("utf-8")), json.loads(json.dumps(job)))
+        known = read_json(self.job, RunError, f"delete {self.path}, or give another --to")
+        lines = difference(known, json.loads(json.dumps(job)))
         if lines:
             raise RunError(
                 f"{self.path}: holds the work of another recovery ({'; '.join(lines)}); delete it, or give another --to"
@@ -73,9 +89,15 @@ class RecoveryFolder:
         file = self.path / f"score-{name}.json"
         if not file.is_file():
             return None
-        told = json.loads(file.read_text("utf-8"))
-        scores = {task: np.array(values) for task, values in told.pop("scores").items()}
-        return Evaluation(**told, scores=MappingProxyType(scores))
+        again = f"delete it and give the same command again, the {name} model is scored anew"
+        data = read_json(file, RunError, again)
+        try:
+            told = value_of(_KeptScore, data)
+        except PlainError as error:
+            raise RunError(f"{file}: {error}; {again}") from error
+        scores = {task: np.array(values, np.float64) for task, values in told.scores.items()}
+        numbers = {one: getattr(told, one) for one in _NUMBERS}
+        return Evaluation(**numbers, metrics=told.metrics, scores=MappingProxyType(scores))
 
     def keep_score(self, name: str, evaluation: Evaluation) -> None:
         """Keep a model's score on the test split with that of every example."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_evo.errors import RunError
+from moe_evo.files.json_text import read_json
+from moe_evo.files.write import write_whole
 from moe_evo.plain import PlainError, plain, value_of
-from moe_evo.records.folder import RunFolder, write_whole
+from moe_evo.records.folder import RunFolder
 from moe_evo.records.result import Score
 
 
@@ -84,14 +86,14 @@ class SweepFolder:
 
     def read_result(self) -> SweepResult:
         """The result, of this or an older version; raises RunError."""
+        if not self.result.is_file():
+            raise RunError(f"{self.path}: this sweep is not finished; give the same command again")
+        again = "delete it and give the same command again, it is made anew"
+        data = read_json(self.result, RunError, again)
         try:
-            return value_of(SweepResult, json.loads(self.result.read_text("utf-8")))
-        except FileNotFoundError as error:
-            raise RunError(f"{self.path}: this sweep is not finished; give the same command again") from error
-        except (ValueError, PlainError) as error:
-            raise RunError(
-                f"{self.result}: cannot be read ({error}); delete it and give the same command again, it is made anew"
-            ) from error
+            return value_of(SweepResult, data)
+        except PlainError as error:
+            raise RunError(f"{self.result}: cannot be read ({error}); {again}") from error
 
 
 def run_folders(folders: Sequence[str]) -> list[str]:

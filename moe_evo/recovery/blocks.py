@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_evo.files.write import whole_file, write_whole
 from moe_evo.models.experts.outputs import Experts, experts_computed_by
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
@@ -84,11 +85,10 @@ def write_blocks(folder: Path, lessons: Lessons, model: MoEModel, *, most_tokens
             logits_of(model.language_model, rows, model.device)
             real = _real(rows)
             kept = {str(layer): one[real.to(one.device)].cpu().contiguous() for layer, one in outputs.items()}
-            save_file(kept, folder / _FILE.format(shards))
+            with whole_file(folder / _FILE.format(shards)) as temporary:
+                save_file(kept, temporary)
             shards += 1
-    index = folder / _INDEX
-    index.with_suffix(".tmp").write_text(json.dumps({"numbers": numbers, "shards": shards}) + "\n", "utf-8")
-    index.with_suffix(".tmp").replace(index)
+    write_whole(folder / _INDEX, json.dumps({"numbers": numbers, "shards": shards}) + "\n")
 
 
 class _Reached(Exception):

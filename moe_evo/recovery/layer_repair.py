@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_evo.config.recover import RecoverConfig
+from moe_evo.files.write import whole_file
 from moe_evo.models.layer import MoELayer
 from moe_evo.models.view import MoEModel
 from moe_evo.recovery.blocks import BlockInputs, block_inputs
@@ -55,7 +56,8 @@ def repaired_by_layers(
         inputs = block_inputs(model, material.lessons, material.blocks.numbers, layer.number, config.batch_tokens)
         before[layer.number] = _copied(layer)
         repair(layer, inputs, material.blocks.of(layer.number), config)
-        save_file(_copied(layer), _file_of(layer, file))
+        with whole_file(_file_of(layer, file)) as temporary:
+            save_file(_copied(layer), temporary)
         learned = checked(
             replace(
                 learned,

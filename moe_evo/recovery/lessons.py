@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_evo.files.write import whole_file, write_whole
 from moe_evo.tasks.batches import MAX_LOGITS
 
 UNLABELLED = -1  # in `labels`: no right next token is known
@@ -139,9 +140,7 @@ def write_lessons(
             parts = []
     if parts:
         shards.append(_write_shard(folder, f"{name}-{len(shards):05d}", parts))
-    index = folder / f"{name}.json"
-    index.with_suffix(".tmp").write_text(json.dumps({"shards": shards}) + "\n", "utf-8")
-    index.with_suffix(".tmp").replace(index)
+    write_whole(folder / f"{name}.json", json.dumps({"shards": shards}) + "\n")
 
 
 def has_lessons(folder: Path, name: str) -> bool:
@@ -181,7 +180,8 @@ def _read(language_model: Any, readings: Sequence[Reading], device: torch.device
 def _write_shard(folder: Path, name: str, parts: Sequence[Lessons]) -> str:
     whole = _joined(parts)
     file = f"{name}.safetensors"
-    save_file({one.name: getattr(whole, one.name) for one in fields(Lessons)}, folder / file)
+    with whole_file(folder / file) as temporary:
+        save_file({one.name: getattr(whole, one.name) for one in fields(Lessons)}, temporary)
     return file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_evo.files.write import whole_file
 from moe_evo.plain import plain_fields, value_of
 
 
@@ -56,12 +56,8 @@ class TrainingState:
     def save(self, file: Path) -> None:
         """Replace the file at once: a process that dies leaves the old or the new one."""
         told = {"learned": plain_fields(self.learned), "batch_tokens": self.batch_tokens}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
+        with whole_file(file) as temporary:
             save_file(dict(self.tensors), temporary, metadata={"state": json.dumps(told)})
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: Path) -> TrainingState:

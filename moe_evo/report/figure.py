@@ -15,6 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_evo.files.write import whole_file
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.report.table import expert_weights
@@ -28,6 +29,12 @@ _COLOURS = {
     "random": "#999999",
     "stopped early": "#CCCCCC",
 }  # Okabe-Ito, safe for colour blindness
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def search_figure(
@@ -47,7 +54,7 @@ def search_figure(
     draw_curve(curve, individuals, random, full_fitness, label)
     draw_experts(figure, experts, winner)
     experts.set_title("experts of the winner")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_curve(
@@ -98,7 +105,7 @@ def losses_figure(path: Path, stages: Sequence[Stage]) -> None:
         axes.set_title(stage.method)
         axes.legend(fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_experts(figure: Figure, axes: Axes, genome: Genome) -> None:
@@ -128,4 +135,4 @@ def kept_figure(path: Path, genome: Genome) -> None:
     size = (min(3 + experts * 0.25, 16), min(2 + layers * 0.25, 12))
     figure = Figure(figsize=size, layout="constrained")
     draw_experts(figure, figure.subplots(), genome)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

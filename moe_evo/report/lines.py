@@ -17,8 +17,10 @@ from moe_evo.genomes.population import Evaluation
 from moe_evo.records.result import Row, RunResult
 from moe_evo.report.plan import count_label
 from moe_evo.report.record import Record
+from moe_evo.report.screen import screen
 from moe_evo.report.table import plain_table, print_fitting
 from moe_evo.report.verdict import word_for
+from moe_evo.shown import printable
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,21 @@ def as_csv(lines: Sequence[Line]) -> str:
     output = io.StringIO()
     writer = csv.DictWriter(output, list(Line.__dataclass_fields__))
     writer.writeheader()
-    writer.writerows(asdict(line) for line in lines)
+    writer.writerows({name: _cell(value) for name, value in asdict(line).items()} for line in lines)
     return output.getvalue()
+
+
+def _cell(value: object) -> object:
+    """A value as a spreadsheet shows it: a text that it would take for a formula has an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
 
 
 def print_lines(lines: Sequence[Line], console: Console | None = None) -> None:
     """Print the lines as tables; winners are bold. Below each table stand its runs with what they were made by."""
-    console = console or Console()
+    console = console or screen()
     for tasks in dict.fromkeys(line.tasks for line in lines):
         group = [line for line in lines if line.tasks == tasks]
         print_fitting(console, _table(tasks, group))

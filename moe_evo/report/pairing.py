@@ -13,6 +13,7 @@ from moe_evo.genomes.population import Evaluation, ExampleScores
 from moe_evo.records.paired import paired
 from moe_evo.records.result import TaskFacts
 from moe_evo.report.record import Record
+from moe_evo.report.screen import screen
 from moe_evo.report.table import plain_table, print_fitting
 from moe_evo.report.verdict import TOLD, word_for
 
@@ -117,7 +118,7 @@ def _test_share(record: Record, name: str) -> float:
 
 def print_pairings(found: Sequence[Pairing], console: Console | None = None) -> None:
     """Print a table of the runs that can be paired, and a line for each reason why others cannot."""
-    console = console or Console()
+    console = console or screen()
     pairs = [one for one in found if one.reason is None]
     if pairs:
         # printed by itself, because a table's title is wrapped to the width of the table

@@ -19,6 +19,7 @@ from moe_evo.report.planned import (
     SearchPlan,
     TaskPlan,
 )
+from moe_evo.report.screen import screen
 from moe_evo.report.table import experts_label, loader_label, plain_table, print_whole
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -26,7 +27,7 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 def print_plan(plan: Plan, next_command: str, console: Console | None = None) -> None:
     """Print the plan that `moe_evo.commands.plan.plan` returned. next_command: starts the planned search."""
-    console = console or Console()
+    console = console or screen()
     for line in [*_model(plan.model), *_tasks(plan.tasks), *_search(plan.search)]:
         _line(console, line)
     if plan.memory is not None:

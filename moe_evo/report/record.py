@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
 from moe_evo.config.run import RunConfig
 from moe_evo.config.search import SearchConfig
 from moe_evo.errors import ConfigError, RunError
+from moe_evo.files.yaml_text import yaml_of
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Outcome
 from moe_evo.plain import PlainError, value_of
 from moe_evo.records.folder import RunFolder
-from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
+from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import gang_facts
 from moe_evo.records.result import GangFacts, RunResult
 from moe_evo.searches.base import Phase, phase_starts
 from moe_evo.searches.registry import planned_phases
+from moe_evo.shown import line_of, shown
 from moe_evo.tasks.data import task_name
 
 
@@ -147,6 +147,8 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 def _read(run: RunFolder, label: str) -> Record:
     config = _config(run.config)
     result = run.read_result() if run.result.is_file() else None
+    if result is not None:
+        _check_same(run, config, result)
     record = Record(run.path, label, config, result, genomes=_winners(run))
     if not run.journal.is_file():  # a result that was kept without its journal
         return record
@@ -169,7 +171,7 @@ def _read(run: RunFolder, label: str) -> Record:
             test=journal.outcomes(MAIN, "test"),
             full=full if isinstance(full, Evaluation) else None,
             gang_events=journal.gang_events(),
-            gangs=value_of(_Status, journal.pool_status() or {}).gangs,
+            gangs=_gangs(run, journal),
             genomes=genomes,
         )
 
@@ -177,9 +179,9 @@ def _read(run: RunFolder, label: str) -> Record:
 def _config(path: Path) -> RunConfig:
     # read without the command line's parser, which would take a tenth of a second a run
     try:
-        content = yaml.load(path.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        content = yaml_of(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({line_of(error)})") from error
     try:
         if not isinstance(content, dict) or not {"model", "tasks", "search"} <= content.keys():
             raise PlainError("it has no sections model, tasks and search")
@@ -188,6 +190,23 @@ def _config(path: Path) -> RunConfig:
         raise RunError(
             f"{path}: is not the config of a run of this moe_evo ({error}); use the moe_evo that wrote it"
         ) from error
+
+
+def _check_same(run: RunFolder, config: RunConfig, result: RunResult) -> None:
+    """Raise RunError where result.json and config.yaml are not of the same run."""
+    names = (sorted(map(task_name, config.tasks)), sorted(task.name for task in result.tasks))
+    if names[0] != names[1]:
+        raise RunError(
+            f"{run.result}: has the tasks {shown(names[1])}, but {run.config.name} beside it {shown(names[0])}; bring "
+            "back the files of one run"
+        )
+
+
+def _gangs(run: RunFolder, journal: Journal) -> tuple[GangNow, ...]:
+    try:
+        return value_of(_Status, journal.pool_status() or {}).gangs
+    except PlainError as error:
+        raise RunError(f"{run.journal}: pool_status: {error}; restore the file from a copy") from error
 
 
 def _winners(run: RunFolder) -> dict[str, Genome]:

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from moe_evo.records.result import Row, RunResult, Score
 from moe_evo.records.sweep import SweepLine, SweepResult
+from moe_evo.report.figure import save_figure
+from moe_evo.report.screen import screen
 from moe_evo.report.spread import without_count
 from moe_evo.report.table import experts_label, plain_table, print_whole
 
@@ -81,7 +83,7 @@ def _groups(result: SweepResult) -> _Groups:
 
 def print_sweep(result: SweepResult, console: Console | None = None) -> None:
     """Print a line for each contender and number of experts: mean over seeds with its spread, and the interval."""
-    console = console or Console()
+    console = console or screen()
     table = plain_table()
     table.add_column("", no_wrap=True)
     table.add_column("tasks", no_wrap=True)
@@ -124,7 +126,7 @@ def sweep_figure(path: Path, result: SweepResult) -> None:
         axis.axis("off")
     axes.flat[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _draw_panel(axis: Axes, groups: Mapping[tuple[str, str, int], list[SweepLine]]) -> None:

@@ -25,6 +25,7 @@ from moe_evo.report.answers import (
     WrittenReport,
 )
 from moe_evo.report.front import export_line, front_table
+from moe_evo.report.screen import screen
 from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
 from moe_evo.report.task_scores import interval_label, tasks_table
 from moe_evo.report.verdict import compared, remarks
@@ -41,7 +42,7 @@ def print_run(folder: RunFolder, told: RunResult | Progress) -> None:
 
 def _print_progress(folder: RunFolder, progress: Progress) -> None:
     best, label = progress.best_fitness, fitness_label(progress.config.tasks)
-    Console().print(
+    screen().print(
         f"{folder.path}: {progress.evaluations} of {progress.budget} evaluations done, "
         f"{progress.failed.failures} failed, best {label} {'none yet' if best is None else f'{best:.4f}'}\n"
         f"{_reasons(progress.failed.failure_reasons)}{_gangs(progress.gangs)}"
@@ -52,7 +53,7 @@ def _print_progress(folder: RunFolder, progress: Progress) -> None:
 
 
 def _print_result(folder: RunFolder, result: RunResult) -> None:
-    console = Console()
+    console = screen()
     print_whole(console, final_table(result))
     if len(result.tasks) > 1:
         print_whole(console, tasks_table(result))
@@ -80,7 +81,7 @@ def print_check(name: str, state: str, detail: str) -> None:
     """Print one line of `moe-evo doctor`."""
     color = {"ok": "green", "note": "yellow", "absent": "dim", "broken": "red"}[state]
     line = Text.assemble((f"{state:<8}", color), f"{name:<20}{detail}")
-    Console().print(line, highlight=False, soft_wrap=True)
+    screen().print(line, highlight=False, soft_wrap=True)
 
 
 def _reasons(reasons: Sequence[str]) -> str:
@@ -149,7 +150,7 @@ def _recovery(folder: RunFolder, result: RunResult) -> str:
 
 def print_scores(scored: ScoredGenome) -> None:
     """Print one genome's scores on one split."""
-    console, score = Console(), scored.score
+    console, score = screen(), scored.score
     console.print(
         f"{scored.genome}: {score.fitness:.4f} ({score.low:.4f} to {score.high:.4f}) on "
         f"{score.num_examples} {scored.split} examples, {experts_label(scored.num_kept)} experts a layer",
@@ -167,7 +168,7 @@ def print_export(exported: ExportedRun | PrunedModel | CompressedModel | Recover
     """Print where the checkpoint is, its size, and how well its logits agree with the evaluated ones."""
     report, mib = exported.report, 2**20
     which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
-    Console().print(
+    screen().print(
         f"{which}"
         f"checkpoint  {report.folder} ({loader_label(report.loader)})\n"
         f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}\n"
@@ -180,7 +181,7 @@ def print_export(exported: ExportedRun | PrunedModel | CompressedModel | Recover
 
 def print_one_shot(pruned: PrunedModel) -> None:
     """Print which experts a one-shot method kept or merged, and the scores."""
-    console = Console()
+    console = screen()
     for layer, slots in enumerate(pruned.made_of):
         verb = "keeps" if all(len(members) == 1 for members in slots) else "merges"
         experts = ", ".join("+".join(map(str, members)) for members in slots)
@@ -205,7 +206,7 @@ def _print_scores_of_models(console: Console, scores: Mapping[str, Score]) -> No
 
 def print_compression(compressed: CompressedModel) -> None:
     """Print how the experts were compressed, their reconstruction errors, the scores, and the compressed size."""
-    console = Console()
+    console = screen()
     table = Table(box=None, pad_edge=False)
     for column in ("MoE layer", "relative error", "weighted by inputs", "experts that saw no token"):
         table.add_column(column, justify="right")
@@ -232,7 +233,7 @@ def print_compression(compressed: CompressedModel) -> None:
 
 def print_recovery(recovered: RecoveredModel) -> None:
     """Print the scores of the full, the pruned and the recovered model, and what the recovery gained and cost."""
-    console, facts = Console(), recovered.facts
+    console, facts = screen(), recovered.facts
     _print_scores_of_models(console, facts.scores)
     lines = [
         f"gained      {interval_label(facts.gained)} over the pruned model, on the same examples (95 % interval)",
@@ -254,12 +255,12 @@ def print_criteria(methods: Sequence[MethodFacts]) -> None:
     for one in methods:
         table.add_row(one.name, one.description)
         table.add_row("", one.source, style="dim")
-    Console().print(table)
+    screen().print(table)
 
 
 def print_report(written: WrittenReport) -> None:
     """Print where the page is, and what to do next."""
-    console = Console()
+    console = screen()
     path = Path(written.report).resolve()
     runs = f"{written.runs} run{'s' * (written.runs != 1)}"
     lines = [f"report   {written.report} ({runs}, {written.bytes / 2**20:.1f} MiB, needs no network)"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_evo.errors import RunError
-from moe_evo.records.folder import write_whole
+from moe_evo.files.write import write_whole
 from moe_evo.records.sweep import run_folders
 from moe_evo.report.answers import WrittenReport
 from moe_evo.report.html import lines_table, pairings_table, spread_table

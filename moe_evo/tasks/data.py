@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,8 @@ from typing import Any
 
 from moe_evo.config.task import AUTO, DEFAULT, TaskConfig
 from moe_evo.errors import ConfigError, TaskError
+from moe_evo.files.json_text import JsonError, json_of
+from moe_evo.shown import shown
 from moe_evo.tasks.examples import Example, kind_of
 from moe_evo.tasks.kinds import KINDS, SHARE
 
@@ -125,13 +126,11 @@ def _split_files(config: TaskConfig) -> dict[str, DataFile]:
         folder: Traversable = _embedded_folder().joinpath(config.data)
     else:
         folder = Path(config.data).expanduser()
-    if len(Path(config.data).name) > 255:  # longer than file systems allow: asking them would raise
-        raise TaskError(f"{where}: data: got {config.data[:40]!r}..., which is no file name")
     if folder.is_file():
         return {"": read_file(folder, config.data)}
     if not folder.is_dir():
         raise TaskError(
-            f"{where}: data: got {config.data!r}, which is no file, no folder and no embedded task; "
+            f"{where}: data: got {shown(config.data)}, which is no file, no folder and no embedded task; "
             f"embedded tasks are {', '.join(embedded_task_names()) or 'none'}"
         )
     missing = [f"{split}.jsonl" for split in SPLITS if not folder.joinpath(f"{split}.jsonl").is_file()]
@@ -149,7 +148,7 @@ def _few_shot_files(config: TaskConfig) -> list[DataFile]:
         return []
     path = Path(config.few_shot).expanduser()
     if not path.is_file():
-        raise TaskError(f"task {task_name(config)}: few_shot: no file {config.few_shot!r}")
+        raise TaskError(f"task {task_name(config)}: few_shot: no file {shown(config.few_shot)}")
     return [read_file(path, config.few_shot)]
 
 
@@ -165,11 +164,9 @@ def json_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line that is not blank."""
     for where, text in text_rows(file):
         try:
-            yield where, json.loads(text)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
-            ) from error
+            yield where, json_of(text)
+        except JsonError as error:
+            raise TaskError(f"{where}: {error}; expected one object a line") from error
 
 
 def text_rows(file: DataFile) -> Iterator[tuple[str, str]]:

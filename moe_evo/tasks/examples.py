@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moe_evo.errors import TaskError
+from moe_evo.shown import shown
 
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-\u2212])?"  # a sign, also the typographic one; behind a word or number it is a dash
@@ -61,7 +62,7 @@ def kind_of(row: dict[str, Any], where: str) -> str:
     if "text" in row:
         return "perplexity"
     raise TaskError(
-        f"{where}: got the fields {sorted(row)}, expected 'prompt' with 'choices' and 'label', "
+        f"{where}: got the fields {shown(sorted(row))}, expected 'prompt' with 'choices' and 'label', "
         "'prompt' with 'answers', or 'text'; name them so, or set the task's kind"
     )
 
@@ -111,13 +112,12 @@ def _refuse(where: str, name: str, got: object, expected: str) -> NoReturn:
 
 
 def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return shown(value, 80)
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
-        raise TaskError(f"{where}: has no {name!r}; got the fields {sorted(row)}")
+        raise TaskError(f"{where}: has no {name!r}; got the fields {shown(sorted(row))}")
     return row[name]
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.genomes.population import Evaluation, Individual
 from moe_evo.records.result import RunResult
+from moe_evo.report.screen import screen
 
 _PLAIN_INTERVAL_S = 5.0
 _LOADING_INTERVAL_S = 30.0
@@ -64,15 +65,15 @@ class TerminalTracker:
     """Writes to stderr, so that standard output has only results. Use it as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or screen(stderr=True)
         self._live = self._console.is_terminal
         self._progress = _ProgressWithGangs(
-            TextColumn("{task.description:<26}"),
+            TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
         )
         self._task: TaskID | None = None

@@ -137,7 +137,7 @@ def test_samples_never_replace_a_file_and_are_refused_before_a_model_is_loaded(
 
 
 def test_a_file_that_another_process_makes_meanwhile_is_kept(tmp_path: Path) -> None:
-    from moe_evo.records.folder import write_new
+    from moe_evo.files.write import write_new
 
     file = tmp_path / "one"
     write_new(file, "first")

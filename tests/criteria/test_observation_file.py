@@ -119,7 +119,7 @@ def test_a_damaged_file_is_refused(path):
     save_file(tensors, path, metadata | {"answers": json.dumps([answers[0] | {"kind": "Nothing"}])})
     assert "damaged (KeyError: 'Nothing')" in refusal(path)
     save_file(tensors, path, metadata | {"answers": "[1"})
-    assert "damaged (JSONDecodeError: " in refusal(path)
+    assert "damaged (JsonError: " in refusal(path)
 
 
 def test_the_name_of_a_tasks_observations_changes_with_its_prompts_and_not_with_what_a_search_maximises(tmp_path):

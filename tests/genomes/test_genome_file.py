@@ -118,7 +118,7 @@ MATRICES = {"layers.0.expert_merging": ONE_HOT, "layers.0.router_mapping": ONE_H
         (save(MATRICES, GENOME_METADATA | {"version": "2"}), "version 2, this moe_evo reads 1"),
         (save(MATRICES, GENOME_METADATA | {"top_k": "[1, 1]"}), "holds 2 matrices, expected 4"),
         (save(MATRICES, GENOME_METADATA | {"top_k": "[4]"}), "top_k: got 4"),
-        (save(MATRICES, GENOME_METADATA | {"top_k": "7"}), "damaged metadata"),
+        (save(MATRICES, GENOME_METADATA | {"top_k": "7"}), "top_k: got 7, expected a list of whole numbers"),
         (save(MATRICES, GENOME_METADATA | {"top_k": "{"}), "damaged metadata"),
         (save(MATRICES, {"format": "moe_evo.genome", "version": "1"}), "damaged metadata"),
         (save({"a": ONE_HOT, "b": ONE_HOT}, GENOME_METADATA), "lacks the matrix layers.0.expert_merging"),

@@ -87,7 +87,7 @@ def test_the_interval_of_an_unbounded_metric_is_normal() -> None:
 def test_a_damaged_result_says_what_to_do(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.result.write_text("{")
-    with pytest.raises(RunError, match=r"is not JSON .*delete it and run the same search again"):
+    with pytest.raises(RunError, match=r"is not JSON: .*delete it and run the same search again"):
         folder.read_result()
     folder.result.write_text('{"version": 99}')
     with pytest.raises(RunError, match="version 99, expected 1"):

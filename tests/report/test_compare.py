@@ -203,7 +203,11 @@ def edit_config(run: RunFolder, change: Callable[[dict[str, Any]], None]) -> Non
     ("edit", "change", "reason"),
     [
         (edit_result, {"hash": "2" * 64}, "other data of task nli"),
-        (edit_result, {"examples": {"test": 100}}, "other test examples of task nli: 100, not 200"),
+        (
+            edit_result,
+            {"examples": {"search": 1, "validation": 1, "test": 100}},
+            "other test examples of task nli: 100, not 200",
+        ),
         (edit_result, {"metric": "f1"}, "another metric of task nli: f1, not accuracy"),
         (edit_config, {"split_shares": [0.3, 0.3, 0.4]}, "another test share of task nli: 0.4, not 0.5"),
     ],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moe_evo.errors import ModelError
 from moe_evo.genomes.stamped_file import FileKind
 from moe_evo.models.experts.alignment import Permutations, check_permutations
+from moe_evo.shown import line_of
 
 FILE = FileKind(
     "moe_evo.alignment",
@@ -47,11 +48,14 @@ def load_alignment(path: str | os.PathLike[str], model_hash: str) -> Alignment:
     """What `save_alignment` wrote; raises ModelError for anything else, or for another model than `model_hash`."""
     tensors, metadata = FILE.load(path)
     try:
+        if not tensors:
+            raise ValueError("no layers")
         permutations = tuple(tensors[f"layers.{number}"] for number in range(len(tensors)))
         check_permutations(permutations)
         found = Alignment(metadata["model_hash"], permutations)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); {FILE.advice}") from error
+        reason = line_of(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{path}: damaged ({reason}); {FILE.advice}") from error
     if found.model_hash != model_hash:
         raise ModelError(f"{path}: alignment of the model {found.model_hash}, this one is {model_hash}; align again")
     return found

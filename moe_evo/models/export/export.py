@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_evo.config.model import ExpertsMode, RouterMode
 from moe_evo.errors import ExportError
+from moe_evo.files.json_text import read_json
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.agreement import TOLERANCES, relative_difference
@@ -26,7 +27,7 @@ from moe_evo.models.export.model_card import Treatment, model_card
 from moe_evo.models.export.pruned import load_pruned, save_pruned
 from moe_evo.models.export.target_folder import EXPORT_RECORD, check_target, written_beside
 from moe_evo.models.merging import is_selection
-from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, transformers
+from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, tokenizer_errors, transformers
 from moe_evo.models.variants.dynamic_routing import DynamicRouting
 from moe_evo.models.view import MoEModel
 from moe_evo.models.weight_shapes import is_whole
@@ -164,7 +165,8 @@ def _write(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> tuple
     except ValueError as error:  # for one, a generation config that contradicts itself
         raise ExportError(f"transformers refuses to save the model ({one_line(error)})") from error
     if moe.tokenizer is not None:
-        moe.tokenizer.save_pretrained(folder)
+        with tokenizer_errors(ExportError, f"{folder}: the tokenizer cannot be written"):
+            moe.tokenizer.save_pretrained(folder)
     return size
 
 
@@ -177,7 +179,7 @@ def _save_stock(moe: MoEModel, state: dict[str, Tensor], genome: Genome, folder:
     shell.generation_config = moe.language_model.generation_config
     shell.save_pretrained(folder, state_dict=state)
     file = folder / "config.json"
-    written = json.loads(file.read_text(encoding="utf-8"))
+    written = read_json(file, ExportError)
     # transformers 5 renames this field in some families; earlier readers know the original name only
     written.setdefault(moe.family.experts_field, genome.num_kept[0])
     file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moe_evo.errors import ModelError
+from moe_evo.files.json_text import read_json
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.checkpoint_check import check_report, headers_of
+from moe_evo.models.config_check import check_config
 from moe_evo.models.families import PRUNED_TYPE, Family, family_of
 from moe_evo.models.load import resolve_device
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, transformers
+from moe_evo.plain import PlainError, value_of
+from moe_evo.shown import shown
 
 
 def save_pruned(language_model: Any, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:
@@ -46,12 +51,11 @@ def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> A
     """
     folder = Path(folder)
     content = _read_config(folder)
-    base_config = dict(content["base_config"])
-    family = family_of(base_config, str(folder))
-    config = transformers.AutoConfig.for_model(**base_config)
-    language_model = _skeleton(config, family, content["num_kept"], content["top_k"])
+    family = family_of(content.base_config, str(folder))
     state: dict[str, Tensor] = {}
     try:
+        config = transformers.AutoConfig.for_model(**content.base_config)
+        language_model = _skeleton(config, family, content.num_kept, content.top_k)
         for file in sorted(folder.glob("*.safetensors")):
             state.update(load_file(file))
         found = language_model.load_state_dict(state, strict=False, assign=True)
@@ -67,20 +71,36 @@ def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> A
     return language_model.to(target).requires_grad_(False).eval()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _PrunedConfig:
+    """The config.json of `save_pruned`."""
+
+    base_config: dict[str, Any]
+    num_kept: list[int]
+    top_k: list[int]
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.num_kept, self.top_k, strict=False))
+        if len(self.num_kept) != len(self.top_k) or not all(1 <= active <= kept for kept, active in pairs):
+            raise PlainError(f"top_k: got {shown(self.top_k, 80)}, expected 1 to num_kept for each layer")
+
+
+def _read_config(folder: Path) -> _PrunedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder}: has no config.json; give a folder that moe_evo exported")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: is not JSON ({one_line(error)})") from error
+    content = read_json(file, ModelError)
     if not isinstance(content, dict) or content.get("model_type") != PRUNED_TYPE:
         raise ModelError(
             f"{folder}: is no checkpoint with layers of different size; load it with transformers' "
             "AutoModelForCausalLM.from_pretrained"
         )
-    return content
+    try:
+        told = value_of(_PrunedConfig, content)
+    except PlainError as error:
+        raise ModelError(f"{file}: {error}; give a folder that moe_evo exported") from error
+    check_config(told.base_config, str(file))
+    return told
 
 
 def _skeleton(config: Any, family: Family, num_kept: list[int], top_k: list[int]) -> Any:
