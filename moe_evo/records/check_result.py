@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moe_evo.plain import PlainError
+from moe_evo.records.result import FrontPoint, ModelFacts, Row, RunResult, Score
 from moe_evo.shown import shown
 from moe_evo.tasks.data import SPLITS
-
-if TYPE_CHECKING:
-    from moe_evo.records.result import FrontPoint, ModelFacts, Row, RunResult, Score
 
 _ROUNDING = 1e-9
 

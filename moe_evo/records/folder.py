@@ -20,6 +20,7 @@ from moe_evo.errors import MoeEvoError, RunError
 from moe_evo.files.json_text import read_json
 from moe_evo.files.write import write_whole
 from moe_evo.plain import Plain, PlainError, plain, value_of
+from moe_evo.records.check_result import check_result
 from moe_evo.records.journal import Journal
 from moe_evo.records.result import RunResult, VersionError
 from moe_evo.tasks.data import TaskData, embedded_task_names, task_name
@@ -191,11 +192,13 @@ class RunFolder:
         again = "delete it and run the same search again, it is made anew"
         data = read_json(self.result, RunError, again)
         try:
-            return value_of(RunResult, data)
+            result = value_of(RunResult, data)
+            check_result(result)
         except VersionError as error:
             raise RunError(f"{self.result}: {error}") from error
         except PlainError as error:
             raise RunError(f"{self.result}: {error}; {again}") from error
+        return result
 
 
 def asdict_plain(config: RunConfig) -> Plain:

@@ -10,7 +10,6 @@ from moe_evo.config.evaluation import FitnessRule
 from moe_evo.errors import RunError
 from moe_evo.genomes.population import Candidate, Evaluation, mean_active_experts
 from moe_evo.plain import Plain, PlainError, fields_of, plain_fields, value_of
-from moe_evo.records.check_result import check_result
 from moe_evo.records.paired import PairedByTask
 from moe_evo.records.statistics import Z_95, WinnersCurse, share_interval, wilson_interval
 from moe_evo.shown import shown
@@ -350,7 +349,6 @@ class RunResult:
         result = fields_of(cls, data, where)
         if not result.rows:
             raise PlainError("rows: got none, expected the final table")
-        check_result(result)
         return result
 
     def __repr__(self) -> str:
