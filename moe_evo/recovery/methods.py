@@ -71,10 +71,16 @@ class Distillation:
         return config.steps
 
     def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
-        parts = self.parts if self.is_fixed or not config.train else config.train
-        parameters = trained_parameters(model, parts)
-        weight = config.label_weight if self.learns_labels else 0.0
-        return Training(model.language_model, parameters, material, config, weight, file).run(done)
+        parameters = trained_parameters(model, self.trained(config))
+        return Training(model.language_model, parameters, material, config, self.label_weight(config), file).run(done)
+
+    def trained(self, config: RecoverConfig) -> tuple[str, ...]:
+        """The parts of the model that are trained."""
+        return self.parts if self.is_fixed or not config.train else tuple(config.train)
+
+    def label_weight(self, config: RecoverConfig) -> float:
+        """Of right answers; 0 learns from the full model alone."""
+        return config.label_weight if self.learns_labels else 0.0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Learned:
         """The check with the lowest validation loss, the first of equal ones: its weights are kept."""
         return min(self.checks, key=lambda check: check.validation)
 
+    def is_over(self, steps: int) -> bool:
+        """Whether nothing more is to be done of so many steps."""
+        return bool(self.stopped) or (self.steps == steps and bool(self.checks) and self.checks[-1].step == steps)
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:

@@ -1,4 +1,4 @@
-"""`Training`: a smaller model learns from lessons by gradient steps, on one device.
+"""A smaller model learns from lessons by gradient steps: what is minimised, the loop, and `Training` on one device.
 
 Every step is a function of the weights and its number, so that a training that goes on from its file has the same
 losses as one that was never killed.
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ from moe_evo.recovery.state import Check, Learned, TrainingState
 
 _WARM_UP = 0.05
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MOST_NORM = 1.0  # of the gradient; a larger one is scaled down to it
+MOST_NORM = 1.0
+"""Of the gradient; a larger one is scaled down to it."""
 
 Done = Callable[[Learned], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +78,91 @@ class Objective:
         return batches_of(self.lessons.lengths.tolist(), numbers, batch_tokens, vocabulary)
 
 
+class Learner(Protocol):
+    """What `learn` takes steps with: a smaller model, its optimizer and its state on disk."""
+
+    def step(self, number: int) -> tuple[float, int]:
+        """One step of the optimizer; returns its loss and the number of tokens read.
+
+        Changes nothing if it raises, or where the loss is not finite.
+        """
+        ...
+
+    def validation_loss(self) -> float: ...
+
+    def save(self, learned: Learned, *, is_best: bool) -> None:
+        """Keep the state, from which a killed training goes on; is_best: and the weights, as the best so far."""
+        ...
+
+
+def learn(learner: Learner, learned: Learned, config: RecoverConfig, done: Done) -> Learned:
+    """Train from where `learned` stands until the last step, or until it stops helping.
+
+    done: called after every step.
+    """
+    every = max(config.steps // config.checks, 1)
+    losses: list[float] = []
+    if not learned.checks:
+        learned = _checked(learner, learned, [], config)
+    while learned.steps < config.steps and not learned.stopped:
+        started = time.perf_counter()
+        loss, tokens = learner.step(learned.steps)
+        if not math.isfinite(loss):
+            reason = f"the loss of step {learned.steps + 1} is not finite: lower recover.learning_rate"
+            learned = replace(learned, stopped=reason)
+            learner.save(learned, is_best=False)
+            break
+        losses.append(loss)
+        learned = replace(
+            learned,
+            steps=learned.steps + 1,
+            tokens=learned.tokens + tokens,
+            duration_s=learned.duration_s + time.perf_counter() - started,
+        )
+        if learned.steps % every == 0 or learned.steps == config.steps:
+            learned = _checked(learner, learned, losses, config)
+            losses = []
+        done(learned)
+    return learned
+
+
+def _checked(learner: Learner, learned: Learned, losses: Sequence[float], config: RecoverConfig) -> Learned:
+    """Compute the validation loss, keep the weights if it is the lowest, and save the state.
+
+    losses: of the steps since the check before.
+    """
+    validation = learner.validation_loss()
+    training = sum(losses) / len(losses) if losses else None
+    checks = (*learned.checks, Check(learned.steps, training, validation))
+    learned = replace(learned, checks=checks)
+    best, is_best = learned.best, False
+    if not math.isfinite(validation):
+        reason = f"the validation loss after step {learned.steps} is not finite: lower recover.learning_rate"
+        learned = replace(learned, stopped=reason)
+    elif best is checks[-1]:
+        is_best = True
+    elif sum(check.step > best.step for check in checks) >= config.patience:
+        learned = replace(learned, stopped=f"the validation loss has not fallen since step {best.step}")
+    learner.save(learned, is_best=is_best)
+    return learned
+
+
+def drawn(config: RecoverConfig, lessons: int, step: int) -> list[int]:
+    """The numbers of a step's lessons: every lesson once, in an order of its own, before any comes again.
+
+    lessons: how many there are.
+    """
+    size = config.batch_size
+    places = range(step * size, (step + 1) * size)
+    orders = {
+        epoch: np.random.default_rng([config.seed, epoch]).permutation(lessons)
+        for epoch in {place // lessons for place in places}
+    }
+    return [int(orders[place // lessons][place % lessons]) for place in places]
+
+
 class Training:
-    """A smaller model and what it learns from.
+    """A smaller model on one device, and what it learns from.
 
     parameters: of the language model, those that are trained; their float32 copies are what the optimizer changes.
     label_weight: of right answers; 0 learns from the full model alone. file: where the state is kept.
@@ -100,7 +185,6 @@ class Training:
         self._file = file
         self._device = next(iter(parameters.values())).device
         self._batch_tokens = config.batch_tokens
-        self._learned = Learned()
         weights = self._masters.weights.values()
         self._rate = config.rate(language_model.config.get_text_config().hidden_size)
         self._optimizer = torch.optim.AdamW(weights, lr=self._rate, weight_decay=0.0, fused=True)
@@ -112,42 +196,18 @@ class Training:
         """
         try:
             self._prepare()
-            if self._file.is_file():
-                self._load(TrainingState.load(self._file))
-            else:
-                self._check([])
-            self._learn(done)
+            learned = self._load(TrainingState.load(self._file)) if self._file.is_file() else Learned()
+            return learn(self, learned, self._config, done)
         finally:
             self._restore()
-        return self._learned
 
-    def _learn(self, done: Done) -> None:
-        config = self._config
-        every = max(config.steps // config.checks, 1)
-        losses: list[float] = []
-        while self._learned.steps < config.steps and not self._learned.stopped:
-            started = time.perf_counter()
-            loss, tokens = self._within_memory(self._step)
-            if not math.isfinite(loss):
-                reason = f"the loss of step {self._learned.steps + 1} is not finite: lower recover.learning_rate"
-                self._learned = replace(self._learned, stopped=reason)
-                break
-            losses.append(loss)
-            self._learned = replace(
-                self._learned,
-                steps=self._learned.steps + 1,
-                tokens=self._learned.tokens + tokens,
-                duration_s=self._learned.duration_s + time.perf_counter() - started,
-            )
-            if self._learned.steps % every == 0 or self._learned.steps == config.steps:
-                self._check(losses)
-                losses = []
-            done(self._learned)
+    def step(self, number: int) -> tuple[float, int]:
+        """See `Learner`."""
+        return self._within_memory(lambda: self._step(number))
 
-    def _step(self) -> tuple[float, int]:
-        """One step of the optimizer; returns its loss and the number of tokens read. Changes nothing if it raises."""
+    def _step(self, number: int) -> tuple[float, int]:
         self._masters.drop_gradients()
-        numbers = self._drawn(self._learned.steps)
+        numbers = drawn(self._config, len(self._objective.lessons), number)
         total, loss, tokens = self._objective.total(numbers), 0.0, 0
         for batch in self._objective.batches(self._model, numbers, self._batch_tokens):
             rows = self._objective.lessons.rows(batch)
@@ -156,48 +216,32 @@ class Training:
             loss += float(share.detach())
             tokens += sum(map(len, rows))
         if math.isfinite(loss):
-            self._update()
+            self._update(number)
         return loss, tokens
 
-    def _update(self) -> None:
+    def _update(self, number: int) -> None:
         self._masters.take_gradients()
-        torch.nn.utils.clip_grad_norm_(self._masters.weights.values(), _MOST_NORM)
+        torch.nn.utils.clip_grad_norm_(self._masters.weights.values(), MOST_NORM)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * schedule(self._learned.steps, self._config.steps)
+            group["lr"] = self._rate * schedule(number, self._config.steps)
         self._optimizer.step()
         self._masters.put()
 
-    def _drawn(self, step: int) -> list[int]:
-        """The numbers of a step's lessons: every lesson once, in an order of its own, before any comes again."""
-        size, number = self._config.batch_size, len(self._objective.lessons)
-        places = range(step * size, (step + 1) * size)
-        orders = {
-            epoch: np.random.default_rng([self._config.seed, epoch]).permutation(number)
-            for epoch in {place // number for place in places}
-        }
-        return [int(orders[place // number][place % number]) for place in places]
+    def validation_loss(self) -> float:
+        """See `Learner`."""
+        return self._within_memory(lambda: self._validation.loss(self._model, self._device, self._batch_tokens))
 
-    def _check(self, losses: Sequence[float]) -> None:
-        """Compute the validation loss, keep the weights if it is the lowest, and save the state."""
-        config, validation = self._config, self._within_memory(self._validation_loss)
-        training = sum(losses) / len(losses) if losses else None
-        checks = (*self._learned.checks, Check(self._learned.steps, training, validation))
-        self._learned = replace(self._learned, checks=checks)
-        best = self._learned.best
-        if not math.isfinite(validation):
-            reason = f"the validation loss after step {self._learned.steps} is not finite: lower recover.learning_rate"
-            self._learned = replace(self._learned, stopped=reason)
-        elif best is checks[-1]:
+    def save(self, learned: Learned, *, is_best: bool) -> None:
+        """See `Learner`."""
+        if is_best:
             self._masters.keep()
-        elif sum(check.step > best.step for check in checks) >= config.patience:
-            reason = f"the validation loss has not fallen since step {best.step}"
-            self._learned = replace(self._learned, stopped=reason)
-        self._save()
+        tensors = self._masters.tensors()
+        for name, weight in self._masters.weights.items():
+            state = self._optimizer.state[weight]
+            tensors |= {f"{moment}/{name}": state[moment].contiguous() for moment in _MOMENTS if moment in state}
+        TrainingState(learned, self._batch_tokens, tensors).save(self._file)
 
-    def _validation_loss(self) -> float:
-        return self._validation.loss(self._model, self._device, self._batch_tokens)
-
-    def _within_memory(self, compute: Callable[[], Any]) -> Any:
+    def _within_memory(self, compute: Callable[[], Result]) -> Result:
         """What `compute` returns; where memory runs out it is called again with half the tokens in a pass."""
         while True:
             try:
@@ -214,23 +258,17 @@ class Training:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _save(self) -> None:
-        tensors = self._masters.tensors()
-        for name, weight in self._masters.weights.items():
-            state = self._optimizer.state[weight]
-            tensors |= {f"{moment}/{name}": state[moment].contiguous() for moment in _MOMENTS if moment in state}
-        TrainingState(self._learned, self._batch_tokens, tensors).save(self._file)
-
-    def _load(self, state: TrainingState) -> None:
-        self._learned, self._batch_tokens = state.learned, min(state.batch_tokens, self._batch_tokens)
+    def _load(self, state: TrainingState) -> Learned:
+        steps, self._batch_tokens = state.learned.steps, min(state.batch_tokens, self._batch_tokens)
         self._masters.load(state.tensors)
         for name, weight in self._masters.weights.items():
-            if self._learned.steps:
+            if steps:
                 moments = {one: state.tensors[f"{one}/{name}"].to(weight) for one in _MOMENTS}
                 self._optimizer.state[weight] = {
-                    "step": torch.tensor(float(self._learned.steps), device=weight.device),
+                    "step": torch.tensor(float(steps), device=weight.device),
                     **moments,
                 }
+        return state.learned
 
     def _prepare(self) -> None:
         """Let the parameters have gradients; without dropout, as nothing random may change a loss."""
@@ -239,7 +277,7 @@ class Training:
             parameter.requires_grad_(True)
         if self._config.gradient_checkpointing:
             checkpoint_layers(self._model, enable=True)
-            _train_without_noise(self._model)
+            train_without_noise(self._model)
 
     def _restore(self) -> None:
         """The best weights, and no gradients."""
@@ -258,7 +296,7 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
 
 
-def _train_without_noise(language_model: nn.Module) -> None:
+def train_without_noise(language_model: nn.Module) -> None:
     """Set training mode, in which layers are checkpointed, with every dropout and router noise at 0."""
     language_model.train()
     for module in language_model.modules():

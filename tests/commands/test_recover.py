@@ -234,8 +234,8 @@ from moe_evo.recovery import training
 
 step = training.Training._step
 
-def slow_step(self):
-    found = step(self)
+def slow_step(self, number):
+    found = step(self, number)
     print("step", flush=True)
     sys.stdin.readline()
     return found
