@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moe_evo.config.check import require, require_path
 from moe_evo.config.run import ScoringConfig
@@ -11,6 +12,9 @@ from moe_evo.config.run import ScoringConfig
 PARTS = ("experts", "router", "norms", "attention", "all")
 """What `RecoverConfig.train` may name."""
 
+
+Engine = Literal["torch", "deepspeed"]
+Stage = Literal[2, 3]
 
 _RATE_TIMES_WIDTH = 0.128
 
@@ -49,6 +53,12 @@ class RecoverConfig:
         patience: Stop after so many checks without a lower validation loss. Losses often rise at first, while the
             learning rate is high; so the default is as many as there are.
         gradient_checkpointing: Compute each layer again in the backward pass, which takes less memory and more time.
+        engine: What takes the gradient steps of logits, router and labels: 'torch', on one device of this process; or
+            'deepspeed', on cluster.gang_size workers of a Ray cluster, one GPU each, which share weights, gradients and
+            moments among them (ZeRO, with model.sharding zero3) and keep them where model.offload says. Other methods
+            work in this process either way.
+        zero_stage: deepspeed: what each worker holds only its share of: 2, gradients, float32 weights and moments
+            (faster, where a GPU holds the smaller model whole); 3, the model's weights, too.
         seed: Of the order of prompts.
     """
 
@@ -69,6 +79,8 @@ class RecoverConfig:
     checks: int = 10
     patience: int = 10
     gradient_checkpointing: bool = False
+    engine: Engine = "torch"
+    zero_stage: Stage = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,7 +121,7 @@ class RecoveryConfig(ScoringConfig):
         tasks: List of tasks whose prompts are learned from, and on whose test split the result is scored; a bare
             string is a task's data. --tasks.KEY changes the last task.
         evaluation: How models are scored.
-        cluster: Where they are scored.
+        cluster: The workers of recover.engine deepspeed.
         recover: How the smaller model learns.
     """
 

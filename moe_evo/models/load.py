@@ -26,14 +26,15 @@ from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, 
 from moe_evo.models.variants.dynamic_routing import dynamic_routing_of
 from moe_evo.models.variants.meo import MEO, check_experts
 from moe_evo.models.view import MoEModel
-from moe_evo.models.zero3 import load_zero3
+from moe_evo.models.zero3 import load_slices, load_zero3
 
 
-def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
+def load_model(source: ModelSource, ranks: Ranks = ALONE, slices: Mapping[str, Any] | None = None) -> MoEModel:
     """Read a checkpoint and put the view around it.
 
     ranks: the processes that hold the model together, where `model.sharding` divides it; each of them
-    calls this. Raises ModelError (lacking weights, failed self-check) or ConfigError (device, router,
+    calls this. slices: DeepSpeed's config for a zero3 model that will be trained; it computes once the trainer has
+    made an engine of it. Raises ModelError (lacking weights, failed self-check) or ConfigError (device, router,
     sharding) in one line.
     """
     config, family, transformers_config, shape = source.config, source.family, source.transformers_config, source.shape
@@ -49,7 +50,9 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
     alignment = source.alignment
     options = placement_options(config, family, transformers_config, device, ranks)
     with quiet():
-        if config.sharding == "zero3":
+        if slices is not None:
+            language_model = load_slices(lambda: _language_model(source, options), config, dict(slices))
+        elif config.sharding == "zero3":
             dtype = weights_dtype(config, transformers_config)
             language_model = load_zero3(lambda: _language_model(source, options), config, transformers_config, dtype)
         else:
@@ -69,7 +72,7 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE) -> MoEModel:
         splits_examples=config.sharding == "zero3" and ranks.size > 1,
         dynamic_routing=dynamic_routing,
     )
-    if config.self_check:
+    if config.self_check and slices is None:
         self_check(moe)
     if alignment is not None:
         align_neurons(moe, alignment.permutations)

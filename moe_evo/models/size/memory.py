@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from moe_evo.config.model import Offload, Sharding
+from moe_evo.config.recover import Stage
 from moe_evo.models.size.size import ModelSize, Weight
+from moe_evo.models.zero3 import BUCKET
 
 NVME_BUFFERS = 5
 """DeepSpeed's default: so many buffers, each as large as the largest weight, between disk and device."""
@@ -84,6 +86,29 @@ def memory_per_rank(size: ModelSize, sharding: Sharding, offload: Offload = "non
     return RankMemory(buffers, gathered, host=on_the_way, disk=slices)
 
 
+def training_per_rank(
+    size: ModelSize, num_kept: Sequence[int], ranks: int, stage: Stage, offload: Offload
+) -> RankMemory:
+    """What the fullest rank holds while the whole pruned model is trained under ZeRO, beside activations.
+
+    num_kept: K of each MoE layer. A number that is trained takes itself and its gradient, twice while the optimizer
+    works (the second time in float32), a float32 copy and two moments in float32.
+    """
+    parameters, weights = exported_size(size, num_kept)
+    share, bucket = -(-parameters // ranks), min(BUCKET, parameters) * size.itemsize
+    gradients, float32 = share * size.itemsize, share * (4 + 4 + 8)
+    layer = _largest_module(size, num_kept)
+    passing = (2 * layer if stage == 3 else 0) + layer + bucket  # the module that runs, the next, a gradient
+    slices = -(-weights // ranks)
+    if offload == "none":
+        return RankMemory((slices if stage == 3 else weights) + gradients + float32, passing)
+    if stage == 2:
+        return RankMemory(weights, passing, host=float32)
+    if offload == "cpu":
+        return RankMemory(0, passing, host=slices + float32)
+    return RankMemory(0, passing, host=NVME_BUFFERS * layer, disk=slices + float32)
+
+
 def largest_block(size: ModelSize) -> int:
     """Bytes of the largest part that a device map never splits: a decoder layer or an embedding."""
     sizes: dict[str, int] = {}
@@ -94,13 +119,22 @@ def largest_block(size: ModelSize) -> int:
     return max(sizes.values())
 
 
-def _largest_module(size: ModelSize) -> int:
-    """Bytes of the module whose own parameters are the largest: the experts of a layer, or an embedding."""
+def _largest_module(size: ModelSize, num_kept: Sequence[int] | None = None) -> int:
+    """Bytes of the module whose own parameters are the largest: the experts of a layer, or an embedding.
+
+    num_kept: K of each MoE layer, where it is of a pruned model.
+    """
     sizes: dict[str, int] = {}
     for weight in size.weights:
         if weight.is_parameter:
-            sizes[weight.module] = sizes.get(weight.module, 0) + weight.size
+            sizes[weight.module] = sizes.get(weight.module, 0) + _kept_numel(weight, num_kept) * weight.itemsize
     return max(sizes.values())
+
+
+def _kept_numel(weight: Weight, num_kept: Sequence[int] | None) -> int:
+    if weight.moe_layer is None or num_kept is None:
+        return weight.numel
+    return weight.numel // weight.shape[0] * num_kept[weight.moe_layer]
 
 
 def merged_bytes(size: ModelSize, num_kept: Sequence[int], sharding: Sharding) -> int:
@@ -120,9 +154,7 @@ def exported_size(size: ModelSize, num_kept: Sequence[int]) -> tuple[int, int]:
     """Parameters and bytes of a checkpoint that keeps `num_kept` experts in each MoE layer."""
     parameters = total = 0
     for weight in size.weights:
-        numel = weight.numel
-        if weight.moe_layer is not None:
-            numel = numel // weight.shape[0] * num_kept[weight.moe_layer]
+        numel = _kept_numel(weight, num_kept)
         parameters += numel
         total += numel * weight.itemsize
     return parameters, total
