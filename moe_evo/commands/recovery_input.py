@@ -101,7 +101,6 @@ def of_pruned(
 
 def planned_recovery(config: RecoveryConfig, size: ModelSize, num_kept: Sequence[int]) -> RecoveryPlan:
     """What the recovery of a pruned model takes, without weights; size: of the full model. Raises for wrong input."""
-    from moe_evo.models.size.memory import exported_size
     from moe_evo.recovery.lessons import bytes_of_lessons
     from moe_evo.tasks.prompt import PromptFormat
 
@@ -112,22 +111,41 @@ def planned_recovery(config: RecoveryConfig, size: ModelSize, num_kept: Sequence
         name: sum(len(one.tokens) + (recover.answer_tokens if one.lacks_answer else len(one.answer)) for one in found)
         for name, found in prompts.items()
     }
-    parameters, weights = exported_size(size, num_kept)
-    # of what is trained: a gradient and two moments, and where weights are not in float32 a copy that is
-    beside = parameters * (size.itemsize + 8 + (0 if size.itemsize == 4 else 4 + 4))
     blocks = min(recover.block_tokens, longest[LEARNED]) * size.activations.hidden * size.itemsize * len(num_kept)
     return RecoveryPlan(
         prompts=len(prompts[LEARNED]),
         positions=sum(longest.values()),
         lesson_bytes=bytes_of_lessons(sum(longest.values()), min(recover.top_k, size.vocabulary)),
         block_bytes=blocks if given.needs_blocks else 0,
-        training_bytes=weights + (beside if any(method.unit == "step" for method in given.methods) else 0),
+        **_planned_training(given, size, num_kept),
     )
+
+
+def _planned_training(given: RecoveryInput, size: ModelSize, num_kept: Sequence[int]) -> dict[str, int]:
+    """How many numbers the methods train at most, and the memory that this takes."""
+    from moe_evo.recovery.methods import Distillation
+    from moe_evo.recovery.training_size import trained_numbers, training_bytes
+
+    recover = given.config.recover
+    parts: list[tuple[str, ...]] = [()]
+    for method in given.methods:
+        if isinstance(method, Distillation):
+            parts.append(tuple(method.trained(recover)))
+        elif method.unit == "step":  # of another package, which may train anything
+            parts.append(("all",))
+    checkpointing = recover.gradient_checkpointing
+    return {
+        "trained_numbers": max(trained_numbers(size, num_kept, one, recover.rank) for one in parts),
+        "training_bytes": max(
+            training_bytes(size, num_kept, one, recover.rank, checkpointing=checkpointing) for one in parts
+        ),
+    }
 
 
 def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *, overwrite: bool) -> RecoveryJob:
     """Raises where anything is wrong with the input; loads no weights."""
     given = _checked_input(config)
+    from moe_evo.models.export.pruned import has_unequal_layers
     from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.source import ModelSource
 
@@ -141,6 +159,11 @@ def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *
             )
     else:
         require(which == "best", "--which", which, f"none: {pruned} is a checkpoint and no run")
+        if has_unequal_layers(path):
+            raise RunError(
+                f"{path}: its layers keep different numbers of experts, which no stock checkpoint holds, and recovery "
+                "writes one; prune to one number for all layers"
+            )
         _check_alike(given, ModelSource(small_model(given.config.model, path)))
     check_target(target, path, overwrite=overwrite)
     if target == Path(given.full.location).absolute():
@@ -168,7 +191,20 @@ def _checked_input(config: RecoveryConfig) -> RecoveryInput:
             f"true: the answers that {name!r} of recover.methods learns are those of the search split",
         )  # fmt: skip
     resolve_device(config.model.device)
-    return RecoveryInput(config, data, prompts, ModelSource(config.model), methods)
+    full = ModelSource(config.model)
+    _check_rank(config.recover, full)
+    return RecoveryInput(config, data, prompts, full, methods)
+
+
+def _check_rank(recover: RecoverConfig, full: ModelSource) -> None:
+    """Raise ConfigError where adapters would be larger than the experts that they stand in for."""
+    hidden = full.transformers_config.get_text_config().hidden_size
+    width = full.family.expert_width(full.transformers_config)
+    most = (3 * hidden * width - 1) // (2 * hidden + 3 * width)
+    require(
+        "adapters" not in recover.train or recover.rank <= most, "recover.rank", recover.rank,
+        f"at most {most}: with more, adapters have more numbers than the experts of this model, {hidden} x {width}",
+    )  # fmt: skip
 
 
 def is_run(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 from moe_evo.config.check import require, require_path
 from moe_evo.config.run import ScoringConfig
 
-PARTS = ("experts", "router", "norms", "attention", "all")
+PARTS = ("experts", "adapters", "scales", "router", "norms", "attention", "all")
 """What `RecoverConfig.train` may name."""
 
 
@@ -24,13 +24,16 @@ class RecoverConfig:
     """How a pruned model learns to answer as the full one does.
 
     Args:
-        methods: What is done, one after the other. 'closed_form' fits the experts' down matrices to the outputs of the
-            full model's layers by least squares, one MoE layer after the other, without gradients; 'layerwise' trains
-            router and experts of each layer on these outputs; 'logits' learns the full model's next-token
-            distributions; 'router' the same with router rows alone; 'labels' learns the right answers of the search
-            split, too; or the method of another package, by its name or as package.module:name.
-        train: logits, labels: what is trained: experts, router, norms (all layer norms), attention, or all. Default:
-            experts, router and norms.
+        methods: What is done, one after the other. 'closed_form' fits the experts' down matrices, or what `train` says,
+            to the outputs of the full model's layers by least squares, one MoE layer after the other, without
+            gradients; 'layerwise' trains router and experts of each layer on these outputs; 'logits' learns the full
+            model's next-token distributions; 'router' the same with router rows alone; 'labels' learns the right
+            answers of the search split, too; or the method of another package, by its name or as package.module:name.
+        train: logits, labels: what is trained: experts, or in their place low-rank adapters on them (LoRA), which take
+            far less memory and become part of the weights at the end; scales (a factor on each expert's output),
+            router, norms (all layer norms), attention, or all. Default: experts, router and norms. closed_form refits
+            what it can of this: experts (also for adapters), scales and router. Default: experts.
+        rank: Rank of adapters.
         search_split: Whether the prompts of the tasks' search split are learned from.
         prompts: File with more prompts, which need no answers: JSONL with 'prompt' (formatted as the task's prompts
             are) or 'text' in each line, or plain text with one text a line.
@@ -45,7 +48,7 @@ class RecoverConfig:
         steps: Most steps of the optimizer (AdamW); layerwise: in each layer.
         batch_size: Prompts a step.
         batch_tokens: Most tokens, padding included, in one forward and backward pass; a step is made of as many passes
-            as it needs. Where memory runs out in training, half of it is taken.
+            as it needs. Where memory runs out, half of it is taken.
         learning_rate: After a warm-up of a twentieth of the steps; falls to 0 as a cosine. Default: 0.128 divided by
             the hidden size, as wider models need smaller steps (arXiv 2203.03466): 0.001 for 128, 3e-5 for 4096.
         checks: How many times the loss on the validation split is computed, at equal distances; the weights with the
@@ -64,6 +67,7 @@ class RecoverConfig:
 
     methods: list[str] = field(default_factory=lambda: ["closed_form", "logits"])
     train: list[str] = field(default_factory=list)
+    rank: int = 8
     search_split: bool = True
     prompts: str | None = None
     answer_tokens: int = 16
@@ -88,12 +92,22 @@ class RecoverConfig:
         require_path("recover.prompts", self.prompts)
         unknown = [part for part in self.train if part not in PARTS]
         require(not unknown, "recover.train", self.train, f"a list of {', '.join(PARTS)}")
+        whole = {"experts", "all"} & {*self.train}
+        require(
+            not whole or "adapters" not in self.train, "recover.train", self.train,
+            f"adapters or {' and '.join(sorted(whole))}: adapters are trained in place of whole experts",
+        )  # fmt: skip
+        require(
+            "closed_form" not in self.methods or bool(self.refitted), "recover.train", self.train,
+            "one of experts, adapters, scales or router for closed_form of recover.methods; or leave closed_form out",
+        )  # fmt: skip
         require(
             self.search_split or self.prompts is not None, "recover.search_split", self.search_split,
             "true, or a file recover.prompts: there is nothing to learn from",
         )  # fmt: skip
         for option, least in (("answer_tokens", 0), ("top_k", 1), ("steps", 1), ("batch_size", 1), ("batch_tokens", 1),
-                              ("checks", 1), ("patience", 1), ("seed", 0), ("block_tokens", 1)):  # fmt: skip
+                              ("checks", 1), ("patience", 1), ("rank", 1), ("seed", 0),
+                              ("block_tokens", 1)):  # fmt: skip
             value = getattr(self, option)
             require(value >= least, f"recover.{option}", value, f"{least} or more")
         for option in ("prompt_weight", "label_weight"):
@@ -106,6 +120,15 @@ class RecoverConfig:
             self.prompt_weight > 0 or self.answer_tokens > 0 or "labels" in self.methods, "recover.prompt_weight",
             self.prompt_weight, "more than 0, as recover.answer_tokens is 0: only the last position would be learned",
         )  # fmt: skip
+
+    @property
+    def refitted(self) -> frozenset[str]:
+        """What closed_form solves for: of 'experts' (their down matrices), 'scales' and 'router' those in `train`."""
+        if not self.train:
+            return frozenset({"experts"})
+        also = {"adapters": ("experts",), "all": ("experts", "router")}  # nothing is trained that adapters would save
+        named = {part for one in self.train for part in also.get(one, (one,))}
+        return frozenset(named & {"experts", "scales", "router"})
 
     def rate(self, hidden_size: int) -> float:
         """The highest learning rate, for a model of this hidden size."""

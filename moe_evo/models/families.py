@@ -71,6 +71,10 @@ class Family:
         is_grouped = getattr(config, "topk_method", "group_limited_greedy") == "group_limited_greedy"
         return (int(num_groups), int(config.topk_group)) if is_grouped and num_groups > 1 else (1, 1)
 
+    def expert_width(self, config: Any) -> int:
+        """Neurons of one routed expert."""
+        return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+
     def check_eep_router(self, config: Any) -> None:
         """Raise ConfigError where EEP's router mapping (eq. 5) has no meaning for this family."""
         reason = None
@@ -83,7 +87,7 @@ class Family:
 
     def check_tensor_parallel(self, config: Any, size: int) -> None:
         """Raise ConfigError where `size` ranks cannot hold equal slices of every expert."""
-        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        width = self.expert_width(config)
         if width % size:
             raise ConfigError(
                 f"model.sharding: got 'tensor_parallel' over {size} ranks, but the experts of this {self.model_type} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ from moe_evo.models.view import MoEModel
 from moe_evo.recovery.blocks import BlockInputs, block_inputs
 from moe_evo.recovery.masters import Masters
 from moe_evo.recovery.material import Material
+from moe_evo.recovery.pass_memory import PassMemory
 from moe_evo.recovery.state import Check, Learned, TrainingState
 from moe_evo.recovery.training import Done, Objective, schedule
 
 _TOKENS_A_STEP = 1024
 
-Repair = Callable[[MoELayer, BlockInputs, Tensor, RecoverConfig], None]
-"""Changes the weights of one layer so that at its inputs it puts out the targets (N, H)."""
+Repair = Callable[[MoELayer, BlockInputs, Tensor, RecoverConfig, PassMemory], None]
+"""Changes the weights of one layer so that at its inputs it puts out the targets (N, H), in passes that fit memory."""
 
 
 def repaired_by_layers(
@@ -41,28 +43,40 @@ def repaired_by_layers(
     that was killed goes on behind the last layer that was done; each layer has a file of its own beside `file`.
     """
     assert material.blocks is not None, "the full model's outputs were asked for"
+    numbers = material.blocks.numbers
     objective = Objective(material.validation, config.prompt_weight, 0.0)
+    memory = PassMemory(config.batch_tokens, model.device, "or lower recover.block_tokens")
 
     def checked(learned: Learned) -> Learned:
-        loss = objective.loss(model.language_model, model.device, config.batch_tokens)
+        loss = memory.within(lambda: objective.loss(model.language_model, model.device, memory.batch_tokens))
         learned = replace(learned, checks=(*learned.checks, Check(learned.steps, None, loss)))
-        TrainingState(learned, config.batch_tokens).save(file)
+        TrainingState(learned, memory.batch_tokens).save(file)
         return learned
 
-    learned = TrainingState.load(file).learned if file.is_file() else checked(Learned())
+    def repaired(layer: MoELayer, targets: Tensor) -> int:
+        """Repair a layer, from its first weights where memory had run out; returns the number of tokens."""
+        _put(layer, before[layer.number])
+        inputs = block_inputs(model, material.lessons, numbers, layer.number, memory.batch_tokens)
+        repair(layer, inputs, targets, config, memory)
+        return len(inputs.hidden)
+
+    if file.is_file():
+        state = TrainingState.load(file)
+        learned, memory.batch_tokens = state.learned, min(state.batch_tokens, config.batch_tokens)
+    else:
+        learned = checked(Learned())
     before = {layer.number: _load(layer, file) for layer in model.layers[: learned.steps]}
     for layer in model.layers[learned.steps :]:
         started = time.perf_counter()
-        inputs = block_inputs(model, material.lessons, material.blocks.numbers, layer.number, config.batch_tokens)
         before[layer.number] = _copied(layer)
-        repair(layer, inputs, material.blocks.of(layer.number), config)
+        tokens = memory.within(partial(repaired, layer, material.blocks.of(layer.number)))
         with whole_file(_file_of(layer, file)) as temporary:
             save_file(_copied(layer), temporary)
         learned = checked(
             replace(
                 learned,
                 steps=learned.steps + 1,
-                tokens=learned.tokens + len(inputs.hidden),
+                tokens=learned.tokens + tokens,
                 duration_s=learned.duration_s + time.perf_counter() - started,
             )
         )
@@ -99,30 +113,34 @@ def _load(layer: MoELayer, file: Path) -> dict[str, Tensor]:
     return before
 
 
-def train_layer(layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: RecoverConfig) -> None:
+def train_layer(
+    layer: MoELayer, inputs: BlockInputs, targets: Tensor, config: RecoverConfig, memory: PassMemory
+) -> None:
     """Train router and experts of one layer on the mean squared difference of its outputs from the targets."""
     parameters = _trained(layer)
     masters = Masters(parameters)
     device = next(iter(parameters.values())).device
-    hidden, targets = inputs.hidden.to(device), targets.to(device)
-    scale = targets.float().square().mean().clamp(min=1e-12)
-    rate = config.rate(hidden.shape[1])
+    rate, scale = config.rate(targets.shape[1]), float(targets.float().square().mean().clamp(min=1e-12))
     optimizer = torch.optim.AdamW(masters.weights.values(), lr=rate, weight_decay=0.0, fused=True)
-    for one in parameters.values():
-        one.requires_grad_(True)
-    for step in range(config.steps):
-        rng = np.random.default_rng([config.seed, layer.number, step])
-        chosen = torch.from_numpy(rng.permutation(len(hidden))[:_TOKENS_A_STEP]).to(device)
-        _, gates, index = layer.router(hidden[chosen])
-        outputs = layer.experts(hidden[chosen], index, gates)
-        loss = (outputs.float() - targets[chosen].float()).square().mean() / scale
+    try:
+        for one in parameters.values():
+            one.requires_grad_(True)
+        for step in range(config.steps):
+            rng = np.random.default_rng([config.seed, layer.number, step])
+            chosen = torch.from_numpy(rng.permutation(len(targets))[:_TOKENS_A_STEP])
+            masters.drop_gradients()
+            for piece in torch.split(chosen, memory.batch_tokens):
+                hidden = inputs.hidden[piece].to(device)
+                _, gates, index = layer.router(hidden)
+                difference = layer.experts(hidden, index, gates).float() - targets[piece].to(device).float()
+                loss = difference.square().sum() / (scale * targets.shape[1] * len(chosen))
+                loss.backward()
+            masters.take_gradients()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(step, config.steps)
+            optimizer.step()
+            masters.put()
+    finally:
         masters.drop_gradients()
-        loss.backward()
-        masters.take_gradients()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(step, config.steps)
-        optimizer.step()
-        masters.put()
-    masters.drop_gradients()
-    for one in parameters.values():
-        one.requires_grad_(False)
+        for one in parameters.values():
+            one.requires_grad_(False)

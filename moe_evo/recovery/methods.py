@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from moe_evo.config.recover import RecoverConfig
 from moe_evo.models.view import MoEModel
 from moe_evo.plugins import Registry, lacking
+from moe_evo.recovery.adapters import adapted
+from moe_evo.recovery.closed_form import refit
 from moe_evo.recovery.layer_repair import Repair, repaired_by_layers, train_layer
-from moe_evo.recovery.least_squares import refit_down
 from moe_evo.recovery.material import Material
 from moe_evo.recovery.parts import trained_parameters
 from moe_evo.recovery.state import Learned
@@ -71,8 +72,10 @@ class Distillation:
         return config.steps
 
     def recover(self, model: MoEModel, material: Material, config: RecoverConfig, file: Path, done: Done) -> Learned:
-        parameters = trained_parameters(model, self.trained(config))
-        return Training(model.language_model, parameters, material, config, self.label_weight(config), file).run(done)
+        parts, weight = self.trained(config), self.label_weight(config)
+        with adapted(model, parts, config.rank, config.seed):
+            parameters = trained_parameters(model, parts)
+            return Training(model.language_model, parameters, material, config, weight, file).run(done)
 
     def trained(self, config: RecoverConfig) -> tuple[str, ...]:
         """The parts of the model that are trained."""
@@ -125,9 +128,7 @@ RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
         "layerwise": LayerByLayer(
             "the outputs of the full model's experts, layer by layer", "MoE-Pruner: arXiv 2410.12013", train_layer
         ),
-        "closed_form": LayerByLayer(
-            "the same by least squares on the down matrices, without gradients", "ridge regression", refit_down
-        ),
+        "closed_form": LayerByLayer("the same by least squares, without gradient steps", "ridge regression", refit),
     },
     _problem,
 )

@@ -9,13 +9,14 @@ from torch import nn
 
 from moe_evo.errors import ConfigError
 from moe_evo.models.view import MoEModel
+from moe_evo.recovery.adapters import of_adapters, of_scales
 
 
 def trained_parameters(model: MoEModel, parts: Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters of these `moe_evo.config.recover.PARTS`, by name; raises ConfigError where there are none.
 
-    Of a router all that is computed with is trained, but no correction bias, which takes part in the choice of experts
-    only and has no gradient.
+    Adapters and scales are there within `adapted`. Of a router all that is computed with is trained, but no correction
+    bias, which takes part in the choice of experts only and has no gradient.
     """
     chosen = {id(one) for part in parts for one in _of_part(model, part)}
     found = {name: one for name, one in model.language_model.named_parameters() if id(one) in chosen}
@@ -29,6 +30,10 @@ def _of_part(model: MoEModel, part: str) -> Iterator[nn.Parameter]:
     if part == "experts":
         tensors = [tensor for layer in model.layers for tensor in layer.expert_tensors().values()]
         yield from (one for one in tensors if isinstance(one, nn.Parameter))
+    elif part == "adapters":
+        yield from (one for layer in model.layers for one in of_adapters(layer))
+    elif part == "scales":
+        yield from (one for layer in model.layers for one in of_scales(layer))
     elif part == "router":
         tensors = [tensor for layer in model.layers for tensor in layer.router_tensors().values()]
         yield from (one for one in tensors if isinstance(one, nn.Parameter))

@@ -11,29 +11,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moe_evo.config.recover import RecoverConfig
-from moe_evo.errors import OutOfMemory
-from moe_evo.models.free_memory import MEMORY_ERRORS, is_out_of_memory
 from moe_evo.models.transformers_border import checkpoint_layers
 from moe_evo.recovery.lessons import UNLABELLED, Lessons, batches_of, logits_of
 from moe_evo.recovery.losses import cross_entropies, divergences
 from moe_evo.recovery.masters import Masters
 from moe_evo.recovery.material import Material
+from moe_evo.recovery.pass_memory import PassMemory
 from moe_evo.recovery.state import Check, Learned, TrainingState
 
 _WARM_UP = 0.05
+_ADVICE = "train fewer parts or adapters (recover.train) or set recover.gradient_checkpointing"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 MOST_NORM = 1.0
 """Of the gradient; a larger one is scaled down to it."""
 
 Done = Callable[[Learned], None]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +183,7 @@ class Training:
         self._config = config
         self._file = file
         self._device = next(iter(parameters.values())).device
-        self._batch_tokens = config.batch_tokens
+        self._memory = PassMemory(config.batch_tokens, self._device, _ADVICE)
         weights = self._masters.weights.values()
         self._rate = config.rate(language_model.config.get_text_config().hidden_size)
         self._optimizer = torch.optim.AdamW(weights, lr=self._rate, weight_decay=0.0, fused=True)
@@ -203,13 +202,13 @@ class Training:
 
     def step(self, number: int) -> tuple[float, int]:
         """See `Learner`."""
-        return self._within_memory(lambda: self._step(number))
+        return self._memory.within(lambda: self._step(number))
 
     def _step(self, number: int) -> tuple[float, int]:
         self._masters.drop_gradients()
         numbers = drawn(self._config, len(self._objective.lessons), number)
         total, loss, tokens = self._objective.total(numbers), 0.0, 0
-        for batch in self._objective.batches(self._model, numbers, self._batch_tokens):
+        for batch in self._objective.batches(self._model, numbers, self._memory.batch_tokens):
             rows = self._objective.lessons.rows(batch)
             share = self._objective.share(logits_of(self._model, rows, self._device), batch, total)
             share.backward()  # type: ignore[no-untyped-call]
@@ -229,7 +228,10 @@ class Training:
 
     def validation_loss(self) -> float:
         """See `Learner`."""
-        return self._within_memory(lambda: self._validation.loss(self._model, self._device, self._batch_tokens))
+        return self._memory.within(self._validation_loss)
+
+    def _validation_loss(self) -> float:
+        return self._validation.loss(self._model, self._device, self._memory.batch_tokens)
 
     def save(self, learned: Learned, *, is_best: bool) -> None:
         """See `Learner`."""
@@ -239,27 +241,11 @@ class Training:
         for name, weight in self._masters.weights.items():
             state = self._optimizer.state[weight]
             tensors |= {f"{moment}/{name}": state[moment].contiguous() for moment in _MOMENTS if moment in state}
-        TrainingState(learned, self._batch_tokens, tensors).save(self._file)
-
-    def _within_memory(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns; where memory runs out it is called again with half the tokens in a pass."""
-        while True:
-            try:
-                return compute()
-            except MEMORY_ERRORS as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._batch_tokens == 1:
-                    raise OutOfMemory(
-                        f"out of memory on {self._device} with one sequence in a pass: shorten the prompts (tasks' "
-                        "max_length), train fewer parts (recover.train) or set recover.gradient_checkpointing"
-                    ) from error
-            self._batch_tokens //= 2
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        TrainingState(learned, self._memory.batch_tokens, tensors).save(self._file)
 
     def _load(self, state: TrainingState) -> Learned:
-        steps, self._batch_tokens = state.learned.steps, min(state.batch_tokens, self._batch_tokens)
+        steps = state.learned.steps
+        self._memory.batch_tokens = min(state.batch_tokens, self._memory.batch_tokens)
         self._masters.load(state.tensors)
         for name, weight in self._masters.weights.items():
             if steps:

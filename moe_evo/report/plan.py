@@ -186,8 +186,12 @@ def _recovery(recovery: RecoveryPlan | None) -> list[str]:
     return [
         f"recovery    {recovery.prompts:,} prompts, up to {recovery.positions:,} tokens with answers and validation: "
         f"{size_label(recovery.lesson_bytes)} of lessons{blocks} on disk; "
-        f"training takes {size_label(recovery.training_bytes)} beside activations"
+        f"{_training(recovery)} takes {size_label(recovery.training_bytes)} beside activations"
     ]
+
+
+def _training(recovery: RecoveryPlan) -> str:
+    return f"training {recovery.trained_numbers:,} numbers" if recovery.trained_numbers else "the pruned model"
 
 
 def _most(checkpoint: CheckpointPlan) -> str:

@@ -148,13 +148,15 @@ class RecoveryPlan:
 
     prompts: how many are learned from. positions: tokens of these and of the validation split's, with answers of full
     length. lesson_bytes: on disk, what the full model says of them. block_bytes: on disk, what its layers put out.
-    training_bytes: memory of weights, gradients and moments in training, beside activations.
+    trained_numbers: how many numbers gradient steps change; 0 without such steps. training_bytes: memory of weights,
+    gradients and moments in training, beside activations.
     """
 
     prompts: int
     positions: int
     lesson_bytes: int
     block_bytes: int
+    trained_numbers: int
     training_bytes: int
 
 

@@ -36,13 +36,14 @@ def random_readings(number: int, *, seed: int) -> list[Reading]:
 class RecoveryContract:
     """Tests for a method of `moe-evo recover`.
 
-    name: as in --recover.methods.
+    name: as in --recover.methods. config: how it learns.
 
     >>> class TestMyMethod(RecoveryContract):
     ...     name = "closed_form"
     """
 
     name = ""
+    config = CONFIG
 
     @pytest.fixture
     def method(self) -> RecoveryMethod:
@@ -72,8 +73,8 @@ class RecoveryContract:
         model, material = taught
         before = copy.deepcopy(model.language_model.state_dict())
         told: list[Learned] = []
-        learned = method.recover(model, material, CONFIG, tmp_path / "state", told.append)
-        most = method.num_steps(CONFIG, len(model.layers))
+        learned = method.recover(model, material, self.config, tmp_path / "state", told.append)
+        most = method.num_steps(self.config, len(model.layers))
         assert [one.steps for one in told] == list(range(1, learned.steps + 1)) and learned.steps <= most
         assert learned.steps == most or learned.stopped
         assert learned.checks[0].step == 0 and learned.best.validation <= learned.checks[0].validation
@@ -89,9 +90,9 @@ class RecoveryContract:
     ) -> None:
         model, material = taught
         other = MoEModel(copy.deepcopy(model.language_model))
-        first = method.recover(model, material, CONFIG, tmp_path / "state", lambda _: None)
+        first = method.recover(model, material, self.config, tmp_path / "state", lambda _: None)
         steps: list[Learned] = []
-        second = method.recover(other, material, CONFIG, tmp_path / "state", steps.append)
+        second = method.recover(other, material, self.config, tmp_path / "state", steps.append)
         assert second == first and not steps
         pairs = zip(model.language_model.parameters(), other.language_model.parameters(), strict=True)
         assert all(torch.equal(one, two) for one, two in pairs)
@@ -101,7 +102,7 @@ class RecoveryContract:
     ) -> None:
         model, material = taught
         killed, again = (MoEModel(copy.deepcopy(model.language_model)) for _ in range(2))
-        expected = method.recover(model, material, CONFIG, tmp_path / "whole", lambda _: None)
+        expected = method.recover(model, material, self.config, tmp_path / "whole", lambda _: None)
 
         class Killed(Exception):
             pass
@@ -111,8 +112,8 @@ class RecoveryContract:
                 raise Killed
 
         with pytest.raises(Killed):
-            method.recover(killed, material, CONFIG, tmp_path / "state", kill)
-        got = method.recover(again, material, CONFIG, tmp_path / "state", lambda _: None)
+            method.recover(killed, material, self.config, tmp_path / "state", kill)
+        got = method.recover(again, material, self.config, tmp_path / "state", lambda _: None)
         assert [one.validation for one in got.checks] == [one.validation for one in expected.checks]
         pairs = zip(model.language_model.parameters(), again.language_model.parameters(), strict=True)
         assert all(torch.equal(one, two) for one, two in pairs)

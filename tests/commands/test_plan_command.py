@@ -71,8 +71,16 @@ def test_the_plan_of_a_recovery_is_what_it_then_stores(tmp_path: Path, capsys: p
     assert main(["plan", *words, "--recover", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["recovery"]
     assert told["prompts"] == 12 and told["block_bytes"] == 50 * 128 * 4 * 4
+    # 4 layers of 3 experts of 128 x 208 with a router of 3 rows and two norms each, and a last norm
+    assert told["trained_numbers"] == 4 * (3 * 3 * 128 * 208 + 3 * 128 + 2 * 128) + 128
+    adapters = ["--recover.train", "adapters", "--recover.rank", "4"]
+    assert main(["plan", *words, "--recover", "--json", *adapters]) == 0
+    few = json.loads(capsys.readouterr().out)["recovery"]
+    assert few["trained_numbers"] == 4 * 3 * 4 * (128 + 2 * 208 + 208 + 128)
+    assert few["training_bytes"] < 0.6 * told["training_bytes"]
     assert main(["plan", *words, "--recover"]) == 0
     out = capsys.readouterr().out
+    assert f"training {told['trained_numbers']:,} numbers takes " in out
     assert "recovery    12 prompts, up to " in out and out.strip().endswith("--recover")
     assert main(["plan", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recovery"] is None

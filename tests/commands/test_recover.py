@@ -309,6 +309,12 @@ def test_work_of_another_recovery_is_neither_used_nor_lost(
             ["--recover.train", "[experts, heads]"],
             "recover.train: got ['experts', 'heads'], expected a list of",
         ),
+        (["--recover.train", "[adapters, all]"], "expected adapters or all: adapters are trained in place of whole"),
+        (["--recover.train", "norms"], "one of experts, adapters, scales or router for closed_form of recover.methods"),
+        (
+            ["--recover.train", "adapters", "--recover.rank", "91"],
+            "recover.rank: got 91, expected at most 90: with more, adapters have more numbers than the experts of this",
+        ),
         (["--recover.steps", "0"], "recover.steps: got 0, expected 1 or more"),
         (["--recover.learning_rate", "0"], "recover.learning_rate: got 0.0, expected more than 0, such as 0.001"),
         (["--recover.search_split", "false"], "expected true, or a file recover.prompts: there is nothing to learn"),
@@ -387,6 +393,22 @@ def test_a_winner_with_layers_of_different_size_is_refused(
     capsys.readouterr()
     line = refusal(["recover", str(folder), "--to", str(tmp_path / "t")], tmp_path / "t", teaching, capsys, monkeypatch)
     assert "layers of 'best' keep different numbers of experts, which no stock checkpoint holds" in line
+    checkpoint, words = tmp_path / "checkpoint", ["--to", str(tmp_path / "t")]
+    assert main(["export", str(folder), "--to", str(checkpoint)]) == 0
+    capsys.readouterr()
+    line = refusal(["recover", str(checkpoint), *OPTIONS, *words], tmp_path / "t", teaching, capsys, monkeypatch)
+    assert f"{checkpoint}: its layers keep different numbers of experts, which no stock checkpoint holds" in line
+
+
+def test_adapters_end_in_a_stock_checkpoint(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, words = tmp_path / "recovered", ["--recover.train", "[adapters, router]", "--recover.rank", "4"]
+    told = recover(pruned, target, *LOGITS, *words, capsys=capsys)
+    assert told["loader"] == "transformers" and told["max_logit_difference"] <= 1e-5
+    (stage,) = told["stages"]
+    assert stage["learned"]["checks"][-1]["validation"] < stage["learned"]["checks"][0]["validation"]
+    before, after = weights(pruned), weights(target)
+    changed = {name for name, one in after.items() if not torch.equal(one, before[name])}
+    assert set(after) == set(before) and {name.split(".")[-2] for name in changed} == {"w1", "w2", "w3", "gate"}
 
 
 def test_two_processes_do_not_work_on_the_same_recovery(

@@ -18,3 +18,18 @@ def test_numbers_that_make_no_sense_are_refused(option: str) -> None:
     for value in (-1.0, float("inf")):
         with pytest.raises(ConfigError, match=rf"recover\.{option}: got "):
             RecoverConfig(**{option: value})
+
+
+@pytest.mark.parametrize("whole", ["experts", "all"])
+def test_adapters_beside_the_experts_that_they_stand_in_for_are_refused(whole: str) -> None:
+    with pytest.raises(ConfigError, match=rf"recover\.train: got .*, expected adapters or {whole}: "):
+        RecoverConfig(train=["adapters", "router", whole])
+    assert RecoverConfig(train=["adapters", "router", "norms"], rank=2).rank == 2
+    with pytest.raises(ConfigError, match=r"recover\.rank: got 0, expected 1 or more"):
+        RecoverConfig(train=["adapters"], rank=0)
+
+
+def test_what_closed_form_refits_follows_from_what_is_trained() -> None:
+    assert RecoverConfig().refitted == {"experts"} == RecoverConfig(train=["adapters", "norms"]).refitted
+    assert RecoverConfig(train=["router", "scales"]).refitted == {"router", "scales"}
+    assert RecoverConfig(train=["all"]).refitted == {"experts", "router"}

@@ -13,19 +13,28 @@ from tiny_lessons import readings
 from tiny_models import CONFIGS, random_kept, stock_model, tiny_model
 
 from moe_evo.config.recover import RecoverConfig
-from moe_evo.errors import ModelError
+from moe_evo.errors import ModelError, OutOfMemory
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.experts.matrices import expert_matrices
 from moe_evo.models.view import MoEModel
+from moe_evo.recovery import blocks as blocks_module
+from moe_evo.recovery import least_squares
+from moe_evo.recovery import training as training_module
 from moe_evo.recovery.blocks import BlockTargets, block_inputs, has_blocks, write_blocks
+from moe_evo.recovery.closed_form import refit
 from moe_evo.recovery.layer_repair import repaired_by_layers, train_layer
 from moe_evo.recovery.least_squares import refit_down
 from moe_evo.recovery.lessons import read_lessons, write_lessons
 from moe_evo.recovery.material import Material
+from moe_evo.recovery.pass_memory import PassMemory
 from moe_evo.recovery.state import TrainingState
 
 CPU = torch.device("cpu")
 CONFIG = RecoverConfig(steps=60, batch_tokens=10_000, learning_rate=3e-3, block_tokens=10_000)
+
+
+def memory(batch_tokens: int = 100) -> PassMemory:
+    return PassMemory(batch_tokens, CPU, "")
 
 
 def small_and_material(
@@ -117,12 +126,12 @@ def numpy_solution(layer, inputs, targets: torch.Tensor, ridge_share: float) -> 
 def test_down_matrices_solve_the_joint_least_squares_problem(model_type: str, tmp_path: Path) -> None:
     small, material = small_and_material(model_type, tmp_path)
     assert material.blocks is not None
-    layer, config = small.layers[0], replace(CONFIG, ridge=0.3)  # at which ten sweeps have converged
+    layer = small.layers[0]
     inputs = block_inputs(small, material.lessons, material.blocks.numbers, 0, 100)
     targets = material.blocks.of(0)
-    expected = numpy_solution(layer, inputs, targets, 0.3)
+    expected = numpy_solution(layer, inputs, targets, 0.3)  # at which ten sweeps have converged
     before = copy.deepcopy(small.language_model.state_dict())
-    refit_down(layer, inputs, targets, config)
+    refit_down(layer, inputs, targets, 0.3, memory())
     got = expert_matrices(layer.experts, layer.expert_tensors())["down"].detach().numpy()
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=2e-3)
     changed = {name for name, one in small.language_model.state_dict().items() if not torch.equal(one, before[name])}
@@ -136,7 +145,7 @@ def test_an_expert_that_no_token_reaches_keeps_its_weights(tmp_path: Path) -> No
     inputs = block_inputs(small, material.lessons, material.blocks.numbers, 0, 100)
     away = torch.where(inputs.index == 2, 1, inputs.index)
     before = layer.expert_tensors()["down_proj"].detach().clone()
-    refit_down(layer, replace(inputs, index=away), material.blocks.of(0), CONFIG)
+    refit_down(layer, replace(inputs, index=away), material.blocks.of(0), CONFIG.ridge, memory())
     after = layer.expert_tensors()["down_proj"].detach()
     assert torch.equal(after[2], before[2]) and not torch.equal(after[0], before[0])
 
@@ -149,11 +158,11 @@ def test_inputs_without_a_solution_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"expert 0: .* has no least-squares solution; raise recover\.ridge \(now 0\.001\)"
     ):
-        refit_down(small.layers[0], broken, material.blocks.of(0), CONFIG)
+        refit_down(small.layers[0], broken, material.blocks.of(0), CONFIG.ridge, memory())
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
-@pytest.mark.parametrize("repair", [refit_down, train_layer])
+@pytest.mark.parametrize("repair", [refit, train_layer])
 def test_layers_of_every_family_come_nearer_to_the_full_model(repair, model_type: str, tmp_path: Path) -> None:
     small, material = small_and_material(model_type, tmp_path)
     assert material.blocks is not None
@@ -185,7 +194,7 @@ def test_a_killed_repair_goes_on_behind_the_last_layer_that_was_done(tmp_path: P
     whole, material = small_and_material("mixtral", tmp_path)
     killed = MoEModel(copy.deepcopy(whole.language_model))
     again = MoEModel(copy.deepcopy(whole.language_model))
-    expected = repaired_by_layers(whole, material, CONFIG, tmp_path / "whole", lambda _: None, refit_down)
+    expected = repaired_by_layers(whole, material, CONFIG, tmp_path / "whole", lambda _: None, refit)
 
     class Killed(Exception):
         pass
@@ -193,12 +202,66 @@ def test_a_killed_repair_goes_on_behind_the_last_layer_that_was_done(tmp_path: P
     def dying(layer, *rest):
         if layer.number == 2:
             raise Killed
-        refit_down(layer, *rest)
+        refit(layer, *rest)
 
     with pytest.raises(Killed):
         repaired_by_layers(killed, material, CONFIG, tmp_path / "state", lambda _: None, dying)
     assert TrainingState.load(tmp_path / "state").learned.steps == 2
-    got = repaired_by_layers(again, material, CONFIG, tmp_path / "state", lambda _: None, refit_down)
+    got = repaired_by_layers(again, material, CONFIG, tmp_path / "state", lambda _: None, refit)
     assert [one.validation for one in got.checks] == [one.validation for one in expected.checks]
     for one, two in zip(again.language_model.parameters(), whole.language_model.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def fill_device(monkeypatch: pytest.MonkeyPatch, most_tokens: int, repair) -> None:
+    """Let a device seem full, as there is no GPU here to fill: no pass of the model or of a layer may be larger."""
+    logits_of, intermediate = blocks_module.logits_of, least_squares.intermediate
+
+    def check(number: int) -> None:
+        if number > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def limited(model, rows, device):
+        check(len(rows) * max(map(len, rows)))
+        return logits_of(model, rows, device)
+
+    def limited_expert(experts, number, hidden):
+        check(len(hidden))
+        return intermediate(experts, number, hidden)
+
+    def limited_layer(_module, inputs):
+        if torch.is_grad_enabled() and repair is train_layer:
+            check(len(inputs[0]))
+
+    for module in (blocks_module, training_module):
+        monkeypatch.setattr(module, "logits_of", limited)
+    monkeypatch.setattr(least_squares, "intermediate", limited_expert)
+    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_pre_hooks", {0: limited_layer})
+
+
+@pytest.mark.parametrize("repair", [refit, train_layer])
+def test_a_full_memory_halves_the_pass_and_repairs_the_layer_anew(
+    repair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, material = small_and_material("mixtral", tmp_path)
+    halved, again = (MoEModel(copy.deepcopy(whole.language_model)) for _ in range(2))
+    config = replace(CONFIG, steps=8, train=["scales", "experts", "router"])
+    expected = repaired_by_layers(whole, material, config, tmp_path / "one", lambda _: None, repair)
+    fill_device(monkeypatch, 20, repair)
+    got = repaired_by_layers(halved, material, config, tmp_path / "two", lambda _: None, repair)
+    found = [check.validation for check in got.checks]
+    assert found == pytest.approx([check.validation for check in expected.checks], rel=2e-2)
+    assert got.tokens == expected.tokens and TrainingState.load(tmp_path / "two").batch_tokens <= 20
+    finished = repaired_by_layers(again, material, config, tmp_path / "two", lambda _: None, repair)
+    assert finished == got
+    for one, two in zip(again.language_model.parameters(), halved.language_model.parameters(), strict=True):
+        assert torch.equal(one, two) and one.grad is None and not one.requires_grad
+
+
+def test_a_sequence_that_does_not_fit_while_layers_are_repaired_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, material = small_and_material("mixtral", tmp_path)
+    fill_device(monkeypatch, 1, refit)
+    with pytest.raises(OutOfMemory, match=r"one sequence in a pass: .* or lower recover\.block_tokens"):
+        repaired_by_layers(small, material, CONFIG, tmp_path / "state", lambda _: None, refit)

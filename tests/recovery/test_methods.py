@@ -37,6 +37,16 @@ class TestClosedForm(RecoveryContract):
     name = "closed_form"
 
 
+class TestAdapters(RecoveryContract):
+    name = "logits"
+    config = replace(CONFIG, train=["adapters", "scales", "router"], rank=2, learning_rate=1e-3)
+
+
+class TestClosedFormOfAllParts(RecoveryContract):
+    name = "closed_form"
+    config = replace(CONFIG, train=["scales", "experts", "router"])
+
+
 NORMS = Distillation("norms alone", "an example", ("norms",))
 
 

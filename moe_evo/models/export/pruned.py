@@ -71,6 +71,15 @@ def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> A
     return language_model.to(target).requires_grad_(False).eval()
 
 
+def has_unequal_layers(folder: Path) -> bool:
+    """Whether this is a checkpoint that `save_pruned` wrote."""
+    try:
+        content = read_json(folder / "config.json", ModelError)
+    except ModelError:  # no checkpoint at all, as whoever loads it will say
+        return False
+    return isinstance(content, dict) and content.get("model_type") == PRUNED_TYPE
+
+
 @dataclass(frozen=True)
 class _PrunedConfig:
     """The config.json of `save_pruned`."""

@@ -169,7 +169,7 @@ def size_of(family: Family, transformers_config: Any, dtype: torch.dtype, ranks:
         num_decoder_layers=len(layers),
         weights=tuple(weights),
         blocks=tuple(name for module, name in names.items() if type(module).__name__ in undivided_modules(model)),
-        activations=_activations(transformers_config, shape, weights, dtype.itemsize),
+        activations=_activations(family, transformers_config, shape, weights, dtype.itemsize),
     )
 
 
@@ -223,7 +223,9 @@ def _first_dtype(source: Path | str) -> torch.dtype:
     return torch.float32
 
 
-def _activations(config: Any, shape: ModelShape, weights: Sequence[Weight], itemsize: int) -> Activations:
+def _activations(
+    family: Family, config: Any, shape: ModelShape, weights: Sequence[Weight], itemsize: int
+) -> Activations:
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     queries, keys, values = heads * head, int(config.num_key_value_heads) * head, int(config.num_key_value_heads) * head
@@ -231,8 +233,7 @@ def _activations(config: Any, shape: ModelShape, weights: Sequence[Weight], item
         queries = keys = heads * int(config.qk_nope_head_dim + config.qk_rope_head_dim)
         values = heads * int(config.v_head_dim)
     # input, gate and up, product, output and weighted output, for each expert that a token is sent to
-    expert_width = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-    routed = max(shape.top_k) * (3 * hidden + 3 * expert_width)
+    routed = max(shape.top_k) * (3 * hidden + 3 * family.expert_width(config))
     dense_width = max((weight.shape[0] for weight in weights if weight.module.endswith(".up_proj")), default=0)
     return Activations(
         hidden=hidden,
