@@ -7,9 +7,8 @@ is loaded and trained. Everything is kept beside the target until it is done, so
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +40,7 @@ from moe_evo.report.answers import RecoveredModel, RecoveryFacts, Stage
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import is_share, reported
 from moe_evo.tracking.base import Tracker
+from moe_evo.tracking.start import tracked_recovery
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
@@ -64,9 +64,14 @@ def recover(
     target = target.absolute()
     job = checked_job(config, pruned, target, which, overwrite=overwrite)
     folder = RecoveryFolder(target)
-    with folder.claim(identity_of(job)):
-        ask_full_model(job, folder, tracker)
-        return _train(job, folder, target, overwrite=overwrite, tracker=tracker)
+    hashes = {"model": job.full.hash, **{one.name: one.hash for one in job.data}}
+    beside = target.with_name(f"{target.name}.tracking")
+    with (
+        folder.claim(identity_of(job)),
+        tracked_recovery(job.config, beside, folder.tracking_id(), hashes, tracker) as everywhere,
+    ):
+        ask_full_model(job, folder, everywhere)
+        return _train(job, folder, target, overwrite=overwrite, tracker=everywhere)
 
 
 def _train(
@@ -90,8 +95,9 @@ def _train(
     lessons, validation = (read_lessons(folder.lessons, name) for name in (LEARNED, VALIDATION))
     blocks = BlockTargets.load(folder.lessons) if job.needs_blocks else None
     material = Material(lessons, validation, blocks)
-    learn = partial(_learn, job, folder, evaluator.model, material, tracker)
-    stages = tuple(map(learn, range(len(job.methods))))
+    stages: tuple[Stage, ...] = ()
+    for _ in job.methods:
+        stages = (*stages, _learn(job, folder, evaluator.model, material, tracker, stages))
     tracker.message("scoring the recovered model on the test split")
     # another evaluator, as the old one may have hidden states of the weights before
     trained = Evaluator(evaluator.model, evaluator.tasks, job.config.evaluation)
@@ -107,6 +113,7 @@ def _train(
         gained=paired_difference(examples[RECOVERED], examples[PRUNED], np.random.default_rng(0)),
         missing=paired_difference(examples[RECOVERED], examples[FULL], np.random.default_rng(0)),
     )
+    tracker.measured({f"recovery/test/{name}": one.fitness for name, one in scores.items()} | _position(stages))
     tracker.message(f"writing and checking {target}")
     report = export_checkpoint(
         trained.model,
@@ -141,26 +148,51 @@ def _tell_run(job: RecoveryJob, found: Winner, trained: Evaluator, test: Score) 
 
 
 def _learn(
-    job: RecoveryJob, folder: RecoveryFolder, model: MoEModel, material: Material, tracker: Tracker, number: int
+    job: RecoveryJob,
+    folder: RecoveryFolder,
+    model: MoEModel,
+    material: Material,
+    tracker: Tracker,
+    before: Sequence[Stage],
 ) -> Stage:
-    """Let one method change the model; one that an earlier process has finished takes no time."""
+    """Let the next method change the model; one that an earlier process has finished takes no time."""
     from moe_evo.evaluation.evaluator import torch_threads
     from moe_evo.recovery.state import TrainingState
 
+    number = len(before)
     recover, method, file = job.recover, job.methods[number], folder.state(number)
     begun = TrainingState.load(file).learned.steps if file.is_file() else 0
     steps = method.num_steps(recover, len(model.layers))
     tracker.stage(f"recovering ({recover.methods[number]})", steps, begun, unit=method.unit)
 
+    num_told = 0
+
+    def tell(learned: Learned) -> None:
+        """Pass on the losses of the checks that are new."""
+        nonlocal num_told
+        for check in learned.checks[num_told:]:
+            losses = {"validation": check.validation, "training": check.training}
+            values = {f"recovery/{name}_loss": value for name, value in losses.items() if value is not None}
+            here = Stage(recover.methods[number], method.unit, replace(learned, steps=check.step))
+            tracker.measured(values | _position((*before, here)))
+        num_told = len(learned.checks)
+
     def done(learned: Learned) -> None:
+        tell(learned)
         first, last = learned.checks[0], learned.checks[-1]
         tracker.advanced(1, f"validation loss {last.validation:.4f} (before: {first.validation:.4f})")
 
     with torch_threads(job.config.evaluation.threads):
         learned = method.recover(model, material, recover, file, done)
+    tell(learned)
     if learned.stopped:
         tracker.message(f"stopped after {learned.steps} of {steps} {method.unit}s: {learned.stopped}")
     return Stage(recover.methods[number], method.unit, learned)
+
+
+def _position(stages: Sequence[Stage]) -> dict[str, float]:
+    """Where the curves of a recovery are: steps of all methods together, and the number of the present one."""
+    return {"recovery/step": sum(stage.learned.steps for stage in stages), "recovery/stage": len(stages)}
 
 
 def _kept(folder: RecoveryFolder, name: str) -> Evaluation:

@@ -13,7 +13,7 @@ from moe_evo.commands.shared import require_one_process
 from moe_evo.config.check import require
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.recover import RecoverConfig, RecoveryConfig
-from moe_evo.config.run import RunConfig, ScoringConfig
+from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, RunError
 from moe_evo.plain import Plain, plain_fields
@@ -81,7 +81,7 @@ def of_winner(config: RunConfig, recover: RecoverConfig) -> tuple[RecoveryConfig
     target = Path(config.folder or default_folder(config)) / RECOVERED
     if target.exists():
         raise ConfigError(f"--recover: {target} is there already; move it, or recover the run with another --to")
-    found = RecoveryConfig(config.model, config.tasks, config.evaluation, recover=recover)
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, recover=recover, tracking=config.tracking)
     _checked_input(found)
     return found, target
 
@@ -93,7 +93,8 @@ def of_pruned(
     from moe_evo.models.export.target_folder import check_target
 
     target = pruned.absolute().with_name(f"{pruned.name}-{RECOVERED}")
-    found = RecoveryConfig(config.model, config.tasks, config.evaluation, config.cluster, recover)
+    untracked = TrackingConfig("disabled")  # this command has no options of tracking
+    found = RecoveryConfig(config.model, config.tasks, config.evaluation, config.cluster, recover, untracked)
     _checked_input(found)
     check_target(target, Path(config.model.path), overwrite=overwrite)
     return found, target

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_evo.config.check import require, require_path
-from moe_evo.config.run import ScoringConfig
+from moe_evo.config.run import ScoringConfig, TrackingConfig
 
 PARTS = ("experts", "adapters", "scales", "router", "norms", "attention", "all")
 """What `RecoverConfig.train` may name."""
@@ -146,6 +146,8 @@ class RecoveryConfig(ScoringConfig):
         evaluation: How models are scored.
         cluster: The workers of recover.engine deepspeed.
         recover: How the smaller model learns.
+        tracking: Where its curves are seen beside the terminal.
     """
 
     recover: RecoverConfig = field(default_factory=RecoverConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

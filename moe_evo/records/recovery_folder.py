@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class RecoveryFolder:
         self.lock = self.path / "job.lock"
         self.student = self.path / "student"
         self.lessons = self.path / "lessons"
+        self._tracking_id = self.path / "tracking-id"
 
     @contextmanager
     def claim(self, job: Plain) -> Iterator[None]:
@@ -67,7 +69,7 @@ class RecoveryFolder:
             try:
                 yield
             except MoeEvoError:
-                if set(self.path.iterdir()) <= {self.job, self.lock}:  # nothing was done yet
+                if set(self.path.iterdir()) <= {self.job, self.lock, self._tracking_id}:  # nothing was done yet
                     shutil.rmtree(self.path)
                 raise
             shutil.rmtree(self.path)
@@ -79,6 +81,12 @@ class RecoveryFolder:
             raise RunError(
                 f"{self.path}: holds the work of another recovery ({'; '.join(lines)}); delete it, or give another --to"
             )
+
+    def tracking_id(self) -> str:
+        """The id of the W&B run of this recovery, made when it is first asked for."""
+        if not self._tracking_id.is_file():
+            write_whole(self._tracking_id, secrets.token_hex(4))
+        return self._tracking_id.read_text("utf-8")
 
     def state(self, number: int) -> Path:
         """The file for the state of the method with this number among those that are done one after the other."""

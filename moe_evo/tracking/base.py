@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +17,9 @@ class Tracker(Protocol):
     message: a line to show. stage: a stage of `total` evaluations, or of what else `unit` says, begins, `done` of which
     an earlier process made, one every `pace_s` seconds where that is known. evaluated: an evaluation is done. advanced:
     so many others are. recorded: an outcome was written into the journal; called once for every candidate of a search
-    (MAIN, RANDOM, REFERENCE) and split. pool: events and status of the gangs. finished: the result, and the files of
-    the winners.
+    (MAIN, RANDOM, REFERENCE) and split. pool: events and status of the gangs. measured: a point of the curves of a
+    recovery, by key, in the order of steps; called for what an earlier process did, too. finished: the result, and the
+    files of the winners.
     """
 
     def message(self, text: str) -> None: ...
@@ -34,6 +35,8 @@ class Tracker(Protocol):
     def recorded(self, search: str, split: str, individual: Individual) -> None: ...
 
     def pool(self, news: PoolNews) -> None: ...
+
+    def measured(self, values: Mapping[str, float]) -> None: ...
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None: ...
 
@@ -69,6 +72,10 @@ class Trackers:
     def pool(self, news: PoolNews) -> None:
         for tracker in self._trackers:
             tracker.pool(news)
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.measured(values)
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         for tracker in self._trackers:

@@ -1,4 +1,4 @@
-"""Starts the tracking that a config asks for, while a search runs or afterwards from its journal."""
+"""Starts the tracking that a config asks for, while a search or a recovery runs, or from a search's journal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.task import fitness_label
 from moe_evo.errors import ConfigError, RunError
 from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.plain import Plain
+from moe_evo.plain import Plain, plain_fields
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
 from moe_evo.records.make_result import software_versions
@@ -58,6 +59,35 @@ def tracked(
     run = _wandb_run(config, mode, journal, folder.path, space.shape.num_experts, space.num_kept)
     with wandb_tracker(run, terminal) as wandb:
         wandb.told(list(_history(journal)))
+        yield Trackers(terminal, wandb)
+
+
+@contextmanager
+def tracked_recovery(
+    config: RecoveryConfig, folder: Path, run_id: str, hashes: Mapping[str, str | None], terminal: Tracker
+) -> Iterator[Tracker]:
+    """The same for a recovery. folder: for W&B's files. run_id: the same when the recovery goes on.
+
+    hashes: of the full model ('model') and of each task by its name.
+    """
+    mode = wandb_mode(config.tracking)
+    if mode == "disabled":
+        yield terminal
+        return
+    recover, path = config.recover, Path(config.model.path)
+    tasks = "+".join(map(task_name, config.tasks))[:_NAME_LENGTH]
+    settings: Plain = {
+        "model": path.name if path.is_absolute() else config.model.path,
+        "model_hash": hashes["model"],
+        "tasks": tasks,
+        "task_hashes": {task_name(task): hashes[task_name(task)] for task in config.tasks},
+        **{name: value for name, value in plain_fields(recover).items() if name != "prompts"},  # which is a path
+        "software": software_versions(),
+    }
+    name = f"{tasks}-recover-{'+'.join(recover.methods)}-seed{recover.seed}"[:_NAME_LENGTH]
+    run = WandbRun(config.tracking, mode, run_id, name, folder, settings, num_rows=0, is_recovery=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with wandb_tracker(run, terminal) as wandb:
         yield Trackers(terminal, wandb)
 
 

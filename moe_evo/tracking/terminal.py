@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -132,6 +132,9 @@ class TerminalTracker:
 
     def recorded(self, search: str, split: str, individual: Individual) -> None:
         """Shows nothing: `evaluated` shows the same outcome."""
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """Shows nothing: notes of `advanced` tell the losses."""
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         """Shows nothing: the command prints the result."""

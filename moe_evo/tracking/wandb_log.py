@@ -1,13 +1,14 @@
 """Writes a search to Weights & Biases. This is the only file that imports wandb.
 
-Every key is listed in `experiments/wandb.md`; all curves are drawn against `evaluations`.
+Every key is listed in `experiments/wandb.md`; curves are drawn against `evaluations`, those of a recovery against
+`recovery/step`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -69,7 +70,7 @@ def begin(run: WandbRun, stopped: Callable[[], None]) -> wandb.Run:
         project=run.config.project,
         entity=run.config.entity,
         group=run.config.group,
-        job_type="search",
+        job_type=run.job_type,
         name=run.name,
         tags=[*run.config.tags, *run.tags],
         id=run.id,
@@ -125,7 +126,9 @@ class SearchLog:
     resumed W&B run has already are not written again: its keys `recorded/...` tell how many of the journal it has.
     """
 
-    def __init__(self, run: wandb.Run, *, num_rows: int, fitness_label: str = "fitness") -> None:
+    def __init__(
+        self, run: wandb.Run, *, num_rows: int, fitness_label: str = "fitness", step_metric: str = "evaluations"
+    ) -> None:
         self._run = run
         self._fitness_label = fitness_label
         self._statistics = {MAIN: SearchStatistics(), RANDOM: SearchStatistics()}
@@ -139,8 +142,8 @@ class SearchLog:
         self._drawn = ""  # the caption of the pictures that were written last
         self._drawn_at = monotonic()
         self._result: RunResult | None = None
-        run.define_metric("evaluations")
-        run.define_metric("*", step_metric="evaluations")
+        run.define_metric(step_metric)
+        run.define_metric("*", step_metric=step_metric)
 
     def recorded(self, search: str, split: str, individual: Individual, at: float | None) -> None:
         """Write an outcome. at: its time in monotonic seconds; None for an outcome of an earlier process."""
@@ -165,6 +168,13 @@ class SearchLog:
         values = {f"gangs/{state}": states[state] for state in ("busy", "ready", "loading", "waiting")}
         counts = {"gangs/restarts": status.restarts, "queue/waiting": status.waiting}
         self._run.log({**values, **counts, "queue/under_way": status.under_way, **self._here()})
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """Write a point of the curves of a recovery."""
+        key = "recorded/recovery"
+        self._recorded[key] += 1
+        if self._recorded[key] > self._held.get(key, 0):
+            self._run.log({**values, key: self._recorded[key]})
 
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         """Write the final table, the summary, pictures of the winner, and the files as an artifact."""

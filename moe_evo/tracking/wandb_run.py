@@ -1,4 +1,4 @@
-"""The W&B run that a search is written to, and the mode of W&B."""
+"""The W&B run that a search or a recovery is written to, and the mode of W&B."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wandb_mode(config: TrackingConfig) -> Mode:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """The W&B run of a search.
+    """The W&B run of a search, or of a recovery.
 
     folder: of the search; W&B's files are kept in its subfolder `wandb`. num_rows: most rows of the table of
     individuals. fitness_label: what fitness is called in captions. finish_timeout_s: how long the end of the search
@@ -47,3 +47,25 @@ class WandbRun:
     tags: Sequence[str] = ()
     finish_timeout_s: float = field(default_factory=lambda: _FINISH_TIMEOUT_S)
     begin_timeout_s: float = 0.0
+    is_recovery: bool = False
+
+    @property
+    def job_type(self) -> str:
+        return "recovery" if self.is_recovery else "search"
+
+    @property
+    def step_metric(self) -> str:
+        """The key that curves are drawn against."""
+        return "recovery/step" if self.is_recovery else "evaluations"
+
+    @property
+    def replaced_offline(self) -> str:
+        """How the names of older offline runs in the folder end that this one stands in for."""
+        return self.id if self.is_recovery else ""
+
+    @property
+    def without_it(self) -> str:
+        """What becomes of the numbers where W&B did not get them."""
+        if self.is_recovery:
+            return "the recovery does not need it, and its checkpoint will hold all losses (moe_evo/recovery.json)"
+        return f"the search does not need it and the journal keeps all: moe-evo wandb-replay {self.folder}"

@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +35,8 @@ _POOL_INTERVAL_S = 5.0
 def wandb_tracker(run: WandbRun, terminal: Tracker) -> Iterator[WandbTracker]:
     """A tracker that writes a W&B run; sets W&B's environment variables meanwhile. Errors are shown on `terminal`."""
     files = run.folder / "wandb"
-    if run.mode == "offline":  # the whole journal is written again, which includes what is in older offline files
-        for old in [*files.glob("offline-run-*"), files / "staging"]:
+    if run.mode == "offline":  # everything is written again, which includes what is in older offline files
+        for old in [*files.glob(f"offline-run-*{run.replaced_offline}"), files / "staging"]:
             shutil.rmtree(old, ignore_errors=True)
     own = {
         "WANDB_DATA_DIR": str(files / "staging"),
@@ -121,6 +121,9 @@ class WandbTracker:
             self._pool_at = now
             self._put(lambda log: log.pool(news.status))
 
+    def measured(self, values: Mapping[str, float]) -> None:
+        self._put(lambda log: log.measured(values))
+
     def finished(self, result: RunResult, files: Sequence[Path]) -> None:
         self._put(lambda log: log.finished(result, files))
 
@@ -156,10 +159,7 @@ class WandbTracker:
         """Show once that W&B did not get everything, with the reason."""
         if self.failure is None:
             self.failure = " ".join(reason.split())[:300]
-            self._messages.put(
-                f"W&B: {self.failure}; the search does not need it and the journal keeps all: "
-                f"moe-evo wandb-replay {self._run.folder}"
-            )
+            self._messages.put(f"W&B: {self.failure}; {self._run.without_it}")
 
     def _work(self) -> None:
         try:
@@ -185,7 +185,12 @@ class WandbTracker:
         if self._run.mode == "online":
             self._show(str(run.url))
         self._has_begun = True
-        log = SearchLog(run, num_rows=self._run.num_rows, fitness_label=self._run.fitness_label)
+        log = SearchLog(
+            run,
+            num_rows=self._run.num_rows,
+            fitness_label=self._run.fitness_label,
+            step_metric=self._run.step_metric,
+        )
         while not isinstance(event := self._events.get(), int):
             try:
                 event(log)
