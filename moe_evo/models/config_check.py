@@ -62,6 +62,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raise ModelError for the first value of a config that no model has; where: the file, for the message."""
     for name, (least, most) in _RANGES.items():
         value = config.get(name)
+        if name == "sliding_window" and config.get("use_sliding_window") is False:
+            continue  # the library makes it 0 where it is not used
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         _expect(value is None or (is_whole and least <= value <= most), where, name, value, f"{least:,} to {most:,}")
     ropes = (config.get(name) for name in ("rope_parameters", "rope_scaling"))

@@ -7,7 +7,7 @@ or from another package, and one tiny model in the contract suite.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moe_evo.errors import ConfigError, ModelError
@@ -30,7 +30,8 @@ class Family:
     weights are divided by their sum. min_kept_per_group: see `ModelShape`. experts_plan: tensor parallel
     styles of the experts' tensors ('' is the module) where transformers has none. output_biases: biases
     of the experts' outputs; under tensor parallelism outputs are summed over ranks, so only one rank holds them.
-    block_returns_tuple: whether the block returns (output, something else) in place of the output.
+    block_returns_tuple: whether the block returns (output, something else) in place of the output. config_defaults:
+    what other readers of a checkpoint need in its config.json, and transformers does not write.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class Family:
     experts_plan: Mapping[str, str] = field(default_factory=dict)
     output_biases: tuple[str, ...] = ()
     block_returns_tuple: bool = False
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     top_k_field = "num_experts_per_tok"
     norm = "post_attention_layernorm"  # of what enters the block, in a decoder layer of every family
@@ -68,7 +70,8 @@ class Family:
         num_groups = getattr(config, "n_group", None) or 1
         if not hasattr(config, "topk_group"):  # a field of other families, which this one's classes do not read
             return (1, 1)
-        is_grouped = getattr(config, "topk_method", "group_limited_greedy") == "group_limited_greedy"
+        # 'greedy' has no groups; 'noaux_tc' is what original configs of DeepSeek-V3 say of choosing them with biases
+        is_grouped = getattr(config, "topk_method", None) != "greedy"
         return (int(num_groups), int(config.topk_group)) if is_grouped and num_groups > 1 else (1, 1)
 
     def expert_width(self, config: Any) -> int:
@@ -150,7 +153,9 @@ _BUILTIN: dict[str, Family] = {
     "qwen3_moe": Family("qwen3_moe", "num_experts", renormalisation="norm_topk_prob"),
     "olmoe": Family("olmoe", "num_experts", renormalisation="norm_topk_prob"),
     "deepseek_v2": Family("deepseek_v2", "n_routed_experts", renormalisation="never"),
-    "deepseek_v3": _sigmoid_family("deepseek_v3"),
+    "deepseek_v3": replace(
+        _sigmoid_family("deepseek_v3"), config_defaults={"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    ),
     "glm4_moe": _sigmoid_family("glm4_moe"),
     "gpt_oss": Family(
         "gpt_oss",

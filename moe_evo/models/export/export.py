@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from moe_evo.models.agreement import TOLERANCES, relative_difference
 from moe_evo.models.export.model_card import Treatment, model_card
 from moe_evo.models.export.pruned import load_pruned, save_pruned
 from moe_evo.models.export.target_folder import EXPORT_RECORD, check_target, written_beside
+from moe_evo.models.export.written_config import consistent, readable_by_all, tokenizer_readable_by_all
 from moe_evo.models.merging import is_selection
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, quiet, tokenizer_errors, transformers
 from moe_evo.models.variants.dynamic_routing import DynamicRouting
@@ -167,7 +169,16 @@ def _write(moe: MoEModel, genome: Genome, folder: Path, loader: Loader) -> tuple
     if moe.tokenizer is not None:
         with tokenizer_errors(ExportError, f"{folder}: the tokenizer cannot be written"):
             moe.tokenizer.save_pretrained(folder)
+        _let_all_read_tokenizer(folder / "tokenizer_config.json")
     return size
+
+
+def _let_all_read_tokenizer(file: Path) -> None:
+    if file.is_file():
+        with _rewritten(file) as written:
+            told = tokenizer_readable_by_all(written)
+            written.clear()
+            written |= told
 
 
 def _save_stock(moe: MoEModel, state: dict[str, Tensor], genome: Genome, folder: Path) -> None:
@@ -177,12 +188,32 @@ def _save_stock(moe: MoEModel, state: dict[str, Tensor], genome: Genome, folder:
     with torch.device("meta"):  # only a shell: the tensors that are saved come from `state`
         shell = transformers.AutoModelForCausalLM.from_config(config, dtype=moe.dtype)
     shell.generation_config = moe.language_model.generation_config
-    shell.save_pretrained(folder, state_dict=state)
-    file = folder / "config.json"
-    written = read_json(file, ExportError)
-    # transformers 5 renames this field in some families; earlier readers know the original name only
-    written.setdefault(moe.family.experts_field, genome.num_kept[0])
-    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shell.save_pretrained(folder, state_dict={**state, **_biases_from_zero(moe, state)})
+    with _rewritten(folder / "config.json") as written:
+        # transformers 5 renames this field in some families; earlier readers know the original name only
+        written.setdefault(moe.family.experts_field, genome.num_kept[0])
+        told = consistent(written, num_kept=genome.num_kept[0], top_k=genome.top_k[0])
+        written |= readable_by_all(told, moe.family)
+
+
+def _biases_from_zero(moe: MoEModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Correction biases of routers with groups, raised in a layer by one number so that none is below 0.
+
+    They take part in the choice of experts only, which depends on their differences. transformers 4 takes 0 for the
+    score of experts that a token may not use, and would choose them before experts whose score is less.
+    """
+    if moe.shape.num_expert_groups == 1:
+        return {}
+    found = {name: one for name, one in state.items() if name.endswith(".e_score_correction_bias")}
+    return {name: bias - bias.min() for name, bias in found.items() if bool((bias < 0).any())}
+
+
+@contextmanager
+def _rewritten(file: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file, which is written again when the block is left."""
+    content = read_json(file, ExportError)
+    yield content
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _verify(moe: MoEModel, expected: Tensor, folder: Path, loader: Loader) -> float:

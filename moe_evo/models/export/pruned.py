@@ -22,6 +22,7 @@ from moe_evo.files.json_text import read_json
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.checkpoint_check import check_report, headers_of
 from moe_evo.models.config_check import check_config
+from moe_evo.models.export.written_config import consistent, without_predictions
 from moe_evo.models.families import PRUNED_TYPE, Family, family_of
 from moe_evo.models.load import resolve_device
 from moe_evo.models.transformers_border import LIBRARY_ERRORS, one_line, transformers
@@ -33,7 +34,7 @@ def save_pruned(language_model: Any, state: dict[str, Tensor], genome: Genome, f
     """Write weights and configs; `state` is the state dict with each layer's own number of experts."""
     content = {
         "model_type": PRUNED_TYPE,
-        "base_config": language_model.config.to_dict(),
+        "base_config": without_predictions(language_model.config.to_dict()),
         "num_kept": genome.num_kept,
         "top_k": genome.top_k,
     }
@@ -126,6 +127,10 @@ def _skeleton(config: Any, family: Family, num_kept: list[int], top_k: list[int]
         _resize(experts, family.expert_tensors, kept)
         router.num_experts = experts.num_experts = kept
         router.top_k = active
+    told = consistent(language_model.config.to_dict(), num_kept=max(num_kept), top_k=max(top_k))
+    for name, value in told.items():
+        if getattr(language_model.config, name, value) != value:
+            setattr(language_model.config, name, value)
     setattr(language_model.config, family.experts_field, max(num_kept))
     setattr(language_model.config, family.top_k_field, max(top_k))
     return language_model
