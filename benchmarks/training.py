@@ -2,16 +2,18 @@
 
     python benchmarks/training.py [--models embedded qwen3] [--steps 40]
 
-The same student learns from the same prompts: by `Training`, from what the full model said once; and by transformers'
-Trainer, with the full model beside it in memory, which is how distillation is mostly written. Each in a process of its
-own, in turn. Prints tokens a second of the CPU's time and the most memory, and one JSON line a model. Prompts with the
-answers of the full model, 32 a step, experts, router and norms are trained; reading lessons is part of our time.
+The same student learns from the same prompts: by `Training`, from what the full model said once; by two workers of
+DeepSpeed's ZeRO, stages 2 and 3, from the same; and by transformers' Trainer, with the full model beside it in memory,
+which is how distillation is mostly written. Each in processes of its own, in turn. Prints tokens a second of the CPU's
+time (of both workers together), and the most memory of a process, and one JSON line a model. Prompts with the answers
+of the full model, 32 a step, experts, router and norms are trained; reading lessons is part of our time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -33,7 +35,7 @@ from rich.table import Table
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
-from moe_evo.config.recover import RecoverConfig
+from moe_evo.config.recover import RecoverConfig, Stage
 from moe_evo.config.task import TaskConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.models.export.export import export_checkpoint
@@ -45,17 +47,19 @@ from moe_evo.tasks.data import check_tasks
 
 PROMPTS = {"embedded": 300, "mixtral": 64, "qwen3": 64}
 PARTS = ("experts", "router", "norms")
-WAYS = ("ours", "Trainer")
+WORKERS = {"ours": 1, "ZeRO-2": 2, "ZeRO-3": 2, "Trainer": 1}
+"""Processes of each way."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One measurement. folder: of the student, the lessons and what is read."""
+    """One measurement. folder: of the student, the lessons and what is read. port: where workers meet."""
 
     way: str
     full: str
     folder: str
     steps: int
+    port: int
 
 
 def prepare(name: str, folder: Path) -> str:
@@ -139,14 +143,55 @@ def trainer(setting: Setting) -> tuple[int, float]:
         return read, time.process_time() - started
 
 
-def measure(setting: Setting) -> tuple[float, float]:
-    """Tokens a second of CPU time, and how much memory the process took at most beside what it had imported, in MiB."""
-    import transformers.trainer  # noqa: F401 - for both, so that it counts for neither
+def worker(setting: Setting, rank: int) -> tuple[int, float]:
+    """A worker's share of the same by DeepSpeed; the tokens are those of all workers."""
+    from moe_evo.models.ranks import join_ranks
+    from moe_evo.recovery.sharded import ShardedJob, train_share
 
+    folder = Path(setting.folder)
+    stage: Stage = 2 if setting.way == "ZeRO-2" else 3
+    model = ModelConfig(path=f"{folder}/student", device="cpu", sharding="zero3", self_check=False)
+    config = RecoverConfig(steps=setting.steps, checks=1, zero_stage=stage)
+    names, state = ("learned", "validation"), folder / f"state-{setting.way}-{setting.port}"
+    state.mkdir(exist_ok=True)
+    job = ShardedJob(model, ModelSource(model).hash, folder, names, PARTS, 0.0, config, state)
+    ranks = join_ranks(rank, WORKERS[setting.way], "127.0.0.1", setting.port, 600.0)
+    started = 0.0
+
+    def begin() -> None:
+        nonlocal started
+        started = time.process_time()
+
+    return train_share(job, ranks, ready=begin).tokens, time.process_time() - started
+
+
+def measure(setting: Setting, rank: int) -> tuple[int, float, float]:
+    """Tokens, seconds of the CPU, and most memory of this process beside what it had imported, in MiB."""
+    import transformers.trainer  # noqa: F401 - for all, so that it counts for none
+
+    from moe_evo.models.zero3 import imported_deepspeed
+
+    imported_deepspeed()
     torch.set_num_threads(1)
     before = most_memory()
-    tokens, seconds = ours(setting) if setting.way == "ours" else trainer(setting)
-    return tokens / seconds, (most_memory() - before) / 2**10
+    if WORKERS[setting.way] > 1:
+        tokens, seconds = worker(setting, rank)
+    else:
+        tokens, seconds = ours(setting) if setting.way == "ours" else trainer(setting)
+    return tokens, seconds, (most_memory() - before) / 2**10
+
+
+def measured(setting: Setting) -> tuple[float, float]:
+    """Tokens a second of the CPU's time, and the most memory of a process in MiB."""
+    with get_context("spawn").Pool(WORKERS[setting.way]) as pool:
+        found = pool.starmap(measure, [(setting, rank) for rank in range(WORKERS[setting.way])], chunksize=1)
+    return found[0][0] / sum(seconds for _, seconds, _ in found), max(memory for *_, memory in found)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def most_memory() -> int:
@@ -157,22 +202,22 @@ def most_memory() -> int:
 
 def compare(name: str, steps: int, repeats: int, folder: Path) -> None:
     path = prepare(name, folder)
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WORKERS}
     for _ in range(repeats):
-        for way in WAYS:
-            with get_context("spawn").Pool(1) as pool:
-                found[way].append(pool.apply(measure, (Setting(way, path, str(folder), steps),)))
+        for way in WORKERS:
+            found[way].append(measured(Setting(way, path, str(folder), steps, free_port())))
     table = Table("", "tokens/s", "most memory", title=f"{name}: {steps} steps of 32 prompts, one thread, median")
     medians = {way: np.median(values, axis=0) for way, values in found.items()}
     for way, (rate, mib) in medians.items():
         table.add_row(way, f"{rate:,.0f}", f"{mib:,.0f} MiB")
     Console().print(table)
-    ratios = [one[0] / other[0] for one, other in zip(found["ours"], found["Trainer"], strict=True)]
-    print_figures(
-        "training",
-        {"model": name, "times_the_rate": [round(one, 2) for one in ratios],
-         "memory_mib": {way: round(float(medians[way][1])) for way in WAYS}},
-    )  # fmt: skip
+    ratios = {
+        way: [round(one[0] / other[0], 2) for one, other in zip(found[way], found["Trainer"], strict=True)]
+        for way in WORKERS
+        if way != "Trainer"
+    }
+    memory = {way: round(float(values[1])) for way, values in medians.items()}
+    print_figures("training", {"model": name, "times_the_rate_of_trainer": ratios, "memory_mib": memory})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
