@@ -17,7 +17,7 @@ from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure,
 from moe_evo.genomes.space import ModelShape, SearchSpace
 
 if TYPE_CHECKING:
-    from moe_evo.api.functions import compare, evaluate, export, load_run, prune, recover, search, sweep
+    from moe_evo.api.functions import carve, compare, evaluate, export, load_run, prune, recover, search, sweep
     from moe_evo.api.run import Run, Sweep
     from moe_evo.models.export.pruned import load_pruned
 
@@ -33,6 +33,7 @@ __all__ = [
     "Run",
     "SearchSpace",
     "Sweep",
+    "carve",
     "compare",
     "evaluate",
     "export",
@@ -44,7 +45,7 @@ __all__ = [
     "sweep",
 ]
 
-_FUNCTIONS = ("compare", "evaluate", "export", "load_run", "prune", "recover", "search", "sweep")
+_FUNCTIONS = ("carve", "compare", "evaluate", "export", "load_run", "prune", "recover", "search", "sweep")
 _IMPORTED_LATER = {
     **dict.fromkeys(_FUNCTIONS, "moe_evo.api.functions"),
     "Run": "moe_evo.api.run",

@@ -18,7 +18,7 @@ from moe_evo.config.recover import RecoveryConfig
 from moe_evo.config.run import RunConfig, ScoringConfig
 from moe_evo.config.sweep import SweepConfig
 from moe_evo.errors import ConfigError
-from moe_evo.report.answers import ExportedRun, PrunedModel, RecoveredModel, ScoredGenome
+from moe_evo.report.answers import CarvedModel, ExportedRun, PrunedModel, RecoveredModel, ScoredGenome
 from moe_evo.report.write import Comparison
 
 
@@ -157,6 +157,53 @@ def prune(
         progressive=progressive,
         base_model=base_model,
         aligned=aligned,
+    )
+    with turn(progress=progress) as tracker:
+        return command(checked, wanted, Path(to), overwrite=overwrite, tracker=tracker)
+
+
+def carve(
+    model: Model,
+    tasks: Tasks | None = None,
+    *,
+    to: str | Path,
+    method: Literal["cluster", "upcycle"] = "cluster",
+    num_experts: int = 8,
+    top_k: int | None = None,
+    shared_size: int | None = None,
+    router: Literal["least_squares", "centroid"] | None = None,
+    prompts: str | Path | None = None,
+    profile_tokens: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    config: Config | None = None,
+    progress: bool = False,
+    **options: object,
+) -> CarvedModel:
+    """Make an MoE of a dense model, without training, and write the checkpoint into the folder `to`.
+
+    See `moe-evo carve --help` for the arguments. With all experts active it computes what the dense model computes.
+
+    >>> import moe_evo
+    >>> carved = moe_evo.carve("dense", [{"data": "syll", "num_search": 8, "num_test": 8}], to="carved", top_k=2)
+    >>> carved.family, carved.num_experts, carved.top_k, carved.expert_size
+    ('mixtral', 8, 2, 16)
+    >>> carved.all_active_difference < 1e-5
+    True
+    """
+    from moe_evo.commands.carve import CarveOptions
+    from moe_evo.commands.carve import carve as command
+
+    checked = config_of(ScoringConfig, config, model, tasks, options)
+    wanted = CarveOptions(
+        method=method,
+        num_experts=num_experts,
+        top_k=top_k,
+        shared_size=shared_size,
+        router=router,
+        prompts=None if prompts is None else str(prompts),
+        profile_tokens=profile_tokens,
+        seed=seed,
     )
     with turn(progress=progress) as tracker:
         return command(checked, wanted, Path(to), overwrite=overwrite, tracker=tracker)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.cli.checkpoint_actions import (
+    carve_action,
     compress_action,
     export_action,
     print_recovered,
@@ -272,6 +273,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "prune": prune_action,
     "recover": recover_action,
     "compress": compress_action,
+    "carve": carve_action,
     "criteria": _criteria,
     "show": _show,
     "compare": _compare,

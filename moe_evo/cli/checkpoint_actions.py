@@ -128,20 +128,16 @@ def recover_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool)
 
 def compress_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     """Experts made sparse or of low rank."""
-    from dataclasses import fields, replace
+    from dataclasses import fields
 
     from moe_evo.commands.compress import CompressOptions, compress
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import ScoringConfig
     from moe_evo.tracking.terminal import TerminalTracker
 
-    if any(word.split("=")[0] == "--model.path" for word in argv):
-        raise ConfigError("--model.path: got it beside CHECKPOINT, which is the model; expected one of them")
-    # the first bare word is the model, and the second one may be a config
-    words = [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
-    arguments, config = parse_config(parser, words, ScoringConfig)
+    arguments, config = parse_config(parser, _model_last(argv, "CHECKPOINT"), ScoringConfig)
     options = CompressOptions(**{one.name: getattr(arguments, one.name) for one in fields(CompressOptions)})
-    config = replace(config, model=replace(config.model, path=arguments.checkpoint))
+    config = _with_path(config, arguments.checkpoint)
     start(config)
     with TerminalTracker() as tracker:
         report = compress(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
@@ -152,3 +148,44 @@ def compress_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool
 
         print_compression(report)
         print_export(report)
+
+
+def carve_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
+    """A dense model made an MoE."""
+    from dataclasses import fields
+
+    from moe_evo.commands.carve import CarveOptions, carve
+    from moe_evo.config.file import parse_config
+    from moe_evo.config.run import ScoringConfig
+    from moe_evo.tracking.terminal import TerminalTracker
+
+    arguments, config = parse_config(parser, _model_last(argv, "MODEL"), ScoringConfig)
+    options = CarveOptions(**{one.name: getattr(arguments, one.name) for one in fields(CarveOptions)})
+    config = _with_path(config, arguments.dense)
+    start(config)
+    with TerminalTracker() as tracker:
+        report = carve(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
+    if as_json:
+        print(json.dumps(plain(report)))
+    else:
+        from moe_evo.report.terminal import print_carving, print_export
+
+        print_carving(report)
+        print_export(report)
+
+
+def _model_last(argv: Sequence[str], name: str) -> Sequence[str]:
+    """The command line with the model, its first bare word, behind the second one, which may be a config.
+
+    name: of the model in messages.
+    """
+    if any(word.split("=")[0] == "--model.path" for word in argv):
+        raise ConfigError(f"--model.path: got it beside {name}, which is the model; expected one of them")
+    return [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
+
+
+def _with_path(config: ScoringConfig, path: str) -> ScoringConfig:
+    """The config with another model."""
+    from dataclasses import replace
+
+    return replace(config, model=replace(config.model, path=path))

@@ -33,6 +33,7 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo prune --method reap --num_kept 4 --to DIR   without a search, by a one-shot criterion
   moe-evo recover CHECKPOINT|RUN --to DIR     what pruning broke, learned from the full model
   moe-evo compress CHECKPOINT --method moe_pruner --to DIR   sparse or low-rank experts
+  moe-evo carve MODEL --to DIR                an MoE of a dense model, to be recovered, searched and pruned
   moe-evo criteria                            the one-shot criteria
   moe-evo wandb-replay RUN                    write a run of W&B from the journal of a search
   moe-evo doctor                              versions, GPU, memory, and whether what a run relies on holds here

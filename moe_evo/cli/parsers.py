@@ -227,6 +227,64 @@ def compress_parser() -> CommandParser:
     return parser
 
 
+def carve_parser() -> CommandParser:
+    parser = config_parser(
+        "carve",
+        "Make an MoE of a dense model (llama, mistral, qwen2, qwen3): the neurons of every FFN are shared out among "
+        "experts of equal size, those that are active together into the same one, and a router is made in closed form; "
+        "no training. Writes a stock checkpoint that is the dense model when all experts are active, and scores both "
+        "on the test split. With fewer active experts it is faster and worse, until moe-evo recover lets it learn from "
+        "the dense model.",
+        "moe-evo carve MODEL [CONFIG.yaml] --to DIR [--num_experts 8] [--top_k 4] [--section.key VALUE ...]",
+        ScoringConfig,
+    )
+    parser.add_argument(
+        "dense", is_path=True, type=str, metavar="MODEL", help="folder or Hugging Face name; sets model.path"
+    )
+    parser.add_argument("--to", is_path=True, type=str, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--method",
+        choices=("cluster", "upcycle"),
+        default="cluster",
+        help="'cluster' shares out the neurons; 'upcycle' makes every expert a copy of the whole FFN (sparse "
+        "upcycling), which computes the same as before and is to be trained",
+    )
+    parser.add_argument("--num_experts", type=int, default=8, help="experts of every layer, without the shared one")
+    parser.add_argument(
+        "--top_k",
+        type=int | None,
+        help="experts active a token (default: half of them); each of these has the weight it had in the dense model, "
+        "so carve again for another number",
+    )
+    parser.add_argument(
+        "--shared_size",
+        type=int | None,
+        help="cluster: neurons, those active most often, of a shared expert that runs for every token (default: 0); "
+        "makes a qwen2_moe of a llama or mistral, and not possible for qwen3",
+    )
+    parser.add_argument(
+        "--router",
+        choices=("least_squares", "centroid"),
+        help="cluster: 'least_squares' predicts which experts put out most (default), 'centroid' is the mean of its "
+        "neurons' gate rows",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=str | None,
+        metavar="FILE",
+        help="cluster: what neurons are watched on, in place of the tasks' search split: JSONL with 'prompt' or "
+        "'text', or plain text with one text a line",
+    )
+    parser.add_argument(
+        "--profile_tokens", type=int | None, help="cluster: most tokens that neurons are watched on (default: 8192)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of prompts and of the clusters; upcycle: of the router"
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace DIR if it is an older export")
+    return parser
+
+
 def criteria_parser() -> CommandParser:
     return plain_parser("criteria", "List the one-shot criteria and merges, with one line each.")
 
@@ -329,6 +387,7 @@ PARSERS = {
     "prune": prune_parser,
     "recover": recover_parser,
     "compress": compress_parser,
+    "carve": carve_parser,
     "criteria": criteria_parser,
     "show": show_parser,
     "compare": compare_parser,

@@ -61,7 +61,7 @@ def evaluate(
 
     if config.cluster.address is None:
         resolve_device(config.model.device)
-    source = ModelSource(config.model)
+    source = ModelSource(config.model, "any" if config.cluster.address is None else "moe")
     if run is not None:
         _tell_changes(RunFolder(Path(run)), source, data, tracker)
     shape = source.shape

@@ -218,6 +218,8 @@ def _treatment(job: RecoveryJob) -> Treatment:
     from moe_evo.models.export.model_card import Treatment
 
     learned = ", then ".join(method.description for method in job.methods)
+    if job.full.is_dense:
+        return Treatment("recovered experts", f"experts made of the dense model's FFNs learned {learned}", "recovered")
     description = f"experts were pruned, and what is left learned {learned}"
     return Treatment("fewer experts, recovered", description, "recovered")
 

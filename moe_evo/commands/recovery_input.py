@@ -165,7 +165,9 @@ def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *
                 f"{path}: its layers keep different numbers of experts, which no stock checkpoint holds, and recovery "
                 "writes one; prune to one number for all layers"
             )
-        _check_alike(given, ModelSource(small_model(given.config.model, path)))
+        small = ModelSource(small_model(given.config.model, path))
+        _check_alike(given, small)
+        _check_same_outputs(given, small)
     check_target(target, path, overwrite=overwrite)
     if target == Path(given.full.location).absolute():
         raise ConfigError(f"--to: got {target}, which is the full model; give another folder")
@@ -192,7 +194,7 @@ def _checked_input(config: RecoveryConfig) -> RecoveryInput:
             f"true: the answers that {name!r} of recover.methods learns are those of the search split",
         )  # fmt: skip
     resolve_device(config.model.device)
-    full = ModelSource(config.model)
+    full = ModelSource(config.model, "any")
     _check_rank(config.recover, full)
     return RecoveryInput(config, data, prompts, full, methods)
 
@@ -235,6 +237,21 @@ def _check_alike(given: RecoveryInput, small: ModelSource) -> None:
             f"recover.methods: got {', '.join(given.config.recover.methods)}, which compare layers, but those of "
             f"{small.config.path} are not those of {full.config.path}; use logits, or give the full model that it was "
             "made of"
+        )
+
+
+def _check_same_outputs(given: RecoveryInput, small: ModelSource) -> None:
+    """Raise ConfigError where methods compare what experts put out, but only one model has a shared expert beside them.
+
+    That is so for a dense model and what was carved of it with a shared expert.
+    """
+    full = given.full
+    widths = [getattr(one.transformers_config, "shared_expert_intermediate_size", 0) for one in (full, small)]
+    if given.needs_blocks and full.is_dense and widths[0] != widths[1]:
+        raise ConfigError(
+            f"recover.methods: got {', '.join(given.config.recover.methods)}, which compare what experts put out, but "
+            f"{small.config.path} has a shared expert beside them and {full.config.path} is dense; use logits, or as "
+            "the full model the same carved with all experts active (moe-evo carve with --top_k as --num_experts)"
         )
 
 

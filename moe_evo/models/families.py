@@ -211,7 +211,10 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     if model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES.names()))
         if not any(field in raw_config for field in _EXPERT_FIELDS):
-            raise ModelError(f"{where}: {model_type} has no Mixture-of-Experts layers; supported families: {supported}")
+            raise ModelError(
+                f"{where}: {model_type} has no Mixture-of-Experts layers; supported families: {supported}; "
+                "moe-evo carve makes one of a dense model"
+            )
         raise ModelError(
             f"{where}: the Mixture-of-Experts family {model_type} is not supported; supported: {supported}"
         )

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from moe_evo.config.check import require
 from moe_evo.errors import ConfigError, ModelError
+from moe_evo.models.carve.build import one_expert
 from moe_evo.models.checkpoint_check import check_report
 from moe_evo.models.experts.alignment import align_neurons
 from moe_evo.models.placement import (
@@ -45,6 +47,10 @@ def load_model(source: ModelSource, ranks: Ranks = ALONE, slices: Mapping[str, A
     if config.router == "eep":
         family.check_eep_router(transformers_config)
     device = resolve_device(config.device)
+    require(
+        config.sharding == "single" or not source.is_dense, "model.sharding", config.sharding,
+        "'single' for a dense model",
+    )  # fmt: skip
     check_placement(config, family, transformers_config, ranks)
     check_device(config, device, ranks)
     alignment = source.alignment
@@ -111,4 +117,4 @@ def _language_model(source: ModelSource, options: Mapping[str, Any]) -> Any:
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source.location}: cannot be loaded ({one_line(error)})") from error
     check_report(str(source.location), report, language_model, headers)
-    return language_model
+    return one_expert(language_model, source.transformers_config) if source.is_dense else language_model

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,10 +20,11 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ModelError
 from moe_evo.files.json_text import read_json
 from moe_evo.genomes.space import ModelShape
+from moe_evo.models.carve.formats import DENSE_TYPES, Layout, check_dense, target_config, target_type
 from moe_evo.models.checkpoint_check import Header, check_headers, headers_of
 from moe_evo.models.config_check import check_config
 from moe_evo.models.experts.alignment_file import Alignment, load_alignment
-from moe_evo.models.families import Family, family_of
+from moe_evo.models.families import FAMILIES, Family, family_of
 from moe_evo.models.location import location
 from moe_evo.models.transformers_border import (
     LIBRARY_ERRORS,
@@ -42,17 +43,22 @@ class ModelSource:
     """What `config.path` points to.
 
     config: names the commit of a Hugging Face name. location: a local folder, or such a name. family: as config.json
-    tells. needs_weights: False for a plan, which does with config.json. Raises ModelError where there is no checkpoint
-    that moe_evo can load; so do the properties, for files that cannot be used.
+    tells. takes: what it may be, 'moe', 'dense' or 'any'. is_dense: whether it is a dense model, which is taken as an
+    MoE of one expert that computes the same. needs_weights: False for a plan, which does with config.json. Raises
+    ModelError where there is no checkpoint that moe_evo can load; so do the properties, for files that cannot be used.
     """
 
-    def __init__(self, config: ModelConfig, *, needs_weights: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, takes: Literal["moe", "dense", "any"] = "moe", *, needs_weights: bool = True
+    ) -> None:
         self.location = location(config.path)
         self._config_file = _config_file(config, self.location)
         is_local = isinstance(self.location, Path)
         # everything else comes from the same commit, whatever happens to a branch meanwhile
         self.config = config if is_local else replace(config, revision=self._config_file.parent.name)
-        self.family = _family(self._config_file, self.location)
+        content = _json_object(self._config_file)
+        self.is_dense = takes == "dense" or (takes == "any" and content.get("model_type") in DENSE_TYPES)
+        self.family = _family(content, self._config_file, self.location, is_dense=self.is_dense)
         if needs_weights:
             self.require_weights()
 
@@ -70,6 +76,12 @@ class ModelSource:
 
     @cached_property
     def transformers_config(self) -> Any:
+        """What transformers makes of config.json; of a dense model the config of the MoE with one expert."""
+        config = self.stored_config
+        return target_config(config, _one_expert(config.intermediate_size)) if self.is_dense else config
+
+    @cached_property
+    def stored_config(self) -> Any:
         """What transformers makes of config.json."""
         try:
             with quiet():
@@ -114,7 +126,7 @@ class ModelSource:
         with quiet(), tokenizer_errors(ModelError, f"{self.location}: the tokenizer cannot be loaded"):
             return transformers.AutoTokenizer.from_pretrained(
                 self.location,
-                config=self.transformers_config,  # or the library reads config.json again, with the code beside it
+                config=self.stored_config,  # or the library reads config.json again, with the code beside it
                 revision=self.config.revision,
                 trust_remote_code=self.config.trust_remote_code,
             )
@@ -194,12 +206,18 @@ def _own_end_tokens(folder: Path, config_file: Path) -> bytes:
     return b"" if told == known else json.dumps({"eos_token_id": told}).encode()
 
 
-def _family(config_file: Path, where: Path | str) -> Family:
+def _family(config: dict[str, Any], config_file: Path, where: Path | str, *, is_dense: bool) -> Family:
     """The family that config.json tells; raises ModelError where moe_evo cannot load it."""
-    config = _json_object(config_file)
-    family = family_of(config, str(where))
+    if is_dense:
+        family = FAMILIES[target_type(check_dense(config, str(where)), _one_expert(width=1))]
+    else:
+        family = family_of(config, str(where))
     check_config(config, str(config_file))
     return family
+
+
+def _one_expert(width: int) -> Layout:
+    return Layout(num_experts=1, top_k=1, width=width)
 
 
 def _unusable(location: Path | str, error: BaseException) -> ModelError:

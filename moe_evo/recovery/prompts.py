@@ -47,14 +47,15 @@ class FilePrompts:
     hash: str
 
 
-def read_prompts(path: str, tasks: Sequence[TaskData]) -> FilePrompts:
+def read_prompts(path: str, tasks: Sequence[TaskData], option: str = "recover.prompts") -> FilePrompts:
     """Read a file of prompts; raises TaskError for what is no prompt, or is held out.
 
     path: JSONL (by its suffix .jsonl or .json) or plain text. tasks: whose validation and test splits are held out.
+    option: by which the file was given.
     """
     local = Path(path).expanduser()
     if not local.is_file():
-        raise TaskError(f"recover.prompts: got {path!r}, expected a file with one prompt or text a line")
+        raise TaskError(f"{option}: got {path!r}, expected a file with one prompt or text a line")
     file = read_file(local, path)
     is_json = local.suffix in (".jsonl", ".json")
     lines = tuple(_json_lines(file, tasks) if is_json else _text_lines(file))

@@ -19,6 +19,7 @@ from moe_evo.report.table import loader_label
 from moe_evo.report.verdict import Remark, compared, levels_in_words, needed, word_for
 
 if TYPE_CHECKING:  # these import torch, which reading old runs does not need
+    from moe_evo.models.carve.carve import CarvedLayer
     from moe_evo.models.compress.compression import ExpertSize, LayerChange
     from moe_evo.models.export.export import ExportReport
     from moe_evo.recovery.state import Learned
@@ -205,6 +206,42 @@ class CompressedModel:
         """The export's report, with the other fields beside it."""
         told = plain_fields(self)
         return {**told.pop("report"), **told}
+
+
+@dataclass(frozen=True)
+class CarvedModel:
+    """An MoE that was made of a dense model.
+
+    family: its model type. num_experts, top_k, expert_size: experts of a layer, how many are active, and their neurons;
+    shared_size: neurons of the shared expert. all_active_difference: the largest difference of a logit from the dense
+    model's, on random tokens, with all experts active. layers: how far each layer is from the dense one with top_k of
+    them; () where every expert is the whole FFN. scores: on the test split, of the 'dense' and the 'carved' model.
+    """
+
+    report: ExportReport
+    method: str
+    family: str
+    num_experts: int
+    top_k: int
+    expert_size: int
+    shared_size: int
+    active_parameters: int
+    all_active_difference: float
+    layers: tuple[CarvedLayer, ...]
+    scores: Mapping[str, Score] = field(hash=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.report.folder
+
+    def to_plain(self) -> Plain:
+        """The export's report, with the other fields beside it."""
+        told = plain_fields(self)
+        return {**told.pop("report"), **told}
+
+    def _repr_html_(self) -> str:
+        return _report_table("carved", self.report) + scores_table("test split", self.scores)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from moe_evo.records.folder import RunFolder
 from moe_evo.records.paired import Paired
 from moe_evo.records.result import GangFacts, RunResult, Score
 from moe_evo.report.answers import (
+    CarvedModel,
     CompressedModel,
     ExportedRun,
     MethodFacts,
@@ -164,7 +165,7 @@ def print_scores(scored: ScoredGenome) -> None:
         console.print(f"{name:<9}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-def print_export(exported: ExportedRun | PrunedModel | CompressedModel | RecoveredModel) -> None:
+def print_export(exported: ExportedRun | PrunedModel | CompressedModel | RecoveredModel | CarvedModel) -> None:
     """Print where the checkpoint is, its size, and how well its logits agree with the evaluated ones."""
     report, mib = exported.report, 2**20
     which = f"exported    {exported.title} ({exported.which} of the run)\n" if isinstance(exported, ExportedRun) else ""
@@ -228,6 +229,27 @@ def print_compression(compressed: CompressedModel) -> None:
         ratio = packed / experts.dense_bytes
         lines.append(f"would take  {packed / mib:.2f} MiB as {way} ({ratio:.1%} of dense{larger})")
     lines.append(f"that needs  {compressed.needs}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_carving(carved: CarvedModel) -> None:
+    """Print the experts of an MoE made of a dense model, how far its layers are from the dense ones, and the scores."""
+    console = Console()
+    if carved.layers:
+        table = Table(box=None, pad_edge=False)
+        for column in ("layer", "relative error", "with the best experts"):
+            table.add_column(column, justify="right")
+        for number, layer in enumerate(carved.layers):
+            table.add_row(str(number), f"{layer.relative_error:.3f}", f"{layer.best_error:.3f}")
+        print_whole(console, table)
+    _print_scores_of_models(console, carved.scores)
+    shared = f", and a shared one of {carved.shared_size}" if carved.shared_size else ""
+    lines = [
+        f"experts     {carved.num_experts} of {carved.expert_size} neurons in each layer, {carved.top_k} active"
+        f"{shared} ({carved.family})",
+        f"all active  logits differ by at most {carved.all_active_difference:.1e} from the dense model's",
+        f"a token     meets {carved.active_parameters:,} of {carved.report.parameters_after:,} parameters",
+    ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,16 @@ def read_size(source: ModelSource, ranks: int) -> ModelSize:
     else:
         dtype = getattr(torch, source.config.dtype)
     try:
-        return size_of(source.family, source.transformers_config, dtype, ranks)
+        size = size_of(source.family, source.transformers_config, dtype, ranks)
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{source.config.path}: config.json cannot be used ({one_line(error)})") from error
+    return replace(size, weights=tuple(filter(_is_of_ffn, size.weights))) if source.is_dense else size
+
+
+def _is_of_ffn(weight: Weight) -> bool:
+    """Of a dense model taken as an MoE of one expert: whether the dense model has the weight, too."""
+    is_router = weight.moe_layer is not None and not weight.is_expert
+    return not is_router and "shared_expert" not in weight.module
 
 
 def size_of(family: Family, transformers_config: Any, dtype: torch.dtype, ranks: int) -> ModelSize:
