@@ -207,7 +207,8 @@ def _expansions(job: _Job, evaluator: Evaluator, tracker: Tracker) -> tuple[list
     for layer, hidden in zip(model.layers, inputs, strict=True):
         rng = np.random.default_rng([options.seed, 1 + layer.number])
         router = options.router or "least_squares"
-        made, fact = carved(ffn_of(layer), hidden.to(model.device), layer.experts.act_fn, job.layout, router, rng)
+        activation: Any = layer.experts.act_fn
+        made, fact = carved(ffn_of(layer), hidden.to(model.device), activation, job.layout, router, rng)
         expansions.append(made)
         facts.append(fact)
         tracker.advanced(1, f"relative error {fact.relative_error:.3f}")

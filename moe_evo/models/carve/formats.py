@@ -45,7 +45,7 @@ class Layout:
 
 def check_dense(raw_config: Mapping[str, Any], where: str) -> str:
     """The model type of a dense model's config.json; raises ModelError for a model that cannot be carved."""
-    model_type = raw_config.get("model_type")
+    model_type = str(raw_config.get("model_type"))
     if model_type in FAMILIES:
         raise ModelError(f"{where}: is a Mixture-of-Experts model ({model_type}) already; give a dense one")
     if model_type not in DENSE_TYPES:
@@ -54,7 +54,7 @@ def check_dense(raw_config: Mapping[str, Any], where: str) -> str:
         raise ModelError(
             f"{where}: the checkpoint is quantised; moe_evo needs a bfloat16, float16 or float32 version of it"
         )
-    return str(model_type)
+    return model_type
 
 
 def target_type(dense_type: str, layout: Layout) -> str:

@@ -78,15 +78,16 @@ def is_active(inner: Tensor, ffn: FFN, share: float) -> Tensor:
 
     inner: (N, I). CMoE (arXiv 2502.04416) takes the largest |inner| alone; a neuron's down column has a length, too.
     """
-    added = inner.abs() * ffn.down.float().norm(dim=0)
+    added: Tensor = inner.abs() * ffn.down.float().norm(dim=0)
     number = max(round(share * inner.shape[1]), 1)
     least = added.topk(number, dim=1).values[:, -1:]
-    return (added >= least) & (added > 0)
+    active: Tensor = (added >= least) & (added > 0)
+    return active
 
 
 def outputs_of(inner: Tensor, ffn: FFN, neurons: Tensor) -> Iterator[Tensor]:
     """What each group of neurons (E, m) puts out, for a few tokens of `inner` (N, I) at a time: (n, E, H) float32."""
     down = ffn.down.float()[:, neurons]
     size = max(1, _CHUNK_ELEMENTS // (len(neurons) * max(ffn.down.shape[0], neurons.shape[1])))
-    for part in inner.split(size):
+    for part in torch.split(inner, size):
         yield torch.einsum("nem,hem->neh", part[:, neurons], down)
