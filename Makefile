@@ -11,7 +11,7 @@ BENCHMARKS := $(filter-out benchmarks/figures.py benchmarks/baselines.py benchma
 CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking tests/recovery
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench lock test-oldest test-newest clean FORCE
+.PHONY: demo test fuzz lint bench lock test-oldest test-newest clean FORCE
 
 # torch as TORCH asks for it, in place of the locked one (in sed, & is what stands there)
 WITH_TORCH = sed 's|^torch==.*|$(or $(TORCH),&)|'
@@ -42,6 +42,10 @@ demo: .venv/ready
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Twenty times as many wrong inputs and kills as in `make test`, and other ones each time.
+fuzz: .venv/dev
+	FUZZ=20 $(BIN)/python -m pytest --timeout 0 tests/fuzz tests/kills
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -51,7 +51,9 @@ def number_of(value: object) -> int:
 
 def gang_event_of(columns: Sequence[object]) -> GangEvent:
     """The event of a gang in these columns; raises ValueError."""
-    return value_of(GangEvent, list(columns), "gang_events")
+    at, gang, kind, detail = columns
+    told = value_of(float, at, "at"), value_of(int, gang, "gang")
+    return (*told, value_of(str, kind, "kind"), value_of(str, detail, "detail"))
 
 
 def outcome_columns(outcome: Outcome) -> tuple[object, ...]:

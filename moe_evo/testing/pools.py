@@ -14,7 +14,6 @@ from moe_evo.evaluation.pool import Pool, Request
 from moe_evo.genomes.operators import random_pruning
 from moe_evo.genomes.population import Evaluation, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace
-from moe_evo.plain import plain
 from moe_evo.tasks.data import SCORINGS
 
 Key = tuple[int, str]
@@ -119,9 +118,14 @@ class PoolContract:
     ) -> None:
         (request,) = requests_of(pool.shape, 1, seed=30)
         for genome, first in ((request.genome, None), (request.genome, 2), (None, 3)):
-            found = pool.answered(genome, "validation", first)
-            assert [plain(one) for one in found] == [
-                plain(one) for one in evaluator.answered(genome, "validation", first)
+            found, expected = (of.answered(genome, "validation", first) for of in (pool, evaluator))
+            assert [(one.task, one.number, one.example) for one in found] == [
+                (one.task, one.number, one.example) for one in expected
             ]
+            for one, wanted in zip(found, expected, strict=True):
+                assert one.score == pytest.approx(wanted.score, abs=1e-4)
+                assert (one.given is None) == (wanted.given is None)
+                if one.given is not None and wanted.given is not None:
+                    np.testing.assert_allclose(one.given.log_likelihoods, wanted.given.log_likelihoods, atol=1e-4)
             numbers_of = {task.name: task.numbers("validation")[:first] for task in evaluator.tasks}
             assert {name: [one.number for one in found if one.task == name] for name in numbers_of} == numbers_of

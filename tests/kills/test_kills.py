@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from moe_evo.cli.main import main
 from moe_evo.errors import JournalError
+from moe_evo.models.export.export import export_checkpoint  # noqa: F401 - with all of torch, before any fork
 from moe_evo.models.export.target_folder import EXPORT_RECORD
 from moe_evo.records.journal import MAIN, Journal
 
-KILLS = 3 * int(os.environ.get("FUZZ", "1"))
+KILLS = 2 * int(os.environ.get("FUZZ", "1"))
 OLD_RUNS = Path(__file__).parent.parent / "data" / "old_runs"
 TASKS = '[{"data": "syll", "num_search": 6, "num_validation": 4, "num_test": 4}]'
 FAST = ["--tasks", TASKS, "--model.self_check", "false", "--evaluation.threads", "1"]
