@@ -12,7 +12,7 @@ import ipaddress
 import os
 import socket
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,10 +66,11 @@ def join_ranks(rank: int, size: int, address: str, port: int, timeout_s: float) 
     return Ranks(rank, size)
 
 
-def _store(rank: int, size: int, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
+def _store(rank: int, size: int, address: str, port: int, timeout: datetime.timedelta) -> Any:
     """Where ranks tell each other how they are reached; torch's own would listen on every interface."""
     listener = _listener(address, port) if rank == 0 else None
-    return dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return store(address, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
 
 
 def _listener(address: str, port: int) -> int:
