@@ -18,7 +18,7 @@ import numpy as np
 from moe_evo.errors import GenomeError
 from moe_evo.files.json_text import JsonError, json_of
 from moe_evo.files.limits import MOST_UNPACKED
-from moe_evo.genomes.genome import Genome, LayerGenome, Matrix
+from moe_evo.genomes.genome import Genome, LayerGenome, Matrix, PackedLayers
 from moe_evo.genomes.population import EvaluationFailure, Individual, Outcome
 from moe_evo.genomes.space import ModelShape, SearchSpace, check_fits
 from moe_evo.genomes.stamped_file import FileKind
@@ -32,6 +32,21 @@ FILE = FileKind(
     advice="give a genome file that moe_evo saved",
     again="use the moe_evo that wrote it",
 )
+
+
+STORED = FileKind(
+    "moe_evo.stored_genome",
+    version=1,
+    holds="a genome",
+    error=GenomeError,
+    advice="give a genome that moe_evo stored",
+    again="use the moe_evo that wrote it",
+)
+"""A genome as a journal has it: numbers of the kept experts, and the matrices only of layers that merge."""
+
+
+_SIZES = ("num_experts", "num_kept", "top_k")
+_MATRICES = ("expert_merging", "router_mapping")
 
 
 def save_individual(
@@ -76,15 +91,41 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def genome_to_bytes(genome: Genome) -> bytes:
-    """A genome as compressed safetensors, small for one-hot matrices."""
-    return zlib.compress(_to_bytes(genome), level=1)
+    """A genome as a journal stores it, in few bytes."""
+    packed = genome.packed
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "kept": packed.kept.astype(np.uint16),
+        **{name: np.array(getattr(packed, name), dtype=np.uint16) for name in _SIZES},
+    }
+    if packed.merged:
+        layers = genome.layers
+        tensors |= {f"{index}.{name}": getattr(layers[index], name) for index in packed.merged for name in _MATRICES}
+    return zlib.compress(STORED.to_bytes(tensors, {}), level=1)
 
 
-def genome_from_bytes(content: bytes) -> Genome:
-    """The genome of `genome_to_bytes`; raises GenomeError for anything else."""
+def genome_from_bytes(content: bytes, digest: str | None = None) -> Genome:
+    """The genome of `genome_to_bytes`, of this or an older version; raises GenomeError for anything else.
+
+    digest: of the genome, where it is known.
+    """
     where = "stored genome"
     with _malformed_is_genome_error(where):
-        return _from_bytes(unpacked(content), where)[0]
+        raw = unpacked(content)
+        if STORED.made(raw):
+            return Genome.of_packed(_packed(STORED.from_bytes(raw, where)[0], where), digest)
+        return _from_bytes(raw, where)[0]  # as they were stored before
+
+
+def _packed(tensors: Mapping[str, np.ndarray[Any, Any]], where: str) -> PackedLayers:
+    num_experts, num_kept, top_k = (tuple(tensors[name].tolist()) for name in _SIZES)
+    kept = tensors["kept"]
+    if not num_experts or len(kept) != sum(num_kept) or (kept >= np.repeat(num_experts, num_kept)).any():
+        raise GenomeError(f"{where}: its kept experts do not fit its layers; {STORED.advice}")
+    compressed = {}
+    for index in sorted({int(name.partition(".")[0]) for name in tensors if "." in name}):
+        merging, mapping = (_matrix(tensors, f"{index}.{name}", where) for name in _MATRICES)
+        compressed[index] = LayerGenome(merging, mapping, top_k[index]).compressed
+    return PackedLayers.of_kept(num_experts, num_kept, top_k, kept, compressed)
 
 
 def genome_from_kept_json(text_or_path: str | os.PathLike[str], shape: ModelShape) -> Genome:

@@ -163,7 +163,7 @@ class SearchSpace:
 
 def check_fits(genome: Genome, shape: ModelShape) -> None:
     """Raise GenomeError unless the genome can be applied to a model of this shape."""
-    got = tuple(layer.num_experts for layer in genome.layers)
+    got = genome.num_experts
     if got != shape.num_experts:
         raise GenomeError(
             f"genome: made for {len(got)} MoE layers of {_summary(got)} experts, the model has "

@@ -42,6 +42,10 @@ class FileKind:
     def to_bytes(self, tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
         return save_tensors(dict(tensors), {"format": self.format, "version": str(self.version), **metadata})
 
+    def made(self, content: bytes) -> bool:
+        """Whether bytes are safetensors of this kind, of whatever version."""
+        return f'"{self.format}"'.encode() in content[: 8 + int.from_bytes(content[:8], "little")]
+
     def from_bytes(self, content: bytes, where: str) -> tuple[Tensors, dict[str, str]]:
         """What `to_bytes` got; raises `error` for bytes of any other kind."""
         header_size = int.from_bytes(content[:8], "little")  # the layout of safetensors: size, header, data

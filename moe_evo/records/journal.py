@@ -196,7 +196,7 @@ class Journal:
     def candidates(self, search: str) -> list[Candidate]:
         """All candidates of a search in the order of their numbers."""
         rows = self._fetch(
-            "SELECT number, genome, operator, parents FROM candidates WHERE search = ? ORDER BY number",
+            "SELECT number, genome, digest, operator, parents FROM candidates WHERE search = ? ORDER BY number",
             (search,),
         )
         with self._readable():
@@ -223,6 +223,20 @@ class Journal:
     def outcomes(self, search: str, split: str) -> dict[int, Outcome]:
         """Outcomes by candidate number, in the order in which they finished."""
         return self._outcomes("search = ? AND split = ?", (search, split))
+
+    def finished(self) -> list[tuple[str, str, str, int]]:
+        """(digest, split, search, number) of all outcomes in the order in which they finished, but for evaluations that
+        were stopped early.
+        """
+        return self._fetch(
+            "SELECT digest, split, search, number FROM outcomes JOIN candidates USING (search, number)"
+            " WHERE scores IS NOT NULL OR failure_kind IS NOT NULL ORDER BY position",
+            (),
+        )
+
+    def outcome(self, search: str, number: int, split: str) -> Outcome:
+        """One outcome that is known to be there."""
+        return self._outcomes("search = ? AND number = ? AND split = ?", (search, number, split))[number]
 
     def told(self, search: str) -> dict[int, Outcome]:
         """The outcomes by which a search goes: on the search split or, each candidate's own, on a sample of it."""

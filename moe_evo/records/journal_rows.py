@@ -29,10 +29,11 @@ def candidate_columns(search: str, one: Candidate) -> tuple[object, ...]:
     return (search, one.number, one.genome.digest, one.operator, json.dumps(one.parents), genome_to_bytes(one.genome))
 
 
-def candidate_of(number: object, genome: object, operator: object, parents: object) -> Candidate:
+def candidate_of(number: object, genome: object, digest: object, operator: object, parents: object) -> Candidate:
     """The candidate of these columns; raises ValueError."""
     made_by, made_of = ancestry_of(operator, parents)
-    return Candidate(number_of(number), genome_from_bytes(value_of(bytes, genome, "genome")), made_by, made_of)
+    known = value_of(str, digest, "digest")  # to make it again takes longer than to read the genome
+    return Candidate(number_of(number), genome_from_bytes(value_of(bytes, genome, "genome"), known), made_by, made_of)
 
 
 def ancestry_of(operator: object, parents: object) -> tuple[str, tuple[int, ...]]:

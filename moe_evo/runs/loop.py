@@ -18,7 +18,7 @@ from moe_evo.evaluation.pool import Pool, PoolNews, Request
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Candidate, Evaluation, ExampleScores, Individual, Outcome, Population
 from moe_evo.genomes.space import SearchSpace
-from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.records.journal import REFERENCE, Journal
 from moe_evo.searches.base import Search
 from moe_evo.tasks.samples import Sample
 from moe_evo.tracking.base import Tracker
@@ -42,18 +42,16 @@ class Run:
         self._journal = journal
         self._pool = pool
         self._tracker = tracker
-        self._known: dict[tuple[str, str], Outcome] = {}
+        # where the outcome of a genome on a split is in the journal: itself it would be in memory twice
+        self._known = {(digest, split): (search, number) for digest, split, search, number in journal.finished()}
         self._status_at = -math.inf
         pool.listener = self._hear
-        for name in (MAIN, RANDOM, REFERENCE):
-            genomes = {one.number: one.genome for one in journal.candidates(name)}
-            for split in journal.splits(name):
-                for number, outcome in journal.outcomes(name, split).items():
-                    self._remember(genomes[number], split, outcome)
 
     def evolve(self, name: str, title: str, search: Search, evaluations: int) -> Population:
         """Run `search` until `evaluations` candidates are evaluated or it finds nothing new."""
-        asked, finished = self._journal.candidates(name), self._journal.individuals(name)
+        asked = self._journal.candidates(name)
+        by_number = {one.number: one for one in asked}
+        finished = [Individual(by_number[number], outcome) for number, outcome in self._journal.told(name).items()]
         search.restore(asked)
         search.tell(finished)
         done = {one.number for one in finished}
@@ -76,7 +74,7 @@ class Run:
         """Submit candidates and return them by number; those whose genome was evaluated already are told at once."""
         waiting, finished = {}, []
         for candidate in candidates:
-            outcome = self._known.get((candidate.genome.digest, self._examples(candidate)))
+            outcome = self._known_outcome(candidate.genome, self._examples(candidate))
             if outcome is None:
                 waiting[candidate.number] = candidate
             else:
@@ -126,7 +124,8 @@ class Run:
                 key = (request.search, request.number)
                 outcomes[key] = outcome
                 self._score_told(request.search, split, Individual(missing.pop(key), outcome))
-        twins = {key: self._known[one.genome.digest, split] for key, one in missing.items()}
+        known = {key: self._known_outcome(one.genome, split) for key, one in missing.items()}
+        twins = {key: outcome for key, outcome in known.items() if outcome is not None}
         if twins:  # an equal genome was evaluated before, or just now
             self._journal.record([(*key, split, outcome) for key, outcome in twins.items()])
         for key, candidate in missing.items():
@@ -172,13 +171,15 @@ class Run:
         finished = [(request, self._corrected(request, one)) for request, one in self._pool.next_outcomes()]
         self._journal.record([(request.search, request.number, request.split, one) for request, one in finished])
         for request, outcome in finished:
-            self._remember(request.genome, request.split, outcome)
+            # for equal genomes; an evaluation that was stopped early is an estimate, and the candidate's own
+            if not (isinstance(outcome, Evaluation) and outcome.is_stopped):
+                self._known[request.genome.digest, request.split] = (request.search, request.number)
         return finished
 
-    def _remember(self, genome: Genome, split: str, outcome: Outcome) -> None:
-        """Keep an outcome for equal genomes; one that was stopped early is an estimate, and the candidate's own."""
-        if not (isinstance(outcome, Evaluation) and outcome.is_stopped):
-            self._known[genome.digest, split] = outcome
+    def _known_outcome(self, genome: Genome, split: str) -> Outcome | None:
+        """The outcome of an equal genome that was evaluated on this split before."""
+        where = self._known.get((genome.digest, split))
+        return None if where is None else self._journal.outcome(*where, split)
 
     def _corrected(self, request: Request, outcome: Outcome) -> Outcome:
         sample = Sample.read(request.split)

@@ -61,11 +61,12 @@ class MaskSpace:
         found = np.zeros((len(genomes), *self.exists.shape), dtype=bool)
         top_ks = np.zeros((len(genomes), len(self._firsts)), dtype=np.int64)
         for number, genome in enumerate(genomes):
+            kept = genome.kept
             for place, layer in enumerate(self._firsts):
-                experts = np.array(genome.layers[layer].kept)
+                experts = np.array(kept[layer])
                 size = self.sizes[place * self._parts]
                 found[number, place * self._parts + experts // size, experts % size] = True
-                top_ks[number, place] = genome.layers[layer].top_k
+                top_ks[number, place] = genome.top_k[layer]
         if self.active in self.varying:
             found[:, self.active.segments] = np.arange(found.shape[-1]) < top_ks[..., None]
         return found

@@ -31,9 +31,9 @@ from moe_evo.errors import ClusterError, ConfigError, ModelError, Problem
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity, gangs_that_fit
 from moe_evo.plain import plain
 from moe_evo.records.folder import RunFolder
+from moe_evo.records.journal import MAIN, RANDOM, REFERENCE
 from moe_evo.report.plan import print_plan
 from moe_evo.report.planned import CheckpointPlan
-from moe_evo.runs.loop import MAIN, RANDOM, REFERENCE
 from moe_evo.runs.workload import estimate
 from moe_evo.tracking.base import Trackers
 from moe_evo.tracking.terminal import TerminalTracker

@@ -103,7 +103,7 @@ class Traversal(Generic[Carried, Result]):
     ) -> None:
         self._stages, self._layer_halves, self._states = stages, stages.layer_halves, stages.states
         self._batch = batch
-        self._genomes = genomes
+        self._layers = [genome.layers for genome in genomes]
         self._purpose = purpose
         self._emit = emit
         self._copies = copies
@@ -115,8 +115,8 @@ class Traversal(Generic[Carried, Result]):
         """Call `emit` for every genome."""
         starts: dict[FirstGenes, list[int]] = {}
         kept: dict[FirstGenes, list[State]] = {}  # before anything is computed, for which others would have to go
-        for number, genome in enumerate(self._genomes):
-            genes = tuple(gene.digest for gene in genome.layers)
+        for number, layers in enumerate(self._layers):
+            genes = tuple(gene.digest for gene in layers)
             lengths = self._purpose.lengths(genes)
             first_genes = genes[: lengths[-1]]
             starts.setdefault(first_genes, []).append(number)
@@ -130,7 +130,7 @@ class Traversal(Generic[Carried, Result]):
                 self._descend(stage, [self._begin(one, starts[one], kept.pop(one)) for one in some])
 
     def _begin(self, first_genes: FirstGenes, members: Sequence[int], kept: Sequence[State]) -> Node[Carried]:
-        genes = self._genomes[members[0]].layers
+        genes = self._layers[members[0]]
         prefix_state, carried = None, self._purpose.nothing
         if not kept:
             assert not first_genes, "only the beginning of all genomes can be computed without states"
@@ -177,7 +177,7 @@ class Traversal(Generic[Carried, Result]):
     def _branches(self, node: Node[Carried], stage: int) -> Iterator[_Branch[Carried]]:
         members: dict[LayerGenome, list[int]] = {}
         for number in node.members:
-            members.setdefault(self._genomes[number].layers[stage], []).append(number)
+            members.setdefault(self._layers[number][stage], []).append(number)
         return (_Branch(node, gene, some) for gene, some in members.items())
 
     def _pass(self, stage: int, kind: Hashable, branches: Sequence[_Branch[Carried]]) -> list[Node[Carried]]:
@@ -218,9 +218,7 @@ class Traversal(Generic[Carried, Result]):
 
     def _prefix_state_behind(self, branch: _Branch[Carried]) -> State | None:
         """The state of the shared prefix behind the branch's gene."""
-        return self._prefix_state(
-            self._genomes[branch.members[0]].layers[: len(branch.first_genes)], branch.node.prefix_state
-        )
+        return self._prefix_state(self._layers[branch.members[0]][: len(branch.first_genes)], branch.node.prefix_state)
 
     def _prefix_state(self, genes: Sequence[LayerGenome], before: State | None = None) -> State | None:
         return (
