@@ -24,8 +24,8 @@ from moe_evo.commands.recovery_input import (
     RecoveryJob,
     checked_job,
     identity_of,
-    small_model,
 )
+from moe_evo.commands.recovery_workers import SmallModel, learn_on_workers, trains_on_workers
 from moe_evo.commands.shared import provenance
 from moe_evo.commands.teaching import ask_full_model, scored_alone
 from moe_evo.config.recover import RecoveryConfig
@@ -37,7 +37,6 @@ from moe_evo.records.recovery_folder import RecoveryFolder
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import paired_difference
 from moe_evo.report.answers import RecoveredModel, RecoveryFacts, Stage
-from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.tasks.data import is_share, reported
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.start import tracked_recovery
@@ -45,7 +44,6 @@ from moe_evo.tracking.start import tracked_recovery
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.models.export.model_card import Treatment
-    from moe_evo.models.view import MoEModel
     from moe_evo.recovery.material import Material
     from moe_evo.recovery.state import Learned
 
@@ -81,23 +79,21 @@ def _train(
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.size.size import read_size
-    from moe_evo.models.source import ModelSource
     from moe_evo.recovery.blocks import BlockTargets
     from moe_evo.recovery.lessons import read_lessons
     from moe_evo.recovery.material import Material
 
-    path = folder.student if job.winner is not None else Path(job.pruned)
-    source = ModelSource(small_model(job.config.model, path))
-    evaluator = load_evaluator(source, job.data, job.config.evaluation, tracker)
+    student = SmallModel(job, folder.student if job.winner is not None else Path(job.pruned), tracker)
     if folder.score(PRUNED) is None:
         tracker.message("scoring the pruned model on the test split")
-        folder.keep_score(PRUNED, scored_alone(evaluator, PRUNED))
+        folder.keep_score(PRUNED, scored_alone(student.evaluator, PRUNED))
     lessons, validation = (read_lessons(folder.lessons, name) for name in (LEARNED, VALIDATION))
     blocks = BlockTargets.load(folder.lessons) if job.needs_blocks else None
     material = Material(lessons, validation, blocks)
     stages: tuple[Stage, ...] = ()
     for _ in job.methods:
-        stages = (*stages, _learn(job, folder, evaluator.model, material, tracker, stages))
+        stages = (*stages, _learn(job, folder, student, material, tracker, stages))
+    evaluator = student.evaluator
     tracker.message("scoring the recovered model on the test split")
     # another evaluator, as the old one may have hidden states of the weights before
     trained = Evaluator(evaluator.model, evaluator.tasks, job.config.evaluation)
@@ -150,7 +146,7 @@ def _tell_run(job: RecoveryJob, found: Winner, trained: Evaluator, test: Score) 
 def _learn(
     job: RecoveryJob,
     folder: RecoveryFolder,
-    model: MoEModel,
+    student: SmallModel,
     material: Material,
     tracker: Tracker,
     before: Sequence[Stage],
@@ -160,10 +156,12 @@ def _learn(
     from moe_evo.recovery.state import TrainingState
 
     number = len(before)
-    recover, method, file = job.recover, job.methods[number], folder.state(number)
-    begun = TrainingState.load(file).learned.steps if file.is_file() else 0
-    steps = method.num_steps(recover, len(model.layers))
-    tracker.stage(f"recovering ({recover.methods[number]})", steps, begun, unit=method.unit)
+    recover, method = job.recover, job.methods[number]
+    steps = method.num_steps(recover, job.full.shape.num_layers)
+    on_workers = trains_on_workers(job, number)
+
+    def begin(begun: int) -> None:
+        tracker.stage(f"recovering ({recover.methods[number]})", steps, begun, unit=method.unit)
 
     num_told = 0
 
@@ -182,8 +180,13 @@ def _learn(
         first, last = learned.checks[0], learned.checks[-1]
         tracker.advanced(1, f"validation loss {last.validation:.4f} (before: {first.validation:.4f})")
 
-    with torch_threads(job.config.evaluation.threads):
-        learned = method.recover(model, material, recover, file, done)
+    if on_workers:
+        learned = learn_on_workers(job, folder, student, tracker, number, begin, done)
+    else:
+        file = folder.state(number)
+        begin(TrainingState.load(file).learned.steps if file.is_file() else 0)
+        with torch_threads(job.config.evaluation.threads):
+            learned = method.recover(student.evaluator.model, material, recover, file, done)
     tell(learned)
     if learned.stopped:
         tracker.message(f"stopped after {learned.steps} of {steps} {method.unit}s: {learned.stopped}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.commands.export import Winner, winner
-from moe_evo.commands.shared import require_one_process
+from moe_evo.commands.shared import require_one_process, require_stock
 from moe_evo.config.check import require
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.recover import RecoverConfig, RecoveryConfig
@@ -34,8 +34,11 @@ FULL, PRUNED, RECOVERED = "full", "pruned", "recovered"
 LEARNED, VALIDATION = "learned", "validation"
 """The names of the lessons that are learned from, and of those that choose the weights."""
 
-_FREE_TO_CHANGE = ("prompts", "batch_tokens", "gradient_checkpointing")
+_FREE_TO_CHANGE = ("prompts", "batch_tokens", "gradient_checkpointing", "zero_stage")
 """Options that may differ when a recovery goes on: of the prompts the content counts, and the others take memory."""
+
+DEEPSPEED = "deepspeed"
+"""What `recover.engine` calls the workers of a cluster."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,19 @@ def of_winner(config: RunConfig, recover: RecoverConfig) -> tuple[RecoveryConfig
 
     Raises before the search where anything is wrong.
     """
-    address = config.cluster.address
-    require(address is None, "--recover", True, f"it without cluster.address ({address}): recover the run afterwards")
+    address, on_workers = config.cluster.address, recover.engine == DEEPSPEED
+    require(
+        address is None or on_workers, "--recover", True,
+        f"it without cluster.address ({address}), or with recover.engine deepspeed; or recover the run afterwards",
+    )  # fmt: skip
     kept = config.search.num_kept
     require(isinstance(kept, int), "--recover", True, f"one search.num_kept for all layers, not {kept}")
     target = Path(config.folder or default_folder(config)) / RECOVERED
     if target.exists():
         raise ConfigError(f"--recover: {target} is there already; move it, or recover the run with another --to")
-    found = RecoveryConfig(config.model, config.tasks, config.evaluation, recover=recover, tracking=config.tracking)
+    found = RecoveryConfig(
+        config.model, config.tasks, config.evaluation, config.cluster, recover=recover, tracking=config.tracking
+    )
     _checked_input(found)
     return found, target
 
@@ -134,12 +142,29 @@ def _planned_training(given: RecoveryInput, size: ModelSize, num_kept: Sequence[
             parts.append(tuple(method.trained(recover)))
         elif method.unit == "step":  # of another package, which may train anything
             parts.append(("all",))
+    numbers = max(trained_numbers(size, num_kept, one, recover.rank) for one in parts)
+    if recover.engine == DEEPSPEED:
+        return {"trained_numbers": numbers, **_planned_workers(given.config, size, num_kept)}
     checkpointing = recover.gradient_checkpointing
     return {
-        "trained_numbers": max(trained_numbers(size, num_kept, one, recover.rank) for one in parts),
+        "trained_numbers": numbers,
         "training_bytes": max(
             training_bytes(size, num_kept, one, recover.rank, checkpointing=checkpointing) for one in parts
         ),
+    }
+
+
+def _planned_workers(config: RecoveryConfig, size: ModelSize, num_kept: Sequence[int]) -> dict[str, int]:
+    """What each of the workers takes."""
+    from moe_evo.models.size.memory import training_per_rank
+
+    workers = config.cluster.gang_size
+    memory = training_per_rank(size, num_kept, workers, config.recover.zero_stage, config.model.offload)
+    return {
+        "training_bytes": memory.device + memory.gathered,
+        "workers": workers,
+        "host_bytes": memory.host,
+        "disk_bytes": memory.disk,
     }
 
 
@@ -176,9 +201,16 @@ def checked_job(config: RecoveryConfig, pruned: str, target: Path, which: str, *
 
 def _checked_input(config: RecoveryConfig) -> RecoveryInput:
     """Raises where anything but the pruned model is wrong."""
-    require_one_process(config, "recover")
-    sharding = config.model.sharding
-    require(sharding == "single", "model.sharding", sharding, "'single': whole weights are trained")
+    on_workers = config.recover.engine == DEEPSPEED
+    if on_workers:
+        require_stock(config)
+        _check_workers(config)
+    else:
+        require_one_process(config, "recover")
+        require(
+            config.model.sharding == "single", "model.sharding", config.model.sharding,
+            "'single': whole weights are trained; or recover.engine deepspeed, which shares them among workers",
+        )  # fmt: skip
     require(config.model.alignment is None, "model.alignment", config.model.alignment, "none: no experts are merged")
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
@@ -194,9 +226,58 @@ def _checked_input(config: RecoveryConfig) -> RecoveryInput:
             f"true: the answers that {name!r} of recover.methods learns are those of the search split",
         )  # fmt: skip
     resolve_device(config.model.device)
-    full = ModelSource(config.model, "any")
+    # without offloading, one process that holds slices holds all that they are slices of
+    full = ModelSource(in_one_piece(config.model) if config.model.offload == "none" else config.model, "any")
     _check_rank(config.recover, full)
+    if on_workers:
+        _check_methods(config, methods)
+        _check_trainable(config, full)
     return RecoveryInput(config, data, prompts, full, methods)
+
+
+def _check_workers(config: RecoveryConfig) -> None:
+    """Raise ConfigError for options that do not go together where workers train."""
+    cluster, model, recover = config.cluster, config.model, config.recover
+    require(
+        model.sharding == "zero3", "model.sharding", model.sharding,
+        "'zero3' for recover.engine deepspeed, and workers: --cluster.address local (or auto) --cluster.gang_size N",
+    )  # fmt: skip
+    require(
+        model.offload != "nvme" or recover.zero_stage == 3, "recover.zero_stage", recover.zero_stage,
+        "3, as model.offload is 'nvme'",
+    )  # fmt: skip
+    require(
+        recover.batch_size >= cluster.gang_size, "recover.batch_size", recover.batch_size,
+        f"at least cluster.gang_size ({cluster.gang_size}): each worker reads its share of a step's prompts",
+    )  # fmt: skip
+
+
+def _check_methods(config: RecoveryConfig, methods: Sequence[RecoveryMethod]) -> None:
+    """Raise ConfigError where workers would have nothing to do."""
+    from moe_evo.models.zero3 import check_deepspeed
+    from moe_evo.recovery.methods import Distillation
+
+    check_deepspeed("recover.engine: 'deepspeed'")
+    require(
+        "adapters" not in config.recover.train, "recover.train", config.recover.train,
+        "no adapters with recover.engine deepspeed: they are trained on one device",
+    )  # fmt: skip
+    require(
+        any(isinstance(method, Distillation) for method in methods), "recover.engine", DEEPSPEED,
+        f"'torch': {', '.join(config.recover.methods)} of recover.methods work in one process; add logits, router or "
+        "labels",
+    )  # fmt: skip
+
+
+def _check_trainable(config: RecoveryConfig, full: ModelSource) -> None:
+    """Raise ConfigError for a number format that workers do not train in."""
+    from moe_evo.models.placement import weights_dtype
+
+    dtype = str(weights_dtype(config.model, full.transformers_config)).removeprefix("torch.")
+    require(
+        dtype in ("float32", "bfloat16"), "model.dtype", dtype,
+        "bfloat16 or float32 for recover.engine deepspeed: gradients in float16 would be rounded to 0",
+    )  # fmt: skip
 
 
 def _check_rank(recover: RecoverConfig, full: ModelSource) -> None:
@@ -216,7 +297,13 @@ def is_run(path: Path) -> bool:
 
 
 def small_model(model: ModelConfig, path: Path) -> ModelConfig:
-    return replace(model, path=str(path), revision=None)
+    """As this process loads it."""
+    return replace(in_one_piece(model), path=str(path), revision=None)
+
+
+def in_one_piece(model: ModelConfig) -> ModelConfig:
+    """The same model on one device."""
+    return replace(model, sharding="single", offload="none", offload_folder=None)
 
 
 def _check_alike(given: RecoveryInput, small: ModelSource) -> None:

@@ -28,6 +28,11 @@ def require_one_process(config: ScoringConfig, command: str) -> None:
     require(
         config.cluster.address is None, "cluster.address", config.cluster.address, f"none: {command} needs no cluster"
     )
+    require_stock(config)
+
+
+def require_stock(config: ScoringConfig) -> None:
+    """Raise ConfigError for options of the model that no stock checkpoint can express."""
     router, experts = config.model.router, config.model.experts
     require(router == "exported", "model.router", router, "'exported': a stock checkpoint is made")
     require(experts == "own", "model.experts", experts, "'own': a stock checkpoint is made, which merges no experts")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from moe_evo.commands.recovery_input import (
     LEARNED,
     VALIDATION,
     RecoveryJob,
+    in_one_piece,
     prompts_of,
 )
 from moe_evo.config.recover import RecoverConfig
@@ -28,6 +30,7 @@ from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
+    from moe_evo.models.view import MoEModel
     from moe_evo.recovery.lessons import Reading
 
 
@@ -49,7 +52,7 @@ def ask_full_model(job: RecoveryJob, folder: RecoveryFolder, tracker: Tracker) -
     if job.winner is not None:
         tracker.message("writing the pruned model")
         export_checkpoint(
-            evaluator.model, job.winner.genome, folder.student, overwrite=True, provenance=job.winner.provenance
+            _whole(job, evaluator), job.winner.genome, folder.student, overwrite=True, provenance=job.winner.provenance
         )
     formats = [PromptFormat(one.config, one, evaluator.model.tokenizer) for one in job.data]
     for name, prompts in prompts_of(job, formats).items():
@@ -59,6 +62,17 @@ def ask_full_model(job: RecoveryJob, folder: RecoveryFolder, tracker: Tracker) -
         _write_blocks(evaluator, folder.lessons, job.recover, tracker)
     del evaluator
     gc.collect()  # the pruned model may need the memory
+
+
+def _whole(job: RecoveryJob, evaluator: Evaluator) -> MoEModel:
+    """The full model with all of its weights in this process, in the host's memory where it is offloaded."""
+    from moe_evo.models.load import load_model
+    from moe_evo.models.source import ModelSource
+
+    if job.full.config.sharding == "single":
+        return evaluator.model
+    on_cpu = replace(in_one_piece(job.full.config), device="cpu", self_check=False)
+    return load_model(ModelSource(on_cpu))
 
 
 def scored_alone(evaluator: Evaluator, name: str) -> Evaluation:

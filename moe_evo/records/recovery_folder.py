@@ -92,6 +92,14 @@ class RecoveryFolder:
         """The file for the state of the method with this number among those that are done one after the other."""
         return self.path / f"state-{number}.safetensors"
 
+    def workers_state(self, number: int) -> Path:
+        """The same where workers train: a folder."""
+        return self.path / f"state-{number}"
+
+    def student_of(self, number: int) -> Path:
+        """The folder for the checkpoint that workers train by the method with this number."""
+        return self.path / f"student-{number}"
+
     def score(self, name: str) -> Evaluation | None:
         """What `keep_score` kept; None where there is nothing."""
         file = self.path / f"score-{name}.json"

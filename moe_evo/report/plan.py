@@ -186,12 +186,19 @@ def _recovery(recovery: RecoveryPlan | None) -> list[str]:
     return [
         f"recovery    {recovery.prompts:,} prompts, up to {recovery.positions:,} tokens with answers and validation: "
         f"{size_label(recovery.lesson_bytes)} of lessons{blocks} on disk; "
-        f"{_training(recovery)} takes {size_label(recovery.training_bytes)} beside activations"
+        f"{_training(recovery)} takes {size_label(recovery.training_bytes)}{_offloaded(recovery)} beside activations"
     ]
 
 
 def _training(recovery: RecoveryPlan) -> str:
     return f"training {recovery.trained_numbers:,} numbers" if recovery.trained_numbers else "the pruned model"
+
+
+def _offloaded(recovery: RecoveryPlan) -> str:
+    """What each of several workers takes elsewhere than on its device."""
+    host = f", {size_label(recovery.host_bytes)} of its host's memory" if recovery.host_bytes else ""
+    disk = f", {size_label(recovery.disk_bytes)} of disk" if recovery.disk_bytes else ""
+    return f"{host}{disk}" if recovery.workers == 1 else f"{host}{disk} for each of {recovery.workers} workers,"
 
 
 def _most(checkpoint: CheckpointPlan) -> str:

@@ -149,7 +149,8 @@ class RecoveryPlan:
     prompts: how many are learned from. positions: tokens of these and of the validation split's, with answers of full
     length. lesson_bytes: on disk, what the full model says of them. block_bytes: on disk, what its layers put out.
     trained_numbers: how many numbers gradient steps change; 0 without such steps. training_bytes: memory of weights,
-    gradients and moments in training, beside activations.
+    gradients and moments in training, beside activations; of one worker's device where workers train. workers: that
+    train together; 1 where this process trains. host_bytes, disk_bytes: of what one worker offloads.
     """
 
     prompts: int
@@ -158,6 +159,9 @@ class RecoveryPlan:
     block_bytes: int
     trained_numbers: int
     training_bytes: int
+    workers: int = 1
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
