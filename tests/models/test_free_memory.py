@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_models import tiny_model
 
-from moe_evo.models import free_memory
-from moe_evo.models.free_memory import free_bytes, half_of_free_gib
+from moe_evo.models.free_memory import free_bytes, half_of_free_gib, held_bytes
 from moe_evo.models.view import MoEModel
 
 CPU = torch.device("cpu")
@@ -43,6 +43,17 @@ def test_default_budget_is_half_of_the_free_memory_of_the_device(
     assert half_of_free_gib(torch.device("cuda:1")) == 3.0 and asked == [torch.device("cuda:1")]
     monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES")
     assert free_bytes(CPU) is None and half_of_free_gib(CPU) == 1.0
+
+
+def test_how_much_a_process_holds_is_told_with_and_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = psutil.Process().memory_info().rss
+    assert held_bytes() == pytest.approx(measured, rel=0.2)
+    monkeypatch.setattr(Path, "read_text", _no_such_file)
+    assert held_bytes() >= 0.8 * measured, "the most that was held"
+
+
+def _no_such_file(*_: object) -> str:
+    raise FileNotFoundError
 
 
 def test_the_real_system_answers() -> None:
