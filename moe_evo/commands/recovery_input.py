@@ -259,8 +259,8 @@ def _check_methods(config: RecoveryConfig, methods: Sequence[RecoveryMethod]) ->
 
     check_deepspeed("recover.engine: 'deepspeed'")
     require(
-        "adapters" not in config.recover.train, "recover.train", config.recover.train,
-        "no adapters with recover.engine deepspeed: they are trained on one device",
+        not {"adapters", "scales"} & {*config.recover.train}, "recover.train", config.recover.train,
+        "no adapters and no scales with recover.engine deepspeed: they are trained on one device",
     )  # fmt: skip
     require(
         any(isinstance(method, Distillation) for method in methods), "recover.engine", DEEPSPEED,
