@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from moe_evo.models import free_memory
 from moe_evo.models.free_memory import free_bytes, half_of_free_gib, held_bytes
 from moe_evo.models.view import MoEModel
 
