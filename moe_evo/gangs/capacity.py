@@ -56,6 +56,19 @@ def gangs_that_fit(
     return gangs
 
 
+def ranks_on_a_device(
+    nodes: Sequence[Mapping[str, float]], bundle: Mapping[str, float], gang_size: int, num_gangs: int | Literal["auto"]
+) -> int:
+    """How many ranks with resources `bundle` may take memory side by side: from one GPU, or from one node without GPUs.
+
+    nodes: all resources of each node. num_gangs: how many gangs of `gang_size` ranks there are at most.
+    """
+    if "GPU" in bundle:
+        return max(int(1 / bundle["GPU"] + 1e-6), 1)
+    fit = max(_slots(node, bundle) for node in nodes)
+    return max(fit if num_gangs == "auto" else min(fit, num_gangs * gang_size), 1)
+
+
 def _slots(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     """How many ranks a node holds; fractions of resources are compared with a small tolerance."""
     return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())

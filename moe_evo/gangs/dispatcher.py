@@ -212,6 +212,18 @@ class Dispatcher:
                 del self._entries[job.key]
         return given_up
 
+    @property
+    def works(self) -> frozenset[str]:
+        """Of jobs that are not done."""
+        return frozenset(entry.job.work for entry in self._entries.values())
+
+    def forget(self, work: str) -> None:
+        """Drop the results of a work that no run has any more."""
+        for key in [key for key in self._cache if key[0] == work]:
+            del self._cache[key]
+        for kind in [kind for kind in self._longest_s if kind[0] == work]:
+            del self._longest_s[kind]
+
     def answers(self, run: str) -> list[tuple[int, Answer]]:
         """The results for a run since the last call, with the run's own numbers."""
         mine = self._runs[run]

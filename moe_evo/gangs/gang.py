@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ConfigError, MoeEvoError, OutOfMemory, RowOutOfMemory
+from moe_evo.gangs.capacity import ranks_on_a_device
 from moe_evo.gangs.dispatcher import Answer, Batch
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
@@ -82,6 +83,7 @@ class Gang:
         self, name: str, size: int, bundle: dict[str, float], cluster: ClusterConfig, *, halvings: int, rank: type[Rank]
     ) -> None:
         self._load_timeout_s = cluster.load_timeout_s
+        self._bundle, self._num_gangs = bundle, cluster.num_gangs
         self._begun: set[str] = set()
         self.halvings = halvings
         labels = [dict(cluster.labels)] * size if cluster.labels else None
@@ -116,6 +118,7 @@ class Gang:
     async def load(self, model: ModelConfig, model_hash: str, report: Callable[[str], None]) -> None:
         """Load the model on all ranks; `report` must be picklable."""
         timeout_s = self._load_timeout_s
+        await self._all("share_memory", self._num_sharing(), timeout_s=timeout_s)
         where = (self.node, (await self._all("free_port", timeout_s=timeout_s))[0])
         await self._all("load", model, model_hash, where, timeout_s, report, timeout_s=timeout_s)
 
@@ -126,6 +129,12 @@ class Gang:
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         return str(addresses.get(bundles[0], "unknown"))
 
+    def _num_sharing(self) -> int:
+        """How many ranks may share a node's memory, or a GPU's."""
+        own = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        nodes = [node["Resources"] for node in ray.nodes() if node["NodeID"] in own and node["Alive"]]
+        return ranks_on_a_device(nodes, self._bundle, len(self._ranks), self._num_gangs) if nodes else 1
+
     async def begin(self, work: Work) -> Sequence[str]:
         """Prepare all ranks for batches of `work`; returns notes for the user, the first time."""
         if work.key in self._begun:
@@ -133,6 +142,13 @@ class Gang:
         notes = await self._all("begin", work, self.halvings, timeout_s=self._load_timeout_s)
         self._begun.add(work.key)
         return tuple(dict.fromkeys(note for of_rank in notes for note in of_rank))
+
+    async def forget_but(self, works: Set[str]) -> None:
+        """Let the ranks drop what they hold for all works but these."""
+        ended = self._begun - works
+        if ended:
+            await self._all("forget", sorted(ended), timeout_s=self._load_timeout_s)
+            self._begun -= ended
 
     async def run(self, batch: Batch, work: Work, patience: Patience) -> Sequence[Answer]:
         """Evaluate a batch on all ranks in lockstep; returns one result a job. Call `begin` before."""

@@ -65,6 +65,12 @@ class Rank:
         """Never returns, so that a caller that waits for it learns at once when the process dies."""
         threading.Event().wait()
 
+    def share_memory(self, num_ranks: int) -> None:
+        """Call it before `load`: so many ranks take memory side by side where this one does."""
+        from moe_evo.models.free_memory import share_memory
+
+        share_memory(num_ranks)
+
     def progress(self) -> int:
         """How many MoE layers this rank has computed so far; it grows as long as the rank does not hang."""
         return self._num_computed
@@ -118,6 +124,11 @@ class Rank:
         states = next((one.states for one in self._evaluators.values()), None)  # one memory for all works
         evaluator = self._evaluators[work.key] = Evaluator(self._model, tasks, evaluation, states)
         return evaluator.notes
+
+    def forget(self, works: Sequence[str]) -> None:
+        """Drop the tasks of these works, and what was computed for them."""
+        for key in works:
+            self._evaluators.pop(key, None)
 
     def evaluate(
         self, key: str, genomes: Sequence[Genome], split: str, rivals: Sequence[ExampleScores | None]

@@ -33,9 +33,10 @@ _LONGEST_PAUSE_S = 60.0
 
 @dataclass
 class _Listener:
-    """A run that asks for news."""
+    """A run that asks for news. work: the key of its work."""
 
     asked_at: float
+    work: str
     events: list[PoolEvent] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -49,6 +50,7 @@ class GangService:
         self._dispatcher = Dispatcher(cluster.max_batch, cluster.max_attempts)
         self._listeners: dict[str, _Listener] = {}
         self._works: dict[str, Work] = {}
+        self._wanted_at: dict[str, float] = {}
         self._notes: dict[str, PoolEvent] = {}
         self._gangs: dict[int, GangStatus] = {}
         self._coroutines: dict[int, asyncio.Task[None]] = {}
@@ -73,8 +75,9 @@ class GangService:
             self._supervisor.add_done_callback(self._end_at_defects)
         if self._fatal is not None and not self._listeners:  # the next run may come after the fault was mended
             self._fatal, self._failed_loads = None, 0
-        self._listeners.setdefault(run, _Listener(time.monotonic(), list(self._notes.values())))
+        self._listeners.setdefault(run, _Listener(time.monotonic(), work.key, list(self._notes.values())))
         self._works[work.key] = work
+        self._wanted_at[work.key] = time.monotonic()
         self._dispatcher.join(run)
 
     async def leave(self, run: str) -> None:
@@ -122,8 +125,17 @@ class GangService:
             is_shared = self._spec.cluster.service is not None
             if is_shared and not self._listeners and now - self._left_at > self._spec.cluster.idle_release_s:
                 ray.kill(ray.get_runtime_context().current_actor)
+            self._drop_ended_works(now)
             self._grow()
             self._metrics.tell(self._status())
+
+    def _drop_ended_works(self, now: float) -> None:
+        """Forget the data and results of runs that ended, unless another one with the same tasks follows soon."""
+        for key in self._dispatcher.works.union(one.work for one in self._listeners.values()):
+            self._wanted_at[key] = now
+        for key in [key for key, at in self._wanted_at.items() if now - at > self._spec.cluster.idle_release_s]:
+            del self._wanted_at[key], self._works[key]
+            self._dispatcher.forget(key)
 
     def _grow(self) -> None:
         """Start the gangs that are wanted and not there."""
@@ -222,6 +234,7 @@ class GangService:
             self._update(number, state="busy")
             started = time.monotonic()
             try:
+                await gang.forget_but(self._works.keys())
                 work = self._works[batch[0].work]
                 self._take_notes(number, await gang.begin(work))
                 answers = await gang.run(batch, work, self._patience(batch))

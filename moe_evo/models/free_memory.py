@@ -18,6 +18,7 @@ MEMORY_ERRORS = (RuntimeError, MemoryError)
 
 _SIGNS = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 _CGROUPS = Path("/sys/fs/cgroup")
+_num_sharing = 1
 _UNLIMITED = 1 << 60  # what version 1 writes where nothing is limited is larger
 
 
@@ -48,9 +49,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def half_of_free_gib(device: torch.device) -> float:
-    """Half of the memory that is free on `device` now: the other half is for activations."""
+    """Half of the memory that is free on `device` now: the other half is for activations.
+
+    Of memory that several processes share (`share_memory`), a fair part.
+    """
     free = free_bytes(device)
-    return 1.0 if free is None else free / 2**31
+    return (1.0 if free is None else free / 2**31) / _num_sharing
+
+
+def share_memory(num_processes: int) -> None:
+    """Tell this process that so many take memory side by side from the device that it computes on."""
+    global _num_sharing
+    _num_sharing = num_processes
 
 
 def _own_cgroup() -> str:

@@ -50,10 +50,15 @@ def requests(number: int, seed: int = 0, split: str = "search") -> list[Request]
 
 @contextmanager
 def gangs(
-    rank: type[Rank] = StandIn, *, model: ModelConfig = MODEL, tokens: Mapping[str, str] | None = None, **cluster: Any
+    rank: type[Rank] = StandIn,
+    *,
+    model: ModelConfig = MODEL,
+    task: TaskConfig = TASK,
+    tokens: Mapping[str, str] | None = None,
+    **cluster: Any,
 ) -> Iterator[RayPool]:
     """A pool of gangs of `rank` on the cluster that this process is connected to."""
-    config = ScoringConfig(model=model, tasks=[TASK], cluster=ClusterConfig(**{"address": "local", **cluster}))
+    config = ScoringConfig(model=model, tasks=[task], cluster=ClusterConfig(**{"address": "local", **cluster}))
     known_as = ModelSource(model).hash if rank is Rank else "no model"
     with ray_pool(
         config, check_tasks(config.tasks), ModelSource(model).shape, known_as, rank, tokens=tokens or {}

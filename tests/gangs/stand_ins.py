@@ -40,6 +40,9 @@ class StandIn(Rank):
 
     pause_s = 0.01
 
+    def share_memory(self, num_ranks: int) -> None:
+        self._num_sharing = num_ranks
+
     def load(self, *arguments: Any) -> None:
         pass
 
@@ -67,6 +70,36 @@ def telling(*notes: str) -> type[Rank]:
             return notes
 
     return Telling
+
+
+def telling_its_share() -> type[Rank]:
+    """Every rank tells how many take memory side by side."""
+
+    class TellingItsShare(StandIn):
+        def begin(self, work: Work, halvings: int) -> Sequence[str]:
+            super().begin(work, halvings)
+            return (f"{self._num_sharing} share",)
+
+    return TellingItsShare
+
+
+def writing_works_down(file: Path) -> type[Rank]:
+    """Works that are begun and forgotten are lines of `file`."""
+
+    class WritingWorksDown(StandIn):
+        def begin(self, work: Work, halvings: int) -> Sequence[str]:
+            self._write("begin", work.key)
+            return super().begin(work, halvings)
+
+        def forget(self, works: Sequence[str]) -> None:
+            for key in works:
+                self._write("forget", key)
+
+        def _write(self, *words: str) -> None:
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(" ".join(words) + "\n")
+
+    return WritingWorksDown
 
 
 def slow(seconds: float) -> type[Rank]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from request_runs import (
     service_pid,
     wait_until,
 )
-from stand_ins import slow, telling, writing_down
+from stand_ins import slow, telling, telling_its_share, writing_down, writing_works_down
 
 from moe_evo.errors import ClusterError, ConfigError, TaskError
 from moe_evo.evaluation.pool import Pool, Request
@@ -105,6 +106,30 @@ def test_a_genome_that_two_runs_want_is_evaluated_once(tmp_path: Path) -> None:
         for run in runs:
             assert_scores(run.result(), wanted)
     assert set(Counter(digests(file)).values()) == {1}
+
+
+def test_what_ended_runs_held_is_dropped_while_another_goes_on(tmp_path: Path) -> None:
+    file, others = tmp_path / "works", requests(200, seed=3)
+    shared = {"num_gangs": 1, "service": "dropping", "idle_release_s": 2.0}
+    with gangs(writing_works_down(file), task=replace(TASK, num_search=12), **shared) as lasting:
+        with gangs(writing_works_down(file), **shared) as ended:
+            assert_scores(complete(ended, requests(4)), requests(4))
+        (begun,) = file.read_text().splitlines()
+        deadline = time.monotonic() + 60
+        while len(file.read_text().splitlines()) < 3 and time.monotonic() < deadline:
+            complete(lasting, [others.pop()])
+            time.sleep(0.2)
+        held = ray.get(lasting.service.__ray_call__.remote(lambda one: (len(one._works), len(one._dispatcher.works))))
+    lines = file.read_text().splitlines()
+    assert lines[0] == begun and lines[1].startswith("begin ") and lines[2] == begun.replace("begin", "forget")
+    assert held == (1, 0), "the data of the run that goes on"
+
+
+@pytest.mark.parametrize(("num_gangs", "num_sharing"), [(1, 1), (2, 2), ("auto", 16)])
+def test_ranks_are_told_how_many_may_share_their_nodes_memory(num_gangs: int | str, num_sharing: int) -> None:
+    with gangs(telling_its_share(), num_gangs=num_gangs, idle_release_s=1.0) as pool:
+        progress = complete(pool, requests(2))
+    assert {one.detail for one in progress.events if one.kind == "note"} == {f"{num_sharing} share"}
 
 
 def test_another_model_under_the_name_of_a_service_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 
 from moe_evo.models import free_memory
-from moe_evo.models.free_memory import free_bytes, half_of_free_gib, held_bytes
+from moe_evo.models.free_memory import free_bytes, half_of_free_gib, held_bytes, share_memory
 from moe_evo.models.view import MoEModel
 
 CPU = torch.device("cpu")
@@ -44,6 +44,14 @@ def test_default_budget_is_half_of_the_free_memory_of_the_device(
     assert half_of_free_gib(torch.device("cuda:1")) == 3.0 and asked == [torch.device("cuda:1")]
     monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES")
     assert free_bytes(CPU) is None and half_of_free_gib(CPU) == 1.0
+
+
+@pytest.mark.usefixtures("cgroups")
+def test_processes_that_share_memory_take_a_fair_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "_num_sharing", 1)
+    alone = half_of_free_gib(CPU)
+    share_memory(4)
+    assert half_of_free_gib(CPU) == alone / 4 == 1000 * 4096 / 2**33
 
 
 def test_how_much_a_process_holds_is_told_with_and_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
