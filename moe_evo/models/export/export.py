@@ -20,7 +20,6 @@ from torch import Tensor
 
 from moe_evo.config.model import ExpertsMode, RouterMode
 from moe_evo.errors import ExportError
-from moe_evo.files.json_text import read_json
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import check_fits
 from moe_evo.models.agreement import TOLERANCES, relative_difference
@@ -211,7 +210,7 @@ def _biases_from_zero(moe: MoEModel, state: Mapping[str, Tensor]) -> dict[str, T
 @contextmanager
 def _rewritten(file: Path) -> Iterator[dict[str, Any]]:
     """The object in a JSON file, which is written again when the block is left."""
-    content = read_json(file, ExportError)
+    content = json.loads(file.read_text(encoding="utf-8"))  # of the library, which writes 10**30 for no limit
     yield content
     file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
