@@ -32,8 +32,9 @@ def hostile(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", [["show"], ["compare"], ["show", "--json"], ["compare", "--format", "csv"]])
 def test_texts_from_files_are_shown_and_never_steer(
-    command: list[str], hostile: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], hostile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # where no title is wrapped
     assert main([command[0], str(hostile), *command[1:]]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out
