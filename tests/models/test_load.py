@@ -114,7 +114,7 @@ def test_broken_config_is_refused(copied: Path, content: str, message: str) -> N
 
 def test_config_that_the_library_refuses_is_refused(copied: Path) -> None:
     raw = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**raw, "num_local_experts": "eight"}))
+    (copied / "config.json").write_text(json.dumps({**raw, "layer_types": ["unknown"]}))
     assert "config.json cannot be used" in refused(config(copied))
 
 

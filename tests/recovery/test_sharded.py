@@ -141,7 +141,7 @@ def test_every_part_of_every_family_learns_as_on_one_device(tmp_path: Path) -> N
 def test_any_parts_alone_learn_as_on_one_device(folder: Path, tmp_path: Path) -> None:
     """Also those before which nothing has a gradient."""
     config = replace(CONFIG, steps=3, checks=3)
-    parts = [(part,) for part in PARTS]
+    parts = [(part,) for part in PARTS if part not in ("adapters", "scales")]  # which one device trains
     jobs = {
         (one, stage): replace(job_of(folder, tmp_path / f"{one}-{stage}", replace(config, zero_stage=stage)), parts=one)
         for one in parts

@@ -37,12 +37,12 @@ def test_the_curves_of_a_recovery_are_there_while_it_runs_and_whole_after_a_kill
 ) -> None:
     target = tmp_path / "recovered"
     words = ["recover", str(pruned), *OPTIONS, *OFFLINE, *SHORT, "--to", str(target)]
-    step: Callable[[Training], tuple[float, int]] = Training._step
+    step: Callable[[Training, int], tuple[float, int]] = Training._step
 
-    def interrupted(training: Training) -> tuple[float, int]:
-        if training._learned.steps == 5:
+    def interrupted(training: Training, number: int) -> tuple[float, int]:
+        if number == 5:
             raise KeyboardInterrupt
-        return step(training)
+        return step(training, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_step", interrupted)

@@ -211,7 +211,7 @@ def test_commands_tell_it_before_a_model_is_loaded(
     [
         (["--model.top_p", "0"], "model.top_p: got 0.0, expected more than 0, up to 1"),
         (["--model.top_p", "1.5"], "model.top_p: got 1.5, expected more than 0, up to 1"),
-        (["--model.top_p", ".nan"], "model.top_p: got nan, expected more than 0, up to 1"),
+        (["--model.top_p", ".nan"], "model.top_p: got '.nan', expected a number or null"),
         (["--model.top_p", "0.5", "--model.dynamic_skipping", "0.5"], "expected none: model.dynamic_skipping says"),
         (["--model.top_p", "0.5", "--model.router", "eep"], "expected none: with model.router 'eep'"),
     ],
