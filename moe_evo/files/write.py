@@ -29,15 +29,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_new(path: Path, content: str | bytes) -> None:
     """As `write_whole`, for a file that is not there; raises FileExistsError, also where another process is first."""
-    with whole_file(path, _link_new) as temporary:
+    with whole_file(path, is_new=True) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
-def whole_file(path: Path, place: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
+def whole_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """A temporary file that takes the place of `path` if the block ends without an error, else is removed.
 
-    place: how it is put there.
+    is_new: raise FileExistsError where there is a file by then.
     """
     _remove_leftovers(path)
     temporary, held = _held(lambda: _new_file(path))
@@ -46,7 +46,7 @@ def whole_file(path: Path, place: Callable[[Path, Path], None] = os.replace) -> 
         temporary.chmod(0o666 & ~mask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        place(temporary, path)
+        _link_new(temporary, path) if is_new else os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(held)

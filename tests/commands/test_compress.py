@@ -183,7 +183,7 @@ def test_a_config_may_follow_the_checkpoint_and_options_may_come_first(
         (["--to", "TAKEN"], "TAKEN: is not empty"),
         (["CHECKPOINT", "TAKEN"], "TAKEN: has no config.json"),
         (["CHECKPOINT", "TAKEN/no"], "TAKEN/no: no such folder"),
-        (["CHECKPOINT", ""], "checkpoint"),
+        (["CHECKPOINT", ""], "CHECKPOINT: is missing, expected an exported folder or any other model"),
     ],
 )
 def test_wrong_input_is_one_line_before_a_model_is_loaded(

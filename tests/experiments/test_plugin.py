@@ -89,7 +89,8 @@ def test_a_path_names_the_same_search(site: Path, alone: dict[str, Any], tmp_pat
 def test_its_criterion_is_listed_and_a_wrong_name_is_one_line(site: Path) -> None:
     assert "mean_gate" in run(["-m", "moe_evo", "criteria"], site).stdout
     done = run(["-m", "moe_evo", "search", "--search.algorithm", "climbr"], site, code=2)
-    (line,) = done.stderr.strip().splitlines()
+    *started, line = done.stderr.strip().splitlines()
+    assert started == ["starting, importing torch and transformers ..."]
     assert line.startswith(
         "moe-evo: error: search.algorithm: got 'climbr', did you mean 'climber'? expected one of eep, "
     )
