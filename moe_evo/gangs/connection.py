@@ -138,7 +138,8 @@ def _not_connected(address: str, error: Exception) -> MoeEvoError:
         )
     return ClusterError(
         f"cluster.address: no Ray cluster at {address!r} ({told}); start one with `ray start --head`, or use "
-        "'local' for one on this machine"
+        "'local' for one on this machine; where one runs, it refuses this process: set RAY_AUTH_MODE=token, and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
     )
 
 
