@@ -46,6 +46,7 @@ class Padding:
     """All that generation asks of a tokenizer where nothing is decoded."""
 
     pad_token_id, eos_token_id = 0, None
+    all_special_ids: tuple[int, ...] = ()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
