@@ -51,8 +51,10 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return type(value) in map(type, of) and value in of
     if origin in (list, tuple):
+        if not isinstance(value, origin):
+            return False
         of = of if origin is tuple else (of[0],) * len(value)
-        return isinstance(value, origin) and all(_is(one, part) for one, part in zip(value, of, strict=True))
+        return len(value) == len(of) and all(_is(one, part) for one, part in zip(value, of, strict=True))
     if origin is dict:
         return isinstance(value, dict) and all(_is(key, of[0]) and _is(one, of[1]) for key, one in value.items())
     if hint is float:
