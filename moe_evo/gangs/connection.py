@@ -28,6 +28,7 @@ from moe_evo.gangs.ray_border import (
     free_by_node,
     on_loopback,
     ray,
+    refuses,
 )
 from moe_evo.gangs.service import GangService
 from moe_evo.gangs.service_spec import ServiceSpec
@@ -116,6 +117,8 @@ def _check_answers(address: str) -> None:
             f"cluster.address: no Ray cluster at {address!r} (nothing answered at {where} within {_ANSWER_S:.0f} s); "
             "check the address and that the head runs, or use 'local' for a Ray on this machine"
         )
+    if refuses(where, _ANSWER_S):
+        raise _refused(address)
 
 
 def _not_connected(address: str, error: Exception) -> MoeEvoError:
@@ -127,10 +130,7 @@ def _not_connected(address: str, error: Exception) -> MoeEvoError:
             "with a short name, such as /tmp"
         )
     if "AuthenticationError" in str(error) or isinstance(error, AuthenticationError):
-        return ConfigError(
-            f"cluster.address: the Ray cluster at {address!r} refuses this process; set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-        )
+        return _refused(address)
     if address == "local":
         return ClusterError(
             f"cluster.address: Ray could not be started on this machine ({told}); is it overloaded, or short of memory "
@@ -138,7 +138,13 @@ def _not_connected(address: str, error: Exception) -> MoeEvoError:
         )
     return ClusterError(
         f"cluster.address: no Ray cluster at {address!r} ({told}); start one with `ray start --head`, or use "
-        "'local' for one on this machine; where one runs, it refuses this process: set RAY_AUTH_MODE=token, and "
+        "'local' for one on this machine"
+    )
+
+
+def _refused(address: str) -> ConfigError:
+    return ConfigError(
+        f"cluster.address: the Ray cluster at {address!r} refuses this process; set RAY_AUTH_MODE=token, and "
         "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
     )
 

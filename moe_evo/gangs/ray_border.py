@@ -65,7 +65,7 @@ def answers(host_and_port: str, within_s: float) -> bool:
 
     `ray.init` itself tries for a quarter of an hour, and writes three lines every 40 seconds meanwhile.
     """
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+    if _uses_tls():
         return _accepts(host_and_port, within_s)
     channel = grpc.insecure_channel(host_and_port)
     try:
@@ -75,6 +75,28 @@ def answers(host_and_port: str, within_s: float) -> bool:
     finally:
         channel.close()
     return True
+
+
+def refuses(host_and_port: str, within_s: float) -> bool:
+    """Whether the head of Ray at HOST:PORT refuses the token of this process, or its lack of one.
+
+    `ray.init` itself says then, after 20 seconds, that it could not connect. False with TLS, where it cannot be told.
+    """
+    if _uses_tls():
+        return False
+    from ray._private.authentication import grpc_authentication_client_interceptor as interceptor
+
+    with grpc.insecure_channel(host_and_port) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")  # bytes in, bytes out
+        try:
+            ask(b"", metadata=interceptor._get_authentication_metadata_tuple(), timeout=within_s)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
+def _uses_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def _accepts(host_and_port: str, within_s: float) -> bool:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from ray.cluster_utils import Cluster
 
 CONNECTS = """
@@ -73,11 +74,11 @@ def test_an_address_where_nothing_answers_is_given_up_soon() -> None:
     assert nowhere.error == "ClusterError" and "no Ray cluster at 'nowhere'" in nowhere.message
 
 
-def test_a_token_that_the_cluster_refuses_is_told(cluster: Cluster) -> None:
-    """Ray says in some places that it was refused, and in others that it could not connect."""
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_a_token_that_the_cluster_refuses_is_wrong_input(mode: str, cluster: Cluster) -> None:
     another = secrets.token_hex(32)
-    (one,) = connect(cluster.address, RAY_AUTH_TOKEN=another)
-    assert "refuses this process" in one.message and "set RAY_AUTH_MODE=token" in one.message
+    (one,) = connect(cluster.address, RAY_AUTH_TOKEN=another, RAY_AUTH_MODE=mode)
+    assert one.error == "ConfigError" and "refuses this process; set RAY_AUTH_MODE=token" in one.message
     assert another not in one.message
 
 
