@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_evo.cli.starting import start, tell_imports
 from moe_evo.errors import ConfigError
@@ -128,64 +128,56 @@ def recover_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool)
 
 def compress_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     """Experts made sparse or of low rank."""
-    from dataclasses import fields
-
     from moe_evo.commands.compress import CompressOptions, compress
-    from moe_evo.config.file import parse_config
-    from moe_evo.config.run import ScoringConfig
-    from moe_evo.tracking.terminal import TerminalTracker
+    from moe_evo.report.terminal import print_compression
 
-    arguments, config = parse_config(parser, _model_last(argv, "CHECKPOINT"), ScoringConfig)
-    options = CompressOptions(**{one.name: getattr(arguments, one.name) for one in fields(CompressOptions)})
-    config = _with_path(config, arguments.checkpoint)
-    start(config)
-    with TerminalTracker() as tracker:
-        report = compress(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
-    if as_json:
-        print(json.dumps(plain(report)))
-    else:
-        from moe_evo.report.terminal import print_compression, print_export
-
-        print_compression(report)
-        print_export(report)
+    _made_of_one(
+        parser, argv, "checkpoint", "CHECKPOINT", CompressOptions, compress, print_compression, as_json=as_json
+    )
 
 
 def carve_action(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> None:
     """A dense model made an MoE."""
-    from dataclasses import fields
-
     from moe_evo.commands.carve import CarveOptions, carve
+    from moe_evo.report.terminal import print_carving
+
+    _made_of_one(parser, argv, "dense", "MODEL", CarveOptions, carve, print_carving, as_json=as_json)
+
+
+def _made_of_one(
+    parser: CommandParser,
+    argv: Sequence[str],
+    argument: str,
+    shown: str,
+    options_type: type[Any],
+    command: Callable[..., Any],
+    show: Callable[[Any], None],
+    *,
+    as_json: bool,
+) -> None:
+    """Run a command that makes a checkpoint of the model that its first bare word, `argument`, names.
+
+    shown: the name of that argument in messages.
+    """
+    from dataclasses import fields, replace
+
     from moe_evo.config.file import parse_config
     from moe_evo.config.run import ScoringConfig
+    from moe_evo.report.terminal import print_export
     from moe_evo.tracking.terminal import TerminalTracker
 
-    arguments, config = parse_config(parser, _model_last(argv, "MODEL"), ScoringConfig)
-    options = CarveOptions(**{one.name: getattr(arguments, one.name) for one in fields(CarveOptions)})
-    config = _with_path(config, arguments.dense)
+    if any(word.split("=")[0] == "--model.path" for word in argv):
+        raise ConfigError(f"--model.path: got it beside {shown}, which is the model; expected one of them")
+    # the model goes behind the second bare word, which may be a config
+    words = [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
+    arguments, config = parse_config(parser, words, ScoringConfig)
+    options = options_type(**{one.name: getattr(arguments, one.name) for one in fields(options_type)})
+    config = replace(config, model=replace(config.model, path=getattr(arguments, argument)))
     start(config)
     with TerminalTracker() as tracker:
-        report = carve(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
+        report = command(config, options, Path(arguments.to), overwrite=arguments.overwrite, tracker=tracker)
     if as_json:
         print(json.dumps(plain(report)))
     else:
-        from moe_evo.report.terminal import print_carving, print_export
-
-        print_carving(report)
+        show(report)
         print_export(report)
-
-
-def _model_last(argv: Sequence[str], name: str) -> Sequence[str]:
-    """The command line with the model, its first bare word, behind the second one, which may be a config.
-
-    name: of the model in messages.
-    """
-    if any(word.split("=")[0] == "--model.path" for word in argv):
-        raise ConfigError(f"--model.path: got it beside {name}, which is the model; expected one of them")
-    return [*argv[1:], argv[0]] if argv and not argv[0].startswith("-") else argv
-
-
-def _with_path(config: ScoringConfig, path: str) -> ScoringConfig:
-    """The config with another model."""
-    from dataclasses import replace
-
-    return replace(config, model=replace(config.model, path=path))

@@ -21,10 +21,9 @@ from moe_evo.config.cluster import ClusterConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError, OutOfMemory, RowOutOfMemory
 from moe_evo.evaluation.evaluator import torch_threads
 from moe_evo.gangs.capacity import gangs_that_fit
-from moe_evo.gangs.connection import cluster_capacity, connected, rank_bundle
+from moe_evo.gangs.connection import cluster_capacity, connected, rank_bundle, reason
 from moe_evo.gangs.ray_border import free_in_words, ray
 from moe_evo.models.ranks import Ranks
-from moe_evo.models.transformers_border import one_line
 from moe_evo.plugins import import_modules, registering_modules
 from moe_evo.recovery.sharded import ShardedJob, train_share
 from moe_evo.recovery.sharded_state import ShardedState
@@ -36,7 +35,6 @@ train_torch: Any = _train_torch
 
 _TICK_S = 0.5
 _PATIENCE_S = 30.0  # how long the workers may wait for resources before the user is told
-_REASON_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _run(
                 listener.done(learned)
     except RayError as error:
         raise ClusterError(
-            f"the Ray cluster is gone ({one_line(error)[:_REASON_LENGTH]}); run the same command again, on any "
+            f"the Ray cluster is gone ({reason(error)}); run the same command again, on any "
             "cluster: it goes on where it stood"
         ) from error
     finally:
@@ -237,6 +235,4 @@ def _distance(error: Exception) -> int:
 
 
 def _reason(error: Exception | None) -> str:
-    return (
-        "they ended without a word" if error is None else f"{type(error).__name__}: {one_line(error)}"[:_REASON_LENGTH]
-    )
+    return "they ended without a word" if error is None else f"{type(error).__name__}: {reason(error)}"

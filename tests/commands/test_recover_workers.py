@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from recoveries import OPTIONS, weights
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_evo.cli.main import main
@@ -32,20 +32,10 @@ from moe_evo.models import load, zero3
 from moe_evo.report.plan import print_plan
 from moe_evo.report.planned import RecoveryPlan
 
-OPTIONS = ("--model.self_check", "false", "--evaluation.threads", "1", "--tasks",
-           "[{data: syll, num_search: 40, num_validation: 24, num_test: 40}]")  # fmt: skip
 SHORT = ("--recover.steps", "60", "--recover.batch_size", "8", "--recover.checks", "3")
 WORKERS = ("--recover.engine", "deepspeed", "--model.sharding", "zero3", "--cluster.address", "local",
            "--cluster.gang_size", "2", "--cluster.resources", "{CPU: 1}")  # fmt: skip
 _START_S = 500.0
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the embedded model with two experts in each layer."""
-    target = tmp_path_factory.mktemp("pruned") / "checkpoint"
-    assert main(["prune", *OPTIONS, "--method", "aimer", "--num_kept", "2", "--to", str(target)]) == 0
-    return target
 
 
 def recover(what: Path, target: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
@@ -53,10 +43,6 @@ def recover(what: Path, target: Path, *words: str, capsys: pytest.CaptureFixture
     assert main(["recover", str(what), *OPTIONS, *SHORT, "--to", str(target), *words, "--json"]) == 0
     out, err = capsys.readouterr()
     return json.loads(out), err
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
 
 
 def checks(told: dict) -> list[float]:
