@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_evo.genomes.population import ExampleScores
-from moe_evo.records.statistics import Difference, McNemar, exact_mcnemar, paired_difference
+from moe_evo.records.statistics import Z_95, Difference, McNemar, exact_mcnemar, paired_difference
 
-_Z_95, _Z_POWER_80 = 1.959963984540054, 0.8416212335729143
+_Z_POWER_80 = 0.8416212335729143
 _FEW_DIFFERENT = 10  # with fewer the bootstrap's interval is too narrow, see `paired_difference`
 
 
@@ -48,8 +48,8 @@ class Paired:
         difference, as the interval shows it. Rounded up to two digits.
         """
         now = self.difference
-        deviation = (now.high - now.low) / (2 * _Z_95) * math.sqrt(now.num_examples)
-        number = ((_Z_95 + _Z_POWER_80) * deviation / difference) ** 2
+        deviation = (now.high - now.low) / (2 * Z_95) * math.sqrt(now.num_examples)
+        number = ((Z_95 + _Z_POWER_80) * deviation / difference) ** 2
         return _rounded_up(number) if number > 0 else None
 
 

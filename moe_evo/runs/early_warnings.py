@@ -10,6 +10,7 @@ from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.result import Score
+from moe_evo.records.statistics import Z_95
 from moe_evo.tasks.chance import chance_level
 from moe_evo.tasks.data import SPLITS, TaskData, is_share
 from moe_evo.tasks.kinds import KINDS, SHARE
@@ -17,7 +18,6 @@ from moe_evo.tasks.kinds import KINDS, SHARE
 _FEW = 100
 _MARGIN = 0.05
 _SHOWN = 3
-_Z_95 = 1.959963984540054
 
 _MEANS = {
     "search": "a search learns so few by heart, and its winner does worse on others",
@@ -42,8 +42,8 @@ def split_warnings(data: Sequence[TaskData], rule: FitnessRule) -> list[str]:
 
 def _margin(number: int) -> str:
     """How exactly so many answers tell a share of right ones, at worst."""
-    enough = math.ceil((_Z_95 / 2 / _MARGIN) ** 2 / 10) * 10
-    return f": they tell a score to ±{_Z_95 / 2 / math.sqrt(number):.2f}, {enough} tell it to ±{_MARGIN:g}"
+    enough = math.ceil((Z_95 / 2 / _MARGIN) ** 2 / 10) * 10
+    return f": they tell a score to ±{Z_95 / 2 / math.sqrt(number):.2f}, {enough} tell it to ±{_MARGIN:g}"
 
 
 def full_model_warnings(data: Sequence[TaskData], full: Evaluation, genome: Genome, pool: Pool) -> list[str]:
