@@ -7,6 +7,8 @@ TORCH ?=
 INTERPRETER = $(or $(PYTHON),python3)
 BIN := .venv/bin
 BENCHMARKS := $(filter-out benchmarks/figures.py benchmarks/baselines.py benchmarks/models.py benchmarks/shots.py, $(wildcard benchmarks/*.py))
+# two tests at a time, those of a file one after another (see tests/conftest.py)
+WORKERS := --numprocesses 2 --dist loadgroup
 # the suites that would notice a change in a library
 CONTRACTS := tests/models tests/evaluation tests/tasks tests/tracking tests/recovery
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -41,7 +43,7 @@ demo: .venv/ready
 	$(BIN)/python experiments/embedded/generate.py runs/demo/checkpoint
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Twenty times as many wrong inputs and kills as in `make test`, and other ones each time.
 fuzz: .venv/dev
@@ -91,7 +93,7 @@ test-oldest: .venv-lock/ready
 	$(LEFT_TO_TORCH) .venv-lock/resolved.txt | $(WITH_TORCH) > .venv-lock/oldest.txt
 	$(INTERPRETER) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -qq --no-compile --constraint .venv-lock/oldest.txt --editable ".[dev]"
-	.venv-oldest/bin/python -m pytest -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning' $(CONTRACTS)
+	.venv-oldest/bin/python -m pytest -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning' $(WORKERS) $(CONTRACTS)
 
 # With what `make lock` would write now, so with the locked torch, as the newest is 3 GB on Linux: TORCH="torch" takes it.
 test-newest: .venv-lock/newest.txt
@@ -104,7 +106,7 @@ test-asked:
 	-diff constraints.txt .venv-lock/asked.txt
 	$(INTERPRETER) -m venv .venv-newest
 	.venv-newest/bin/pip install -qq --no-compile --constraint .venv-lock/asked.txt --editable ".[dev]"
-	.venv-newest/bin/python -m pytest $(CONTRACTS)
+	.venv-newest/bin/python -m pytest $(WORKERS) $(CONTRACTS)
 
 # runs/ stays: it holds searches
 clean:

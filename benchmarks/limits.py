@@ -180,7 +180,7 @@ def search_memory(path: str, gib: float, evaluations: int, merges: bool) -> None
     evaluator.model.merged_cache.budget_bytes = merged
     space = SearchSpace.build(evaluator.model.shape, num_kept=num_kept)
     eep = EEPConfig(num_initial=4 if merges else 10, num_pruning=8 if merges else evaluations)
-    search = build_search(space, SearchConfig(evaluations=evaluations, eep=eep))
+    search = build_search(space, SearchConfig(algorithm="eep", evaluations=evaluations, eep=eep))
     for _ in range(evaluations):
         (candidate,) = search.ask(1)
         search.tell([Individual(candidate, evaluator.evaluate([candidate.genome], "search")[0])])

@@ -45,7 +45,7 @@ EXAMPLES = {"embedded": 200, "mixtral": 40, "qwen3": 40}
 def recorded_genomes(evaluator: Evaluator, num_kept: int, evaluations: int) -> tuple[list[Genome], int]:
     """The genomes of an EEP search in their order, and how many of them are prunings of its first phase."""
     space = SearchSpace.build(evaluator.model.shape, num_kept=num_kept)
-    search = build_search(space, SearchConfig(num_kept=num_kept, evaluations=evaluations))
+    search = build_search(space, SearchConfig(algorithm="eep", num_kept=num_kept, evaluations=evaluations))
     genomes = []
     for _ in range(evaluations):
         (candidate,) = search.ask(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking ask for it in their configs
@@ -18,3 +20,12 @@ os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
+_WITH_CLUSTERS = ("gangs", "cluster", "kills")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those of a file stay together, and so do all that start clusters or kill."""
+    for item in items:
+        group = "clusters" if item.path.parent.name in _WITH_CLUSTERS else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

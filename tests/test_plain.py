@@ -54,7 +54,9 @@ def test_a_value_survives_json() -> None:
         RunConfig(
             model=ModelConfig(sharding="device_map", max_memory={0: "70GiB", "cpu": "9GiB"}, dynamic_skipping=[0.5]),
             tasks=[TaskConfig(data="nli"), TaskConfig(data="syll", split_shares=(0.5, 0.25, 0.25))],
-            search=SearchConfig(num_kept=[4, 3], init={"random": 1, "reap": 2.5}, eep=EEPConfig(sigma=0.1)),
+            search=SearchConfig(
+                algorithm="eep", num_kept=[4, 3], init={"random": 1, "reap": 2.5}, eep=EEPConfig(sigma=0.1)
+            ),
             cluster=ClusterConfig(address="auto", num_gangs=3, resources={"GPU": 1}, labels={"a": "b"}),
         ),
     ],

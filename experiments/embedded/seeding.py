@@ -65,7 +65,7 @@ class Cell:
         return RunConfig(
             model=ModelConfig(self_check=False),
             tasks=[TaskConfig(data=self.task, num_search=200)],
-            search=SearchConfig(evaluations=EVALUATIONS, seed=self.seed, init=INITS[self.init]),
+            search=SearchConfig(algorithm="eep", evaluations=EVALUATIONS, seed=self.seed, init=INITS[self.init]),
             evaluation=EvaluationConfig(threads=1),
             selection=SelectionConfig(finalists=1, baselines=[]),
             folder=str(Path(self.folder) / name),

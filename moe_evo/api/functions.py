@@ -42,7 +42,7 @@ def search(
     >>> run.is_finished
     True
     >>> [row.key for row in run.result.rows]
-    ['full', 'frequency', 'reap', 'best_pruning', 'best']
+    ['full', 'frequency', 'reap', 'best']
     >>> 0 <= run.result.best.test.low <= run.result.best.test.fitness <= 1
     True
     """
@@ -256,7 +256,7 @@ def export(
     """Write the checkpoint of a finished run into the folder `to`, and check that it computes the evaluated logits.
 
     >>> import moe_evo
-    >>> exported = moe_evo.export("my-run", "exported", which="best_pruning")
+    >>> exported = moe_evo.export("my-run", "exported")
     >>> exported.report.loader, exported.report.max_logit_difference < 1e-4
     ('transformers', True)
     """

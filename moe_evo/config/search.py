@@ -102,13 +102,13 @@ class SurrogateConfig:
         pool: Prunings among which each candidate is chosen.
         priors: One-shot criteria (moe-evo criteria lists them; or package.module:name) whose opinions of the
             experts the process knows from the beginning; what each would keep is scored first, and how far it is
-            right is learned.
+            right is learned. They look at the model once; [] for none.
     """
 
     num_warmup: int = 30
     batch: int = 10
     pool: int = 600
-    priors: list[str] = field(default_factory=list)
+    priors: list[str] = field(default_factory=lambda: ["reap", "soft_frequency"])
 
     def __post_init__(self) -> None:
         for option in ("num_warmup", "batch"):
@@ -121,9 +121,9 @@ class SearchConfig:
     """What is searched, by which algorithm, for how long.
 
     Args:
-        algorithm: 'eep'; 'eep_release', the same with the published parameters; 'surrogate', which learns from every
-            evaluation and only prunes; 'random'; or the search of another package, by its name or as
-            package.module:name.
+        algorithm: 'surrogate', which learns from every evaluation and only prunes; 'eep', evolution that prunes, then
+            merges; 'eep_release', the same with the published parameters; 'random'; or the search of another
+            package, by its name or as package.module:name.
         num_kept: Experts kept in every MoE layer, or a list with one number a layer. Or a budget that layers share,
             as in {mean: 4, min: 2, max: 8}: each layer keeps its own number between min and max, mean on average.
             Layers that differ load with moe_evo.load_pruned, not with stock transformers or vLLM.
@@ -145,7 +145,7 @@ class SearchConfig:
             shares as in {random: 2, reap: 1}.
     """
 
-    algorithm: str = "eep"
+    algorithm: str = "surrogate"
     num_kept: int | list[int] | dict[str, int] = 4
     objectives: list[str] = field(default_factory=lambda: [QUALITY])
     top_k: int | None = None
@@ -240,7 +240,7 @@ class SearchConfig:
     @property
     def priors(self) -> list[str]:
         """The one-shot criteria whose scores of the experts the search begins with."""
-        return self.surrogate.priors
+        return self.surrogate.priors if self.algorithm == "surrogate" else []
 
     @property
     def init_methods(self) -> list[str]:

@@ -85,7 +85,7 @@ def test_a_search_prints_nothing_unless_asked(tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
     moe_evo.search(**SMALL, evaluations=3, folder=str(tmp_path / "other"), progress=True)
     told = capfd.readouterr()
-    assert told.out == "" and "search (eep): 3 evaluations" in told.err
+    assert told.out == "" and "search (surrogate): 3 evaluations" in told.err
 
 
 def test_the_same_call_again_is_the_same_run(run: moe_evo.Run) -> None:

@@ -36,8 +36,8 @@ def test_keywords_are_the_last_parts_of_flags_or_sections_or_whole_names() -> No
     assert run_config(**{"search.num_kept": 6, "search.seed": 3}) == wanted
     assert run_config(search=SearchConfig(num_kept=6, seed=3)) == wanted
     assert (
-        run_config(sigma=0.1).search.eep
-        == run_config(search={"eep": {"sigma": 0.1}}).search.eep
+        run_config(algorithm="eep", sigma=0.1).search.eep
+        == run_config(search={"algorithm": "eep", "eep": {"sigma": 0.1}}).search.eep
         == EEPConfig(sigma=0.1)
     )
 
@@ -65,9 +65,9 @@ def test_a_config_is_changed_by_what_else_is_given(tmp_path: Path) -> None:
     assert config_of(ScoringConfig, wanted, None, None, {}).tasks == wanted.tasks
     data = {"search": {"num_kept": 6}, "tasks": ["nli"], "selection": {"finalists": 2}}
     assert run_config(config=data, seed=1) == wanted and data["search"] == {"num_kept": 6}
-    nested = {"search": {"eep": {"sigma": 0.1}}}
+    nested = {"search": {"algorithm": "eep", "eep": {"sigma": 0.1}}}
     assert run_config(config=nested, num_initial=5).search.eep == EEPConfig(sigma=0.1, num_initial=5)
-    assert nested == {"search": {"eep": {"sigma": 0.1}}}
+    assert nested == {"search": {"algorithm": "eep", "eep": {"sigma": 0.1}}}
 
 
 def test_one_thing_where_a_list_is_expected_and_numbers_of_numpy_are_taken() -> None:

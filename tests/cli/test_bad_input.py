@@ -190,13 +190,16 @@ BAD_INPUTS: dict[str, tuple[BadInput, str]] = {
         "got 'b', which belongs to no option",
     ),
     "out of range": (lambda _: ["search", "--search.evaluations", "0"], "search.evaluations: got 0"),
-    "rate above one": (lambda _: ["search", "--search.eep.sigma", "-1"], "search.eep.sigma"),
+    "rate above one": (
+        lambda _: ["search", "--search.algorithm", "eep", "--search.eep.sigma", "-1"],
+        "search.eep.sigma",
+    ),
     "options beside a preset": (
         lambda _: ["search", "--search.algorithm", "eep_release", "--search.eep.sigma", "0.5"],
         "use algorithm 'eep' to change them",
     ),
     "options of another search": (
-        lambda _: ["search", "--search.surrogate.batch", "5"],
+        lambda _: ["search", "--search.algorithm", "eep", "--search.surrogate.batch", "5"],
         "use algorithm 'surrogate' to change them",
     ),
     "a prior that scores no experts": (

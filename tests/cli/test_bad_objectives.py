@@ -27,7 +27,7 @@ CASES = {
         "search.num_kept.min: got 1 with top_k 2 in MoE layer 0",
     ),
     "a budget for EEP": (
-        ["search", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
+        ["search", "--search.algorithm", "eep", "--search.num_kept", "{mean: 4, min: 2, max: 8}"],
         "expected a number or a list: eep moves no experts between layers; use one of search.algorithm random",
     ),
     "a budget for the released EEP": (
@@ -67,7 +67,7 @@ CASES = {
         "search.objectives: got ['active'], expected 'quality' or 'tasks' among them",
     ),
     "objectives for EEP": (
-        ["search", "--search.objectives", "[quality,active]"],
+        ["search", "--search.algorithm", "eep", "--search.objectives", "[quality,active]"],
         "search.objectives: got ['quality', 'active'], expected [quality]: eep has one objective; use one of",
     ),
     "parameters as an objective with one K": (

@@ -118,8 +118,9 @@ def test_time_follows_evaluations_examples_and_gangs() -> None:
     [
         {"evaluations": 6},
         {"evaluations": 6, "algorithm": "random"},
-        {"evaluations": 6, "eep": EEPConfig(num_initial=3, num_pruning=6)},
-        {"evaluations": 4, "num_kept": 8},
+        {"evaluations": 6, "algorithm": "eep"},
+        {"evaluations": 6, "algorithm": "eep", "eep": EEPConfig(num_initial=3, num_pruning=6)},
+        {"evaluations": 4, "algorithm": "eep", "num_kept": 8},
         {"evaluations": 6, "init": ["reap"]},
         {"evaluations": 6, "algorithm": "surrogate", "num_kept": {"mean": 4, "min": 2, "max": 8}},
         {"evaluations": 6, "algorithm": "random", "objectives": ["quality", "active"]},

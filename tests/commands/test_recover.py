@@ -87,7 +87,7 @@ def test_search_and_prune_recover_what_they_found(tmp_path: Path, capsys: pytest
     words += ["--selection.baselines", "[]", "--folder", str(folder)]
     assert main(["search", *OPTIONS, *words, *SHORT, "--recover"]) == 0
     out = capsys.readouterr().out
-    assert "recovered model" in out and "EEP prune + merge, recovered" in out
+    assert "recovered model" in out and "surrogate, recovered" in out
     assert AutoModelForCausalLM.from_pretrained(folder / "recovered").config.num_local_experts == 3
     assert main(["search", *OPTIONS, *words, *SHORT, "--recover"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -55,8 +55,12 @@ def test_a_single_name_means_a_list_of_one(value: str, init: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "read", "expected"),
     [
-        (["--search.eep.sigma", "1e-3"], lambda config: config.search.eep.sigma, 0.001),
-        (["--search.eep.mutation_margin=-0"], lambda config: config.search.eep.mutation_margin, 0.0),
+        (["--search.algorithm", "eep", "--search.eep.sigma", "1e-3"], lambda config: config.search.eep.sigma, 0.001),
+        (
+            ["--search.algorithm", "eep", "--search.eep.mutation_margin=-0"],
+            lambda config: config.search.eep.mutation_margin,
+            0.0,
+        ),
         (["--tasks.prefix=--x=y"], lambda config: config.tasks[-1].prefix, "--x=y"),
         (["--tasks+", "nli", "--tasks.num_search", "3"], lambda config: config.tasks[-1].num_search, 3),
         (["--search.warm_start", "3"], lambda config: config.search.warm_start, "3"),

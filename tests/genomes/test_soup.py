@@ -122,6 +122,7 @@ def test_a_run_may_end_with_a_soup_that_is_exported(tmp_path: Path, capsys: pyte
     words = [
         "search", "--folder", str(tmp_path / "run"), "--model.self_check", "false", "--selection.soup", "true",
         "--tasks", "[{data: arith, num_search: 30, num_validation: 20, num_test: 10, metric: log_likelihood}]",
+        "--search.algorithm", "eep",
         "--search.evaluations", "60", "--search.eep.num_pruning", "12", "--search.eep.num_initial", "6",
         "--selection.baselines", "[]",
     ]  # fmt: skip

@@ -101,7 +101,7 @@ def make_run(
     path.mkdir(parents=True)
     config = RunConfig(
         tasks=[TaskConfig(name=task, data="syll")],
-        search=SearchConfig(num_kept=num_kept, evaluations=evaluations, seed=seed),
+        search=SearchConfig(algorithm="eep", num_kept=num_kept, evaluations=evaluations, seed=seed),
         folder=str(path),
     )
     run.config.write_text(yaml.safe_dump(asdict_plain(config), sort_keys=False, allow_unicode=True), "utf-8")

@@ -88,7 +88,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "more experts than there are": (searching(num_kept=9), "search.num_kept: got 9"),
     "no such method": (searching(init=["luck"]), "search.init: got 'luck'"),
     "a merge of layers that share genes": (
-        searching(init=["hc_smoe"], num_layer_groups=2),
+        searching(algorithm="eep", init=["hc_smoe"], num_layer_groups=2),
         "search.init: hc_smoe gives each layer experts of its own",
     ),
     "a folder with something else": (foreign, "holds other files and no run"),

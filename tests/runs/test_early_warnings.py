@@ -81,7 +81,7 @@ def test_a_full_model_that_guesses_is_told_before_the_search_with_three_of_its_a
 ) -> None:
     data = _labels(tmp_path, right=right)
     assert main(["search", "--tasks", str(data), *SEARCH, "--folder", str(tmp_path / "run")]) == 0
-    before, _ = capsys.readouterr().err.split("search (eep)", 1)
+    before, _ = capsys.readouterr().err.split("search (surrogate)", 1)
     found = re.findall(r"warning: the full model is not told from guessing, which scores 0.500: accuracy .*", before)
     answers = re.findall(r"^  it answered: '.*valid:' -> ' (?:yes|no)', right is ' (?:yes|no)'$", before, re.M)
     assert (len(found), len(answers)) == ((0, 0) if right else (1, 3))

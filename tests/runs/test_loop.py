@@ -43,7 +43,7 @@ TASK = TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)
 CONFIG = RunConfig(
     model=ModelConfig(self_check=False),
     tasks=[TASK],
-    search=SearchConfig(num_kept=4, evaluations=24, seed=3),
+    search=SearchConfig(algorithm="eep", num_kept=4, evaluations=24, seed=3),
     evaluation=EvaluationConfig(threads=1),
     selection=SelectionConfig(finalists=3, random_search=True),
 )
@@ -130,7 +130,7 @@ def test_a_genome_that_two_searches_found_is_scored_once_for_both_rows(
     seen: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     # one layer group and 7 of 8: both searches see all 8 prunings, so they choose the same winner
-    search = SearchConfig(num_kept=7, num_layer_groups=1, evaluations=8, eep=EEPConfig(num_pruning=31))
+    search = SearchConfig(algorithm="eep", num_kept=7, num_layer_groups=1, evaluations=8, eep=EEPConfig(num_pruning=31))
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
     digests = {row.key: row.digest for row in result.rows}
     assert digests["best"] == digests["random_search"]
@@ -298,7 +298,9 @@ def test_what_was_stopped_early_is_no_score_for_an_equal_genome(
     """Both searches begin with the same prunings; the rivals of one are not those of the other."""
     evaluation = EvaluationConfig(race=0.5)
     task = replace(TASK, num_search=80)
-    search = SearchConfig(num_kept=4, evaluations=30, seed=3, eep=EEPConfig(num_initial=30, num_pruning=30))
+    search = SearchConfig(
+        algorithm="eep", num_kept=4, evaluations=30, seed=3, eep=EEPConfig(num_initial=30, num_pruning=30)
+    )
     config = replace(CONFIG, tasks=[task], evaluation=evaluation, search=search)
     tasks = [build_task(one, resident.model.tokenizer, 4096) for one in check_tasks([task])]
     racing = Evaluator(resident.model, tasks, evaluation)
@@ -379,7 +381,7 @@ def test_a_small_space_ends_when_all_of_it_is_evaluated(resident: Evaluator, tmp
 
 
 def test_a_run_that_keeps_all_experts_only_merges(resident: Evaluator, tmp_path: Path) -> None:
-    search = SearchConfig(num_kept=8, top_k=1, evaluations=8)
+    search = SearchConfig(algorithm="eep", num_kept=8, top_k=1, evaluations=8)
     result = run(tmp_path / "run", replace(CONFIG, search=search)).read_result()
     assert result.best.num_kept == (8, 8, 8, 8)
     assert result.best.top_k == (1, 1, 1, 1)

@@ -37,7 +37,9 @@ NAMES = ["syll", "nli"]
 CONFIG = RunConfig(
     model=ModelConfig(self_check=False),
     tasks=[TaskConfig(data=name, num_search=12, num_validation=8, num_test=8) for name in NAMES],
-    search=SearchConfig(num_kept=4, evaluations=32, eep=EEPConfig(num_initial=8), init=["random", "reap", "aimer"]),
+    search=SearchConfig(
+        algorithm="eep", num_kept=4, evaluations=32, eep=EEPConfig(num_initial=8), init=["random", "reap", "aimer"]
+    ),
     evaluation=EvaluationConfig(threads=1),
     selection=SelectionConfig(finalists=2, baselines=["reap", "frequency"]),
 )
@@ -162,7 +164,10 @@ def test_no_initial_candidate_is_lost_between_shares() -> None:
         (["--search.init", "{reap: -1}"], "search.init: got {'reap': -1.0}, expected names, or names with shares"),
         (["--search.init", "[]"], "search.init: got [], expected names"),
         (["--search.init", "[reap]", "--search.algorithm", "random"], "only 'random' in a random search"),
-        (["--search.init", "[m_smoe]", "--search.num_layer_groups", "2"], "m_smoe gives each layer experts of its own"),
+        (
+            ["--search.algorithm", "eep", "--search.init", "[m_smoe]", "--search.num_layer_groups", "2"],
+            "m_smoe gives each layer experts of its own",
+        ),
     ],
 )
 def test_names_that_mean_nothing_end_a_run_before_a_model_is_loaded(
@@ -210,8 +215,8 @@ def test_what_criteria_think_of_experts_is_known_to_a_search_that_learns(
 
 
 def test_observing_for_opinions_is_planned_as_one_more_evaluation() -> None:
-    config = replace(CONFIG, search=SearchConfig(algorithm="surrogate"), selection=SelectionConfig(baselines=[]))
-    knowing = replace(config, search=replace(config.search, surrogate=SurrogateConfig(priors=["reap", "ean"])))
+    knowing = replace(CONFIG, search=SearchConfig(algorithm="surrogate"), selection=SelectionConfig(baselines=[]))
+    config = replace(knowing, search=replace(knowing.search, surrogate=SurrogateConfig(priors=[])))
     planned = [
         evaluations_by_split(one, {"search": [12], "validation": [8]}, can_prune=True) for one in (config, knowing)
     ]

@@ -38,7 +38,7 @@ TASK = TaskConfig(data="syll", num_search=24, num_validation=8, num_test=16, sea
 CONFIG = RunConfig(
     model=ModelConfig(self_check=False),
     tasks=[TASK],
-    search=SearchConfig(num_kept=4, evaluations=20, seed=3),
+    search=SearchConfig(algorithm="eep", num_kept=4, evaluations=20, seed=3),
     evaluation=EvaluationConfig(threads=1),
     selection=SelectionConfig(finalists=3, random_search=True),
 )

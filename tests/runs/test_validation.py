@@ -48,7 +48,7 @@ FRESH = replace(
     HALVED,
     tasks=[TaskConfig(data="syll", num_search=96, num_validation=8, num_test=16)],
     search=SearchConfig(
-        num_kept=4, evaluations=24, seed=3, algorithm="surrogate", surrogate=SurrogateConfig(num_warmup=10)
+        num_kept=4, evaluations=24, seed=3, algorithm="surrogate", surrogate=SurrogateConfig(num_warmup=10, priors=[])
     ),
     evaluation=EvaluationConfig(threads=1, examples="fresh", sample_size=24),
     selection=SelectionConfig(finalists=3, baselines=[], random_search=True),

@@ -21,7 +21,7 @@ def _space(num_layers=3, num_experts=8, num_kept=4, **options) -> SearchSpace:
 
 
 def _search(space: SearchSpace | None = None, evaluations: int = 80, **eep) -> EEPSearch:
-    config = SearchConfig(evaluations=evaluations, eep=EEPConfig(**eep))
+    config = SearchConfig(algorithm="eep", evaluations=evaluations, eep=EEPConfig(**eep))
     return EEPSearch(space or _space(), config)
 
 
@@ -190,7 +190,7 @@ def test_the_release_takes_the_published_values():
 def test_eep_finds_more_than_random_search_at_equal_evaluations(algorithm, seed):
     space = _space(num_layers=8)
     task = ToyTask(space, seed)
-    config = SearchConfig(evaluations=250, seed=seed)
+    config = SearchConfig(algorithm="eep", evaluations=250, seed=seed)
     evolved, drawn = (
         run(build_search(space, replace(config, algorithm=name)), task.evaluate, 250).population
         for name in (algorithm, "random")

@@ -14,18 +14,18 @@ PRUNES, PRUNES_MORE, MERGES = ("initial prunings", True), ("children of prunings
 @pytest.mark.parametrize(
     ("config", "can_prune", "expected"),
     [
-        (SearchConfig(evaluations=402), True, [(*PRUNES, 31), (*PRUNES_MORE, 170), (*MERGES, 201)]),
+        (SearchConfig(algorithm="eep", evaluations=402), True, [(*PRUNES, 31), (*PRUNES_MORE, 170), (*MERGES, 201)]),
         (
             SearchConfig(evaluations=402, algorithm="eep_release"),
             True,
             [(*PRUNES, 31), (*PRUNES_MORE, 70), (*MERGES, 301)],
         ),
         (
-            SearchConfig(evaluations=60, eep=EEPConfig(num_pruning=60)),
+            SearchConfig(algorithm="eep", evaluations=60, eep=EEPConfig(num_pruning=60)),
             True,
             [(*PRUNES, 31), (*PRUNES_MORE, 29), (*MERGES, 0)],
         ),
-        (SearchConfig(evaluations=60), False, [(*MERGES, 60)]),
+        (SearchConfig(algorithm="eep", evaluations=60), False, [(*MERGES, 60)]),
         (SearchConfig(evaluations=60, algorithm="random"), True, [("random prunings", True, 60)]),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_search_that_tells_of_no_phases_has_one_under_its_own_name(monkeypatch
     config = SearchConfig(algorithm="climber", evaluations=9)
     assert planned_phases(config, can_prune=True) == [Phase("climber", "climber", 9)]
     assert search_parameters(config) == {} and not begins_from("climber", "seeds")
-    assert search_parameters(SearchConfig())["eep"]["num_initial"] == 31 and begins_from("eep", "seeds")
+    assert search_parameters(SearchConfig(algorithm="eep"))["eep"]["num_initial"] == 31 and begins_from("eep", "seeds")
 
 
 def test_a_phase_starts_when_it_was_planned_or_with_the_first_candidate_of_its_own_operators() -> None:

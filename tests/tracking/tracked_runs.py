@@ -30,7 +30,7 @@ WANDB = str(Path(sys.executable).with_name("wandb"))
 CONFIG = RunConfig(
     model=ModelConfig(self_check=False, top_p=0.9),
     tasks=[TaskConfig(data="syll", num_search=16, num_validation=8, num_test=16)],
-    search=SearchConfig(num_kept=4, evaluations=40, seed=3),
+    search=SearchConfig(algorithm="eep", num_kept=4, evaluations=40, seed=3),
     evaluation=EvaluationConfig(threads=1),
     selection=SelectionConfig(finalists=3, random_search=True),
     tracking=TrackingConfig(wandb="offline", group="ratios", tags=["first"]),
