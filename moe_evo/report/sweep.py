@@ -11,13 +11,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from moe_evo.records.result import Row, RunResult, Score
 from moe_evo.records.sweep import SweepLine, SweepResult
 from moe_evo.report.figure import save_figure
+from moe_evo.report.plan import count_label
 from moe_evo.report.screen import screen
 from moe_evo.report.spread import without_count
-from moe_evo.report.table import experts_label, plain_table, print_whole
+from moe_evo.report.table import experts_label, plain_table, print_fitting
 
 _COLOURS = {"best": "#1f6f8b", "best_pruning": "#58a4b0", "random_search": "#d98e04", "frequency": "#a23e48"}
 
@@ -82,29 +85,35 @@ def _groups(result: SweepResult) -> _Groups:
 
 
 def print_sweep(result: SweepResult, console: Console | None = None) -> None:
-    """Print a line for each contender and number of experts: mean over seeds with its spread, and the interval."""
+    """Print a table for each set of tasks: a line for each contender and number of experts, by mean over seeds."""
     console = console or screen()
-    table = plain_table()
-    table.add_column("", no_wrap=True)
-    table.add_column("tasks", no_wrap=True)
-    for heading in ("experts", "parameters", "MiB", "seeds", "test, mean [95 % of one seed]", "seeds' spread", "front"):
+    groups = _groups(result)
+    for tasks in dict.fromkeys(tasks for tasks, *_ in groups):
+        print_fitting(console, _table(tasks, {key: lines for key, lines in groups.items() if key[0] == tasks}))
+
+
+def _table(tasks: Sequence[str], groups: _Groups) -> Table:
+    """The table of the groups of one set of tasks."""
+    table = plain_table(Text(f"test score over seeds; {_tasks_label(tasks)}; higher is better"))
+    table.caption = "[ ]: 95 % interval of one seed, mean of its bounds. *: best test score for its size"
+    table.caption_justify = "left"
+    table.add_column("", overflow="fold")
+    for heading in ("experts", "parameters", "seeds", "mean [95 % interval]", "spread", ""):
         table.add_column(heading, justify="right", no_wrap=True)
-    for (tasks, *_), lines in _groups(result).items():
+    for lines in groups.values():
         tests = np.array([_test(line).fitness for line in lines])
         low = np.mean([_test(line).low for line in lines])
         high = np.mean([_test(line).high for line in lines])
         table.add_row(
-            without_count(lines[0].title),
-            _tasks_label(tasks),
+            Text(without_count(lines[0].title)),
             experts_label([number for line in lines for number in line.num_kept]),
-            f"{lines[0].parameters:,}",
-            f"{lines[0].bytes / 2**20:.1f}",
+            count_label(lines[0].parameters),
             str(len({line.seed for line in lines})),
             f"{tests.mean():.3f} [{low:.3f}, {high:.3f}]",
             f"±{tests.std(ddof=1):.3f}" if len(tests) > 1 and np.ptp(tests) > 1e-9 else "",
             "*" if any(line.front for line in lines) else "",
         )
-    print_whole(console, table)
+    return table
 
 
 def _tasks_label(tasks: Sequence[str]) -> str:

@@ -79,7 +79,7 @@ def test_show_of_a_sweep_has_a_line_for_each_size_and_names_what_is_not_finished
 ) -> None:
     assert main_cli(["show", str(sweep)]) == 0
     shown = capsys.readouterr().out
-    assert "seeds' spread" in shown and "keep2-seed1 is not finished" in shown
+    assert "test score over seeds; nli; higher is better" in shown and "keep2-seed1 is not finished" in shown
     assert main_cli(["show", str(sweep), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["runs"], found["unfinished"]) == (list(NAMES), ["keep2-seed1"])
@@ -109,6 +109,18 @@ def test_the_tables_of_compare_fit_eighty_columns_and_cut_nothing(sweep: Path, t
     assert "…" not in text
     assert text.count("[0.") == 5 * 4
     assert f"seed 7, 60 evaluations, 16.00 M (50 %) parameters; {long.path}" in text
+
+
+def test_the_table_of_a_sweep_fits_eighty_columns_and_cuts_nothing(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main_cli(["show", str(sweep)]) == 0
+    table = capsys.readouterr().out.split("         keep2-seed1 is not")[0].splitlines()
+    assert max(map(len, table)) <= 80 and "…" not in "".join(table)
+    winners = [line for line in table if line.startswith("EEP prune + merge")]
+    assert len(winners) == 2 and all(" M " in line and line.count("[0.") == 1 for line in winners)
+    assert sum(" 3 " in line and "±" in line for line in winners) == 1  # the three seeds that keep four
 
 
 def test_the_table_of_tasks_has_the_full_model_first_and_the_winner_beside_it(sweep: Path) -> None:
