@@ -6,6 +6,7 @@ A file can hold escape sequences that would move the cursor or change colours of
 from __future__ import annotations
 
 import re
+from html import escape
 
 _MOST = 200
 _MOST_OF_MESSAGE = 2000
@@ -34,9 +35,19 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def in_html(text: str) -> str:
+    """The text for an HTML page: as it is, not as markup."""
+    return escape(printable(text))
+
+
+def one_line(text: object) -> str:
+    """A text without line ends."""
+    return printable(" ".join(str(text).split()))
+
+
 def line_of(text: object) -> str:
     """A message as one line of a terminal; of a very long one the middle is left out."""
-    line = printable(" ".join(str(text).split()))
+    line = one_line(text)
     if len(line) <= _MOST_OF_MESSAGE:
         return line
     return f"{line[: _MOST_OF_MESSAGE - 405]} ... {line[-400:]}"

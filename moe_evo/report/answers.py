@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from moe_evo.records.statistics import Difference
 from moe_evo.report.html import scores_table, table
 from moe_evo.report.table import loader_label
 from moe_evo.report.verdict import Remark, compared, levels_in_words, needed, word_for
+from moe_evo.shown import in_html
 
 if TYPE_CHECKING:  # these import torch, which reading old runs does not need
     from moe_evo.models.carve.carve import CarvedLayer
@@ -111,7 +111,7 @@ class ScoredGenome:
 
     def _repr_html_(self) -> str:
         metrics = [[name, f"{value:.4f}"] for name, value in sorted(self.score.metrics.items())]
-        told = "".join(f"<p>{escape(f'{name}: {sentence}')}</p>" for name, sentence in self.remarks)
+        told = "".join(f"<p>{in_html(f'{name}: {sentence}')}</p>" for name, sentence in self.remarks)
         return table(str(self), ["metric", "value"], metrics) + told
 
 

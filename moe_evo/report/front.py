@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.table import Table
 from moe_evo.records.result import FrontPoint, RunResult
 from moe_evo.report.plan import count_label
 from moe_evo.report.table import experts_label, loader_label, plain_table
+from moe_evo.shown import in_html
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 260, 64, 40, 12
 _BLUE, _GREY, _GREEN = "#0072B2", "#999999", "#009E73"
@@ -118,23 +118,22 @@ def _drawn(dots: Sequence[tuple[str, str, float, float]], across: str, upward: s
     for key, split, x, y in dots:
         cx, cy = place(x, y)
         fill = _BLUE if split == "test" else "none"
-        told = escape(f"{key}, {split}: {across} {x:.3g}, {upward} {y:.3f}")
+        told = in_html(f"{key}, {split}: {across} {x:.3g}, {upward} {y:.3f}")
         parts.append(
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{fill}" stroke="{_BLUE}"><title>{told}</title></circle>'
         )
         if split == "test":
-            number = escape(key.removeprefix("front-"))
+            number = in_html(key.removeprefix("front-"))
             parts.append(f'<text x="{cx + 6:.1f}" y="{cy - 6:.1f}">{number}</text>')
     for value in sorted({min(ys), max(ys)}):
         parts.append(f'<text x="{_LEFT - 6}" y="{place(left, value)[1] + 4:.1f}" text-anchor="end">{value:.3f}</text>')
     for value in sorted({min(xs), max(xs)}):
         x = place(value, low)[0]
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:.3g}</text>')
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(_axis(across))}</text>')
-    parts.append(
-        f'<text transform="translate(14 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(_axis(upward))}</text>'
-    )
-    title = escape(f"{upward} against {across}, each point of the front")
+    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{in_html(_axis(across))}</text>')
+    turned = f"translate(14 {_HEIGHT / 2}) rotate(-90)"
+    parts.append(f'<text transform="{turned}" text-anchor="middle">{in_html(_axis(upward))}</text>')
+    title = in_html(f"{upward} against {across}, each point of the front")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
         f'role="img" font-family="sans-serif" font-size="11" fill="currentColor"><title>{title}</title>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import accumulate
 
 import numpy as np
@@ -16,18 +15,19 @@ from moe_evo.report.pairing import Pairing
 from moe_evo.report.spread import Spread
 from moe_evo.report.table import expert_weights, experts_label
 from moe_evo.report.verdict import remarks
+from moe_evo.shown import in_html
 
 _BLUE = (0, 114, 178)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> str:
     """An HTML table; the text of cells is escaped. bold: numbers of rows to show in bold."""
-    head = "".join(f"<th>{escape(one)}</th>" for one in headings)
+    head = "".join(f"<th>{in_html(one)}</th>" for one in headings)
     lines = []
     for number, row in enumerate(rows):
         style = ' style="font-weight: bold"' if number in bold else ""
-        lines.append(f"<tr{style}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    caption = f'<caption style="text-align: left">{escape(title)}</caption>'
+        lines.append(f"<tr{style}>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>")
+    caption = f'<caption style="text-align: left">{in_html(title)}</caption>'
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -49,7 +49,7 @@ def result_table(result: RunResult) -> str:
     title = "; ".join(
         filter(None, [f"{result.fitness} over {result.tasks_label}", "higher is better", result.search_note])
     )
-    told = "".join(f"<p>{escape(f'{name}: {sentence}')}</p>" for name, sentence in remarks(result))
+    told = "".join(f"<p>{in_html(f'{name}: {sentence}')}</p>" for name, sentence in remarks(result))
     return table(title, headings, rows, bold) + told
 
 
@@ -154,7 +154,7 @@ def learning_curve(
         parts.append(f'<line x1="{left}" x2="{width - 8}" {dashes}><title>full model {full:.3f}</title></line>')
     for value in sorted({low, high}):
         parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3f}</text>')
-    parts.append(f'<text x="{left}" y="{height - 4}">{escape(label)}</text>')
+    parts.append(f'<text x="{left}" y="{height - 4}">{in_html(label)}</text>')
     parts.append(f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">{len(fitness)} evaluations</text>')
     return _svg(width, height, f"{label} on the search split, and the best so far", parts)
 
@@ -162,7 +162,7 @@ def learning_curve(
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" '
-        f'font-family="sans-serif" font-size="10"><title>{escape(title)}</title>{"".join(parts)}</svg>'
+        f'font-family="sans-serif" font-size="10"><title>{in_html(title)}</title>{"".join(parts)}</svg>'
     )
 
 

@@ -17,10 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moe_evo.report.lines import kept_label, lines_of_all, parameters_label
-from moe_evo.report.payload import finite, index_payload, packed, run_payload
+from moe_evo.report.payload import drawable, index_payload, packed, run_payload
 from moe_evo.report.record import Record
 from moe_evo.report.sections import section
 from moe_evo.report.spread import spreads
+from moe_evo.shown import printable
 
 GENERATOR = "moe_evo report"
 """Text in the head of every report, by which a file is recognised as a report."""
@@ -37,6 +38,7 @@ def render_page(records: Sequence[Record], *, now: datetime | None = None) -> st
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_printable,
     )
     environment.filters["decimals"] = lambda value: "–" if value is None else f"{value:.3f}"
     environment.globals |= {"kept_label": kept_label, "parameters_label": parameters_label}
@@ -51,12 +53,17 @@ def render_page(records: Sequence[Record], *, now: datetime | None = None) -> st
         lines=lines,
         spread=spreads(lines),
         numbers={record.label: number for number, record in enumerate(records)},
-        index=finite(index_payload(records, lines)),
+        index=drawable(index_payload(records, lines)),
         payloads=[Markup(packed(run_payload(record))) for record in records],
         style=Markup(_asset("report.css")),
         scripts=scripts,
         policy=_policy(scripts),
     )
+
+
+def _printable(value: object) -> object:
+    """A value of the template; texts of ours are marked as markup, all others may hold control characters."""
+    return printable(value) if type(value) is str else value
 
 
 def _asset(name: str) -> str:

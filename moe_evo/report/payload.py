@@ -22,6 +22,7 @@ from moe_evo.records.folder import asdict_plain
 from moe_evo.report.lines import Line
 from moe_evo.report.record import Record
 from moe_evo.searches.base import Phase
+from moe_evo.shown import printable
 
 MOST_POINTS = 4000
 """About the most evaluations of a run that are drawn; improvements and finalists are always drawn."""
@@ -31,18 +32,20 @@ _MOST_FAILURES = 200
 
 def packed(data: Any) -> str:
     """JSON, gzipped and in base64; equal data give equal text."""
-    text = json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(drawable(data), separators=(",", ":"), ensure_ascii=False)
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), compresslevel=9, mtime=0)).decode()
 
 
-def finite(data: Any) -> Any:
-    """The data with None for numbers that JSON does not have."""
+def drawable(data: Any) -> Any:
+    """The data with None for numbers that JSON does not have, and without control characters in texts."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
+    if isinstance(data, str):
+        return printable(data)
     if isinstance(data, Mapping):
-        return {str(key): finite(value) for key, value in data.items()}
+        return {printable(str(key)): drawable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [finite(value) for value in data]
+        return [drawable(value) for value in data]
     return data
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_evo.report.lines import Line, kept_label
+from moe_evo.report.screen import screen
 from moe_evo.report.table import plain_table, print_fitting
 
 _SEEDED = ("best", "best_pruning", "random_search", "soup", "recovered")
@@ -71,7 +72,7 @@ def without_count(title: str) -> str:
 
 def print_spreads(found: Sequence[Spread], console: Console | None = None) -> None:
     """Print a table for each set of tasks; nothing where no two runs differ in their seed alone."""
-    console = console or Console()
+    console = console or screen()
     for tasks in dict.fromkeys(one.tasks for one in found):
         console.print()
         print_fitting(console, _table(tasks, [one for one in found if one.tasks == tasks]))

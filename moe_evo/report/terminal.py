@@ -234,7 +234,7 @@ def print_compression(compressed: CompressedModel) -> None:
 
 def print_carving(carved: CarvedModel) -> None:
     """Print the experts of an MoE made of a dense model, how far its layers are from the dense ones, and the scores."""
-    console = Console()
+    console = screen()
     if carved.layers:
         table = Table(box=None, pad_edge=False)
         for column in ("layer", "relative error", "with the best experts"):

@@ -15,6 +15,11 @@ def test_cells_are_text() -> None:
     assert "<script" not in text and text.count("&lt;script&gt;") == 3
 
 
+def test_control_characters_are_shown_by_their_numbers() -> None:
+    text = table("\x1b[31m", ["\x07"], [["\u202e"]]) + learning_curve([0.5], None, "\x9b")
+    assert text.isprintable() and r"\x1b[31m" in text and r"\u202e" in text
+
+
 def test_a_map_has_a_square_for_every_expert_that_there_is() -> None:
     merged = LayerGenome(np.array([[1, 0.25, 0, 0], [0, 0, 1, 0]]), np.eye(2, 4), 1)
     text = kept_map(Genome((merged, LayerGenome.from_kept([1], 2, 1))))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from made_runs import LAYERS, make_run, shape_of, write_candidates
 
 from moe_evo.cli.main import main
@@ -153,6 +157,54 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path: Path) -> None:
     assert subprocess.run(
         ["/bin/sh", "-c", f"printf %s {command.removeprefix('moe-evo show ')}"], capture_output=True, text=True
     ).stdout == str(runs[0].path)
+
+
+STEERING = "\x1b[31m\x07\x9b2J\u202e\u2028"
+"""Control characters of a terminal, one that turns the direction of writing, and one that ends a line of a script."""
+
+
+def _steers(text: str) -> bool:
+    return any(unicodedata.category(one) in ("Cc", "Cf", "Zl") and one not in "\n\t" for one in text)
+
+
+def _steering(value: Any) -> Any:
+    """A run's result with control characters in every text that may be any."""
+    fixed = ("key", "router", "experts", "fitness", "loader", "metric", "kind")
+    if isinstance(value, dict):
+        return {key: one if key in fixed else _steering(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_steering(one) for one in value]
+    return value + STEERING if isinstance(value, str) else value
+
+
+def test_control_characters_of_any_text_are_never_on_the_page(tmp_path: Path) -> None:
+    name = f"run{STEERING}"
+    finished, unfinished = make_run(tmp_path / name, failures=3), make_run(tmp_path / f"b{name}", done=20, failures=3)
+    result = _steering(json.loads(finished.result.read_text()))
+    result["tasks"][0]["name"] = "nli"  # which the config beside it must have, and there it must be printable
+    result["software"] = {f"torch{STEERING}": "1"}
+    result["rows"][1]["scores"]["test"]["metrics"] = {f"nli{STEERING}/accuracy": 0.5}
+    finished.result.write_text(json.dumps(result))
+    for run in (finished, unfinished):
+        config = yaml.safe_load(run.config.read_text("utf-8"))
+        config["tracking"]["tags"], config["tasks"][0]["prefix"] = [STEERING], STEERING
+        run.config.write_text(yaml.safe_dump(config))
+        with Journal(run.journal) as journal:
+            journal.record_pool([(1e9, 0, f"ready{STEERING}", f"rank{STEERING}")], {"gangs": []})
+        database = sqlite3.connect(run.journal, isolation_level=None)
+        database.execute("UPDATE candidates SET operator = operator || ?", (STEERING,))
+        database.execute("UPDATE outcomes SET failure_reason = failure_reason || ?", (STEERING,))
+        database.close()
+    text = render_page(read_records([finished.path, unfinished.path]))
+    page = Page(text)
+    ours = text.replace(page.scripts["?"], "")  # without the libraries
+    for bokeh in ("bokeh.min.js", "bokeh-api.min.js"):
+        ours = ours.replace(files("bokeh").joinpath("server", "static", "js", bokeh).read_text("utf-8"), "")
+    assert not _steers(ours)
+    assert ours.count("\\x1b[31m") > 10 and "torch\\x1b[31m" in page.text
+    for drawn in (json.loads(page.scripts["index"]), page.payload(0), page.payload(1)):
+        assert "\\x1b[31m" in str(drawn)
+        assert not _steers(json.dumps(drawn, ensure_ascii=False))
 
 
 def test_an_unfinished_run_is_shown_with_what_it_has(tmp_path: Path) -> None:

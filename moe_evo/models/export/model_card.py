@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.space import ModelShape
+from moe_evo.shown import one_line
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 _MOST_MEMBERS = 256
@@ -50,6 +51,7 @@ def model_card(
 
     treatment: where the experts themselves were changed, and `genome` keeps all of them.
     """
+    base_model = one_line(base_model)
     is_smaller = genome.num_kept != shape.num_experts
     is_merged = not genome.is_pruning
     verbs = ["prunes"] * is_smaller + ["merges"] * is_merged
@@ -114,10 +116,10 @@ def _made_of(layer: LayerGenome) -> str:
 def _bullets(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield f"{indent}- {key}:"
+            yield f"{indent}- {one_line(key)}:"
             yield from _bullets(value, indent + "  ")
         else:
-            yield f"{indent}- {key}: {value}"
+            yield f"{indent}- {one_line(key)}: {one_line(value)}"
 
 
 def _version(name: str) -> str:
