@@ -10,9 +10,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from moe_evo.shown import line_of
+
 
 class MoeEvoError(Exception):
-    """Base of all errors that the user can correct."""
+    """Base of all errors that the user can correct; its message is one line, whatever is in a file that it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(line_of(message))
 
 
 class ConfigError(MoeEvoError, ValueError):
@@ -76,13 +81,13 @@ class Problem:
     @classmethod
     def of(cls, error: MoeEvoError) -> Problem:
         """The problem made of an error whose message reads `WHERE: got GOT, expected EXPECTED; ADVICE`."""
-        where, _, rest = " ".join(str(error).split()).partition(": ")
+        where, _, rest = str(error).partition(": ")
         told, _, advice = rest.rpartition("; ") if "; " in rest else (rest, "", "")
         got, _, expected = told.removeprefix("got ").partition(", expected ")
         return cls(where, got, expected, advice, error)
 
     def __str__(self) -> str:
-        return " ".join(str(self.error).split())
+        return str(self.error)
 
     def to_plain(self) -> str:
         """The message, in one line."""

@@ -22,16 +22,18 @@ class JsonError(ValueError):
     """A text is no JSON that can be taken; the message is one line, with line and column where there are any."""
 
 
-def json_of(text: str | bytes) -> Any:
+def json_of(text: str | bytes, *, takes_infinity: bool = False) -> Any:
     """The value that a JSON text holds; raises JsonError.
 
     Refused are NaN and infinity, whole numbers beyond 64 bits, halves of characters (lone surrogates), a key that
-    stands twice in an object, and more than 100 lists and objects in each other.
+    stands twice in an object, and more than 100 lists and objects in each other. takes_infinity: whether Infinity and
+    -Infinity are numbers here, as Python's own writer and reader take them.
     """
     text = _decoded(text)
+    constant = _infinity if takes_infinity else _refused
     try:
         value = json.loads(
-            text, parse_int=_whole, parse_float=_number, parse_constant=_refused, object_pairs_hook=_object
+            text, parse_int=_whole, parse_float=_number, parse_constant=constant, object_pairs_hook=_object
         )
     except json.JSONDecodeError as error:
         raise JsonError(f"not JSON: {error.msg} at {_place(error)}") from error
@@ -44,11 +46,14 @@ def json_of(text: str | bytes) -> Any:
     return value
 
 
-def read_json(file: Path, error: type[MoeEvoError], advice: str = "") -> Any:
-    """The value in a file; raises `error` where it cannot be read or is no JSON. advice: what to do then."""
+def read_json(file: Path, error: type[MoeEvoError], advice: str = "", *, takes_infinity: bool = False) -> Any:
+    """The value in a file; raises `error` where it cannot be read or is no JSON. advice: what to do then.
+
+    takes_infinity: see `json_of`.
+    """
     advice = advice and f"; {advice}"
     try:
-        return json_of(file.read_bytes())
+        return json_of(file.read_bytes(), takes_infinity=takes_infinity)
     except OSError as reason:
         raise error(f"{file}: cannot be read ({reason.strerror}){advice}") from reason
     except JsonError as reason:
@@ -84,6 +89,10 @@ def _number(digits: str) -> float:
 
 def _refused(name: str) -> NoReturn:
     raise JsonError(f"not usable: got {name}, expected finite numbers")
+
+
+def _infinity(name: str) -> float:
+    return _refused(name) if name == "NaN" else float(name)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

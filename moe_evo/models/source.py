@@ -56,7 +56,7 @@ class ModelSource:
         is_local = isinstance(self.location, Path)
         # everything else comes from the same commit, whatever happens to a branch meanwhile
         self.config = config if is_local else replace(config, revision=self._config_file.parent.name)
-        content = _json_object(self._config_file)
+        content = read_model_config(self._config_file)
         self.is_dense = takes == "dense" or (takes == "any" and content.get("model_type") in DENSE_TYPES)
         self.family = _family(content, self._config_file, self.location, is_dense=self.is_dense)
         if needs_weights:
@@ -186,9 +186,17 @@ def _config_file(config: ModelConfig, where: Path | str) -> Path:
         ) from error
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def read_model_config(file: Path) -> dict[str, Any]:
+    """The object in config.json; raises ModelError where there is none.
+
+    Some models have bounds of infinity there, such as time_step_limit, which the library reads.
+    """
+    return _json_object(file, takes_infinity=True)
+
+
+def _json_object(file: Path, *, takes_infinity: bool = False) -> dict[str, Any]:
     """The object in a JSON file; raises ModelError where there is none."""
-    found = read_json(file, ModelError)
+    found = read_json(file, ModelError, takes_infinity=takes_infinity)
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds {type(found).__name__}, expected an object")
     return found
@@ -202,7 +210,7 @@ def _own_end_tokens(folder: Path, config_file: Path) -> bytes:
     file = folder / "generation_config.json"
     if not file.is_file():
         return b""
-    told, known = (_json_object(one).get("eos_token_id") for one in (file, config_file))
+    told, known = _json_object(file).get("eos_token_id"), read_model_config(config_file).get("eos_token_id")
     return b"" if told == known else json.dumps({"eos_token_id": told}).encode()
 
 

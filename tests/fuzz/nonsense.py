@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -58,15 +60,31 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def inputs(number: int) -> Any:
-    """Settings of a test that tries so many inputs, the same ones each time in the suite."""
-    return settings(
-        max_examples=number * MORE,
-        derandomize=MORE == 1,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+TRIED: Counter[str] = Counter()
+"""Inputs tried so far by each test."""
+
+
+def inputs(number: int) -> Callable[[Any], Any]:
+    """Settings of a test that tries so many inputs, the same ones each time in the suite; each is counted."""
+
+    def with_settings(test: Any) -> Any:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def counted(*arguments: Any, **named: Any) -> None:
+            TRIED[inner.__name__] += 1
+            inner(*arguments, **named)
+
+        test.hypothesis.inner_test = counted
+        return settings(
+            max_examples=number * MORE,
+            derandomize=MORE == 1,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )(test)
+
+    return with_settings
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

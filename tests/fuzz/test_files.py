@@ -138,7 +138,9 @@ def test_journals_with_damaged_bytes(folder: Path, content: bytes) -> None:
 def _with_header(content: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
     """A safetensors file with another header."""
     size = struct.unpack("<Q", content[:8])[0]
-    header = _dumped(change(json.loads(content[8 : 8 + size])))
+    original = json.loads(content[8 : 8 + size])
+    original["__metadata__"] = dict(sorted(original["__metadata__"].items()))  # in each file in another order
+    header = _dumped(change(original))
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
@@ -277,6 +279,12 @@ def test_configs_of_models(folder: Path, content: bytes) -> None:
 
 _BROKEN_MODELS: tuple[dict[str, Any], ...] = (
     {"num_attention_heads": 0},
+    {"hidden_size": float("inf")},
+    {"rope_theta": float("inf")},
+    {"rms_norm_eps": {"__float__": "Infinity"}},
+    {"num_hidden_layers": {"__float__": "Infinity"}},
+    {"pad_token_id": float("-inf")},
+    {"attention_dropout": float("nan")},
     {"num_key_value_heads": 0},
     {"num_key_value_heads": 3},
     {"pad_token_id": 10**6},

@@ -96,6 +96,16 @@ def test_json_that_breaks_other_readers_is_refused(text: str | bytes) -> None:
         json_of(text)
 
 
+def test_only_infinity_is_taken_where_it_may_stand() -> None:
+    text = '{"time_step_limit": [0.0, Infinity], "least": -Infinity}'
+    assert json_of(text, takes_infinity=True) == json.loads(text)
+    with pytest.raises(JsonError, match="got Infinity, expected finite numbers"):
+        json_of(text)
+    for refused in ("[NaN]", "[1e999]", "[inf]"):
+        with pytest.raises(JsonError):
+            json_of(refused, takes_infinity=True)
+
+
 def _bomb(levels: int) -> str:
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]

@@ -75,7 +75,7 @@ def load_pruned(folder: str | Path, *, device: str | torch.device = "auto") -> A
 def has_unequal_layers(folder: Path) -> bool:
     """Whether this is a checkpoint that `save_pruned` wrote."""
     try:
-        content = read_json(folder / "config.json", ModelError)
+        content = read_json(folder / "config.json", ModelError, takes_infinity=True)
     except ModelError:  # no checkpoint at all, as whoever loads it will say
         return False
     return isinstance(content, dict) and content.get("model_type") == PRUNED_TYPE
@@ -99,7 +99,7 @@ def _read_config(folder: Path) -> _PrunedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder}: has no config.json; give a folder that moe_evo exported")
-    content = read_json(file, ModelError)
+    content = read_json(file, ModelError, takes_infinity=True)
     if not isinstance(content, dict) or content.get("model_type") != PRUNED_TYPE:
         raise ModelError(
             f"{folder}: is no checkpoint with layers of different size; load it with transformers' "

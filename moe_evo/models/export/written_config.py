@@ -51,9 +51,20 @@ def _with(value: Any, numbers: Mapping[str, int], name: str) -> Any:
     return [numbers[name] for _ in value] if isinstance(value, list) else numbers[name]
 
 
+def _with_infinities(value: Any) -> Any:
+    """The value with numbers in place of the objects that transformers 5 writes for them, and release 4 cannot read."""
+    if isinstance(value, Mapping):
+        is_number = value.keys() == {"__float__"}
+        return float(value["__float__"]) if is_number else {key: _with_infinities(one) for key, one in value.items()}
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
+
+
 def readable_by_all(told: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The config with what transformers 4 and vLLM read: older names of rotary embeddings and dtype, and the router."""
-    written = {**family.config_defaults, **told}
+    """The config with what transformers 4 and vLLM read: older names of rotary embeddings and dtype, and the router.
+
+    An infinite number is written as Python's JSON does, which all of them read.
+    """
+    written: dict[str, Any] = _with_infinities({**family.config_defaults, **told})
     rope = written.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         own = ("rope_theta", "partial_rotary_factor")

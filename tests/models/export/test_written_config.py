@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import random_pruning, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_evo
 from moe_evo.config.model import ModelConfig
+from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.models.export.export import export_checkpoint
 from moe_evo.models.export.written_config import tokenizer_readable_by_all
 from moe_evo.models.load import load_model
@@ -53,6 +55,24 @@ def test_numbers_that_a_config_repeats_are_those_of_the_export(
     assert written["ffn_config"] == {"moe_num_experts": 4, "moe_top_k": 1, "moe_jitter_eps": 0.5}
     assert written["num_shared_experts"] == 3, "those are not routed to"
     assert 8 not in [value for name, value in written.items() if "expert" in name]
+
+
+def test_infinity_in_a_config_is_read_as_transformers_does_and_every_release_reads_the_export(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint("mixtral"), tmp_path / "source"))
+    raw = json.loads((source / "config.json").read_text())
+    limits = {"time_step_limit": [0.0, math.inf], "ssm": {"least": -math.inf}}
+    (source / "config.json").write_text(json.dumps(raw | limits))
+    written = exported(source, tmp_path / "small")
+    assert written | limits == written  # as release 4 reads it, with Python's json
+    config = AutoConfig.from_pretrained(tmp_path / "small")
+    assert (config.time_step_limit, config.ssm) == tuple(limits.values())
+    moe = load_model(ModelSource(ModelConfig(path=str(source), device="cpu")))
+    first, *others = random_pruning(moe.shape, 4).layers
+    unequal = Genome((LayerGenome.from_kept([0, 1, 2], first.num_experts, first.top_k), *others))
+    export_checkpoint(moe, unequal, tmp_path / "unequal", provenance={})
+    assert moe_evo.load_pruned(tmp_path / "unequal").config.time_step_limit == [0.0, math.inf]
 
 
 def test_a_checkpoint_of_our_own_loader_repeats_no_other_numbers(mixtral: MoEModel, tmp_path: Path) -> None:
