@@ -55,7 +55,9 @@ def export(
     model_path: where the model of the run lies now, if it has moved.
     """
     model = resumed_config(str(folder.path)).model
-    found = winner(folder, which, replace(model, device=device, path=model_path or model.path))
+    if model_path not in (None, model.path):
+        model = replace(model, path=model_path, revision=None)
+    found = winner(folder, which, replace(model, device=device))
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.export.target_folder import check_target
     from moe_evo.models.load import load_model

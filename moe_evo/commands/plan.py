@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_evo.commands.memory import planned_memory
+from moe_evo.config.model import MOST_GIB
 from moe_evo.config.recover import RecoverConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.errors import ClusterError, ConfigError, Problem, Problems
@@ -100,8 +101,8 @@ def planned(
 
     A cluster that cannot be reached becomes one of the plan's problems.
     """
-    if memory_gib is not None and memory_gib <= 0:
-        raise ConfigError(f"memory_gib: got {memory_gib:g}, expected more than 0")
+    if memory_gib is not None and not 0 < memory_gib <= MOST_GIB:
+        raise ConfigError(f"--memory_gib: got {memory_gib:g}, expected more than 0, at most {MOST_GIB:,}")
     if config.cluster.address is None:
         measure = _stopwatch(config, tracker) if calibrate else None
         return plan(config, memory_gib=memory_gib, calibrate=measure, recover=recover)

@@ -212,6 +212,7 @@ def _checked_input(config: RecoveryConfig) -> RecoveryInput:
             "'single': whole weights are trained; or recover.engine deepspeed, which shares them among workers",
         )  # fmt: skip
     require(config.model.alignment is None, "model.alignment", config.model.alignment, "none: no experts are merged")
+    config.recover.check_read()
     config = with_absolute_paths(config)
     data = check_tasks(config.tasks)
     prompts = None if config.recover.prompts is None else read_prompts(config.recover.prompts, data)

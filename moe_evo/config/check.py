@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
 
 from moe_evo.errors import ConfigError
 from moe_evo.files.limits import LARGEST
@@ -44,6 +47,23 @@ def require_name(option: str, name: str) -> None:
     require_text(option, name)
     is_name = len(name) <= _LONGEST_SHOWN and name.isprintable()
     require(is_name, option, name, f"a name of at most {_LONGEST_SHOWN} characters, all printable")
+
+
+def require_once(option: str, names: Sequence[str]) -> None:
+    """Raise ConfigError where a list has a name twice."""
+    require(len(set(names)) == len(names), option, names, "each once")
+
+
+def require_unset(values: object, section: str, options: Iterable[str], reason: str) -> None:
+    """Raise ConfigError for the first option with another value than its default; reason: why nothing reads it."""
+    kind: Any = type(values)
+    for one in fields(kind):
+        given = getattr(values, one.name)
+        default = one.default if one.default is not MISSING else one.default_factory()
+        shown_default = "none" if default is None else f"its default, {default},"
+        require(
+            one.name not in options or given == default, f"{section}.{one.name}", given, f"{shown_default} {reason}"
+        )
 
 
 def is_usable(number: int | float) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_name
 from moe_evo.config.model import ModelConfig
+
+_LONGEST_S = 10**9  # what waits for events takes at most, about thirty years
 
 PlacementStrategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 
@@ -59,13 +61,16 @@ class ClusterConfig:
             require(value == "auto" or value >= 1, f"cluster.{option}", value, "1 or more")
         for option in ("deadline_s", "load_timeout_s", "idle_release_s"):
             value = getattr(self, option)
-            require(value is None or value > 0, f"cluster.{option}", value, "more than 0")
+            is_time = value is None or 0 < value <= _LONGEST_S
+            require(is_time, f"cluster.{option}", value, f"seconds, more than 0 and at most {_LONGEST_S:,}")
+        require(self.address != "", "cluster.address", self.address, "'local', 'auto' or HOST:PORT")
         amounts = self.resources
         require(
             amounts is None or (bool(amounts) and min(amounts.values()) > 0), "cluster.resources", amounts,
             "positive amounts, as in {GPU: 1, CPU: 4}",
         )  # fmt: skip
-        require(self.service is None or bool(self.service), "cluster.service", self.service, "a name")
+        require(self.service != "", "cluster.service", self.service, "a name")
+        require_name("cluster.service", self.service or "")
         if self.address is None:
             defaults = ClusterConfig(address="auto")
             for option, value in vars(self).items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_evo.config.check import require
+from moe_evo.config.check import require, require_unset
 from moe_evo.config.model import MOST_GIB
 
 FitnessRule = Literal["mean", "worst"]
 StateDevice = Literal["model", "cpu"]
+
+_MOST_THREADS = 1024  # torch ends the whole process where the system refuses one
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class EvaluationConfig:
             pack in (None, "measured") or (isinstance(pack, int) and pack >= 1), "evaluation.pack_tokens", pack,
             "1 or more, or 'measured'",
         )  # fmt: skip
-        require(self.threads is None or self.threads >= 1, "evaluation.threads", self.threads, "1 or more")
+        threads = self.threads
+        require(
+            threads is None or 1 <= threads <= _MOST_THREADS, "evaluation.threads", threads, f"1 to {_MOST_THREADS:,}"
+        )
         confidence = self.race
         require(confidence is None or 0.5 <= confidence < 1, "evaluation.race", confidence, "at least 0.5, below 1")
         require(
@@ -67,6 +72,11 @@ class EvaluationConfig:
             "none, as evaluation.examples is 'fresh': who is scored on other examples cannot be a rival",
         )  # fmt: skip
         require(self.sample_size >= 16, "evaluation.sample_size", self.sample_size, "16 or more")
+        if self.examples == "fixed":
+            require_unset(self, "evaluation", ["sample_size"], "as evaluation.examples is 'fixed'")
+        if not self.share_layers:
+            unread = ["state_cache_gib", "state_device"]
+            require_unset(self, "evaluation", unread, "as evaluation.share_layers is false: no states are kept")
 
     @property
     def is_fresh(self) -> bool:

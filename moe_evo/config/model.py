@@ -97,6 +97,10 @@ class ModelConfig:
             self.revision is None or (bool(self.revision) and self.path not in EMBEDDED_MODELS), "model.revision",
             self.revision, "none, as the model comes with this package" if self.revision else "a branch, tag or commit",
         )  # fmt: skip
+        require(
+            not self.trust_remote_code or self.path not in EMBEDDED_MODELS, "model.trust_remote_code", True,
+            "false, as the model comes with this package",
+        )  # fmt: skip
         cache = self.merged_cache_gib
         require(cache is None or 0 <= cache <= MOST_GIB, "model.merged_cache_gib", cache, f"0 to {MOST_GIB:,}")
         zero3 = self.sharding == "zero3"
@@ -133,8 +137,10 @@ class ModelConfig:
                 self.router == "exported", "model.top_p", self.top_p,
                 "none: with model.router 'eep' the numbers that experts are chosen by are no probabilities",
             )  # fmt: skip
-        sizes = (self.max_memory or {}).values()
-        require(
-            all(re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size) for size in sizes), "model.max_memory", self.max_memory,
-            "sizes such as 70GiB",
-        )  # fmt: skip
+        for device, size in (self.max_memory or {}).items():
+            is_device = device in ("cpu", "disk") or str(device).isdecimal()
+            require(
+                is_device, "model.max_memory", device, "numbers of GPUs, cpu and disk, as in {0: 70GiB, cpu: 200GiB}"
+            )
+            is_size = re.fullmatch(r"\d{1,9}(\.\d+)?\s?[KMGT]i?B", size)
+            require(is_size is not None, "model.max_memory", self.max_memory, "sizes such as 70GiB")

@@ -144,10 +144,20 @@ class CommandParser:
         for word in words:
             if word.option is not None:
                 self._check_option(word.option, word.value)
+        self._check_switches(words)
         if (missing := self._missing(words)) is not None:
             raise ConfigError(self._required[missing])
         if unclaimed := self._unclaimed(words):
             raise ConfigError(f"got {' '.join(unclaimed)!r}, which belongs to no option; --help tells what each takes")
+
+    def _check_switches(self, words: Sequence[Word]) -> None:
+        """Raise ConfigError for an option of a section that is not switched on; a file may have the section."""
+        for section, argument in self._switches.items():
+            is_on = any(word.option == argument and word.value in ("true", "True") for word in words)
+            given = (word.option for word in words if word.option is not None)
+            unread = next((one for one in given if one == section or one.startswith(f"{section}.")), None)
+            if unread is not None and not is_on:
+                raise ConfigError(f"--{unread}: got it without --{section}, expected both; add --{section}")
 
     def _check_section(self, name: str, content: Any) -> None:
         """The same check for the content of a file; name: of the section, or '' for the whole file."""

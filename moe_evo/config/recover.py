@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config.check import require, require_path
+from moe_evo.config.check import require, require_once, require_path, require_unset
 from moe_evo.config.run import ScoringConfig, TrackingConfig
 
 PARTS = ("experts", "adapters", "scales", "router", "norms", "attention", "all")
@@ -17,6 +17,18 @@ Engine = Literal["torch", "deepspeed"]
 Stage = Literal[2, 3]
 
 _RATE_TIMES_WIDTH = 0.128
+
+_GRADIENTS, _BY_LAYER = ("logits", "router", "labels"), ("layerwise", "closed_form")
+_READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("batch_size", "checks", "patience", "gradient_checkpointing"): _GRADIENTS,
+    ("steps", "learning_rate"): (*_GRADIENTS, "layerwise"),
+    ("train",): ("logits", "labels", "closed_form"),
+    ("rank",): ("logits", "labels"),
+    ("block_tokens",): _BY_LAYER,
+    ("ridge",): ("closed_form",),
+    ("label_weight",): ("labels",),
+}
+"""Options that only some of our methods read."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "recover.methods", self.methods, "at least one, such as logits")
+        require_once("recover.train", self.train)
         require_path("recover.prompts", self.prompts)
         unknown = [part for part in self.train if part not in PARTS]
         require(not unknown, "recover.train", self.train, f"a list of {', '.join(PARTS)}")
@@ -115,11 +128,24 @@ class RecoverConfig:
             require(0 <= value < math.inf, f"recover.{option}", value, "0 or more")
         require(0 < self.ridge < math.inf, "recover.ridge", self.ridge, "more than 0, such as 0.001")
         rate = self.learning_rate
-        require(rate is None or 0 < rate < math.inf, "recover.learning_rate", rate, "more than 0, such as 0.001")
+        require(rate is None or 0 < rate <= 100, "recover.learning_rate", rate, "more than 0, such as 0.001")
         require(
             self.prompt_weight > 0 or self.answer_tokens > 0 or "labels" in self.methods, "recover.prompt_weight",
             self.prompt_weight, "more than 0, as recover.answer_tokens is 0: only the last position would be learned",
         )  # fmt: skip
+
+    def check_read(self) -> None:
+        """Raise ConfigError for an option that none of the methods reads; those of other packages may read all."""
+        if self.engine != "deepspeed":
+            require_unset(self, "recover", ["zero_stage"], "as recover.engine is 'torch'")
+        if not {*self.methods} <= {*_GRADIENTS, *_BY_LAYER}:
+            return
+        for options, methods in _READ_BY.items():
+            if not {*methods} & {*self.methods}:
+                reason = f"as only {' and '.join(methods)} of recover.methods read it"
+                require_unset(self, "recover", options, reason)
+        if "adapters" not in self.train:
+            require_unset(self, "recover", ["rank"], "as adapters are not in recover.train")
 
     @property
     def refitted(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_evo.config.check import require, require_path, require_text
+from moe_evo.config.check import require, require_name, require_once, require_path
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
@@ -43,6 +43,7 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
+        require_once("selection.baselines", self.baselines)
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class TrackingConfig:
             value = getattr(self, option)
             require(value is None or 0 < len(value) <= length, f"tracking.{option}", value, "1 to 128 characters")
         for option in ("project", "group", "entity"):
-            require_text(f"tracking.{option}", getattr(self, option) or "")
-        require(all(0 < len(tag) <= 64 for tag in self.tags), "tracking.tags", self.tags, "tags of 1 to 64 characters")
+            require_name(f"tracking.{option}", getattr(self, option) or "")
+        are_tags = all(0 < len(tag) <= 64 and tag.isprintable() for tag in self.tags)
+        require(are_tags, "tracking.tags", self.tags, "tags of 1 to 64 characters, all printable")
+        require_once("tracking.tags", self.tags)
 
 
 def _embedded_tasks() -> list[TaskConfig]:

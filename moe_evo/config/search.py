@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_evo.config.check import require, require_path
+from moe_evo.config.check import require, require_once, require_path
 
 RANDOM = "random"
 """The origin of initial candidates that are drawn at random, not made by a one-shot method."""
@@ -114,6 +114,7 @@ class SurrogateConfig:
         for option in ("num_warmup", "batch"):
             require(getattr(self, option) >= 1, f"search.surrogate.{option}", getattr(self, option), "at least 1")
         require(self.pool >= 20, "search.surrogate.pool", self.pool, "at least 20")
+        require_once("search.surrogate.priors", self.priors)
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class SearchConfig:
             self.warm_start is None or self.algorithm != "random", "search.warm_start", self.warm_start,
             "none, as random search begins nowhere",
         )  # fmt: skip
+        require_once("search.init", list(self.init))
         shares = self.init_shares.values()
         require(
             bool(shares) and min(shares) >= 0 and sum(shares) > 0, "search.init", self.init,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_evo.config.model import ModelConfig
-from moe_evo.errors import ModelError
+from moe_evo.errors import ConfigError, ModelError
 from moe_evo.files.json_text import read_json
 from moe_evo.genomes.space import ModelShape
 from moe_evo.models.carve.formats import DENSE_TYPES, Layout, check_dense, target_config, target_type
@@ -34,6 +34,7 @@ from moe_evo.models.transformers_border import (
     tokenizer_errors,
     transformers,
 )
+from moe_evo.shown import shown
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BESIDE_TOKENIZER = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
@@ -52,8 +53,13 @@ class ModelSource:
         self, config: ModelConfig, takes: Literal["moe", "dense", "any"] = "moe", *, needs_weights: bool = True
     ) -> None:
         self.location = location(config.path)
-        self._config_file = _config_file(config, self.location)
         is_local = isinstance(self.location, Path)
+        if is_local and config.revision is not None:
+            raise ConfigError(
+                f"model.revision: got {shown(config.revision)}, expected none, as {config.path} is a folder; leave it out, "
+                "or add --model.revision null"
+            )
+        self._config_file = _config_file(config, self.location)
         # everything else comes from the same commit, whatever happens to a branch meanwhile
         self.config = config if is_local else replace(config, revision=self._config_file.parent.name)
         content = read_model_config(self._config_file)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moe_evo.config.check import require_unset
 from moe_evo.config.task import AUTO, DEFAULT, TaskConfig
 from moe_evo.errors import ConfigError, TaskError
 from moe_evo.files.json_text import JsonError, json_of
@@ -93,6 +94,9 @@ def read_task(config: TaskConfig) -> TaskData:
     files, few_shot_files = _split_files(config), _few_shot_files(config)
     kind = config.kind if config.kind != AUTO else _kind(next(iter(files.values())))
     metric, search_metric = _metrics(config, kind)
+    if "" not in files:
+        reason = "as there is a file for each split"
+        require_unset(config, f"tasks ({task_name(config)})", ["split_shares"], reason)
     parts = {name: tuple(_examples(file, kind, [metric, search_metric])) for name, file in files.items()}
     few_shot = tuple(example for file in few_shot_files for example in _shots(file, kind))
     _check_options(config, kind, [*few_shot, *(example for part in parts.values() for example in part)])

@@ -65,23 +65,22 @@ def test_the_plan_of_a_recovery_is_what_it_then_stores(tmp_path: Path, capsys: p
         "3",
         "--folder",
         str(tmp_path / "run"),
-        "--recover.block_tokens",
-        "50",
     ]
-    assert main(["plan", *words, "--recover", "--json"]) == 0
+    learning = ["--recover", "--recover.block_tokens", "50"]
+    assert main(["plan", *words, *learning, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["recovery"]
     assert told["prompts"] == 12 and told["block_bytes"] == 50 * 128 * 4 * 4
     # 4 layers of 3 experts of 128 x 208 with a router of 3 rows and two norms each, and a last norm
     assert told["trained_numbers"] == 4 * (3 * 3 * 128 * 208 + 3 * 128 + 2 * 128) + 128
     adapters = ["--recover.train", "adapters", "--recover.rank", "4"]
-    assert main(["plan", *words, "--recover", "--json", *adapters]) == 0
+    assert main(["plan", *words, *learning, "--json", *adapters]) == 0
     few = json.loads(capsys.readouterr().out)["recovery"]
     assert few["trained_numbers"] == 4 * 3 * 4 * (128 + 2 * 208 + 208 + 128)
     assert few["training_bytes"] < 0.6 * told["training_bytes"]
-    assert main(["plan", *words, "--recover"]) == 0
+    assert main(["plan", *words, *learning]) == 0
     out = capsys.readouterr().out
     assert f"training {told['trained_numbers']:,} numbers takes " in out
-    assert "recovery    12 prompts, up to " in out and out.strip().endswith("--recover")
+    assert "recovery    12 prompts, up to " in out and out.strip().endswith(" ".join(learning))
     assert main(["plan", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recovery"] is None
     kept: list[int] = []
@@ -93,7 +92,7 @@ def test_the_plan_of_a_recovery_is_what_it_then_stores(tmp_path: Path, capsys: p
     search = ["--search.evaluations", "2", "--selection.finalists", "1", "--selection.baselines", "[]"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_evo.commands.recover._train", look)
-        assert main(["search", *words, *search, "--recover"]) == 130
+        assert main(["search", *words, *search, *learning]) == 130
     stored = told["lesson_bytes"] + told["block_bytes"]
     assert 0.3 * stored < sum(kept) < stored + 20_000  # answers end before their longest
 
