@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ def run() -> int:
     if not sys.warnoptions and "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.raiseExceptions = False  # such as of a log file that cannot hold a character in this locale
     return main()
 
 

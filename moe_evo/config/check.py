@@ -22,14 +22,18 @@ def require(condition: bool, option: str, got: object, expected: str) -> None:
         raise ConfigError(f"{option}: got {shown(got)}, expected {expected}")
 
 
-def require_path(option: str, path: str | None) -> None:
-    """Raise ConfigError for a text that no path can be, whether or not there is such a file; None is none."""
+def require_path(option: str, path: str | None, *, is_stored: bool = True) -> None:
+    """Raise ConfigError for a text that no path can be, whether or not there is such a file; None is none.
+
+    is_stored: whether a file will name it, which can hold UTF-8 alone.
+    """
     if path is None:
         return
     require("\x00" not in path, option, path, "a path without NUL")
-    names = os.fsencode(path).split(b"/") if _is_encodable(path) else None
-    require(names is not None, option, path, "a path of whole characters")
-    assert names is not None
+    has_halves = any("\ud800" <= one <= "\udfff" for one in path)  # bytes that are no characters in this locale
+    is_whole = _is_encodable(path) and not (is_stored and has_halves)
+    require(is_whole, option, path, "a path of whole characters; set a locale such as C.UTF-8 if they are")
+    names = os.fsencode(path).split(b"/")
     is_short = max(map(len, names)) <= _LONGEST_NAME and sum(map(len, names)) + len(names) <= _LONGEST_PATH
     require(is_short, option, path, f"a path, whose names have at most {_LONGEST_NAME} bytes")
     is_known = not path.startswith("~") or not os.path.expanduser(path).startswith("~")

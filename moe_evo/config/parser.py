@@ -104,7 +104,7 @@ class CommandParser:
         for name in self._paths:
             found = parsed.get(name)
             for path in found if isinstance(found, list) else [found]:
-                require_path(name if name in self._bare else f"--{name}", path)
+                require_path(name if name in self._bare else f"--{name}", path, is_stored=False)
         return parsed
 
     def words(self, argv: Iterable[str]) -> list[Word]:

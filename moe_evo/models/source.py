@@ -56,8 +56,8 @@ class ModelSource:
         is_local = isinstance(self.location, Path)
         if is_local and config.revision is not None:
             raise ConfigError(
-                f"model.revision: got {shown(config.revision)}, expected none, as {config.path} is a folder; leave it out, "
-                "or add --model.revision null"
+                f"model.revision: got {shown(config.revision)}, expected none, as {config.path} is a folder; leave it "
+                "out, or add --model.revision null"
             )
         self._config_file = _config_file(config, self.location)
         # everything else comes from the same commit, whatever happens to a branch meanwhile
