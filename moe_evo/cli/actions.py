@@ -162,7 +162,7 @@ def _evaluate(parser: CommandParser, argv: Sequence[str], *, as_json: bool) -> N
     # a run's genome without a config is scored with the run's own model and tasks
     words = list(argv) if has_config or run is None else [run, *argv]
     arguments, config = parse_config(parser, words, ScoringConfig)
-    genome = arguments.genome or run or "full"
+    genome = (run or "full") if arguments.genome is None else arguments.genome
     start(config)
     with TerminalTracker() as tracker:
         scores = evaluate(

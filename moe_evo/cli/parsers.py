@@ -98,6 +98,7 @@ def evaluate_parser() -> CommandParser:
     )
     parser.add_argument(
         "--samples",
+        is_path=True,
         type=str | None,
         metavar="FILE",
         help="a new file of JSONL: for every example the prompt, the choices with their log-likelihoods or the text "

@@ -63,7 +63,8 @@ def require_unset(values: object, section: str, options: Iterable[str], reason: 
     kind: Any = type(values)
     for one in fields(kind):
         given = getattr(values, one.name)
-        default = one.default if one.default is not MISSING else one.default_factory()
+        factory = one.default_factory
+        default = one.default if factory is MISSING else factory()
         shown_default = "none" if default is None else f"its default, {default},"
         require(
             one.name not in options or given == default, f"{section}.{one.name}", given, f"{shown_default} {reason}"

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_evo.config.check import require_path
+from moe_evo.config.check import require, require_path
 from moe_evo.config.value_types import element_types, expected, fits, misfit, unknown_key
 from moe_evo.errors import ConfigError
 from moe_evo.files.yaml_text import YamlError, YamlRefused
@@ -104,7 +104,9 @@ class CommandParser:
         for name in self._paths:
             found = parsed.get(name)
             for path in found if isinstance(found, list) else [found]:
-                require_path(name if name in self._bare else f"--{name}", path, is_stored=False)
+                shown_name = name if name in self._bare else f"--{name}"
+                require(path != "", shown_name, path, "a path")
+                require_path(shown_name, path, is_stored=False)
         return parsed
 
     def words(self, argv: Iterable[str]) -> list[Word]:

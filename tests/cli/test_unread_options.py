@@ -77,6 +77,24 @@ def test_it_is_refused_in_one_line_that_names_it(
     assert told.startswith(f"moe-evo: error: {name}: got ") and ", expected " in told
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "--method", "reap", "--num_kept", "4", "--to", ""],
+        ["prune", "--method", "reap", "--num_kept", "4", "--to", "x", "--observations", ""],
+        ["evaluate", "--samples", ""],
+        ["evaluate", "--genome", ""],
+        ["evaluate", "--baseline", ""],
+        ["show", ""],
+        ["compare", ""],
+    ],
+    ids=str,
+)
+def test_an_empty_word_is_no_path_and_no_genome(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("moe-evo: error: ")
+
+
 def test_a_file_may_have_a_section_of_recovery_that_a_search_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("recover: {steps: 5}\n")
     assert main(["plan", str(tmp_path / "both.yaml")]) == 0
