@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before torch is imported
@@ -77,6 +77,9 @@ class Cell:
     def config(self) -> RunConfig:
         way = self.way
         name = f"{way.algorithm}-{'fresh' if way.is_fresh else 'fixed'}-{way.size}"
+        evaluation = EvaluationConfig(threads=1)
+        if way.is_fresh:
+            evaluation = replace(evaluation, examples="fresh", sample_size=way.size)
         return RunConfig(
             model=ModelConfig(path=self.model, self_check=False),
             tasks=[
@@ -90,7 +93,7 @@ class Cell:
             search=SearchConfig(
                 algorithm=way.algorithm, num_kept=self.num_kept, seed=self.seed, evaluations=FORWARDS // way.size
             ),
-            evaluation=EvaluationConfig(threads=1, examples="fresh" if way.is_fresh else "fixed", sample_size=way.size),
+            evaluation=evaluation,
             selection=SelectionConfig(baselines=[]),
             folder=str(self.path / name),
         )
