@@ -79,7 +79,7 @@ def _train(
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.models.export.export import export_checkpoint
     from moe_evo.models.size.size import read_size
-    from moe_evo.recovery.blocks import BlockTargets
+    from moe_evo.recovery.blocks import BlockTargets, few_tokens
     from moe_evo.recovery.lessons import read_lessons
     from moe_evo.recovery.material import Material
 
@@ -89,6 +89,10 @@ def _train(
         folder.keep_score(PRUNED, scored_alone(student.evaluator, PRUNED))
     lessons, validation = (read_lessons(folder.lessons, name) for name in (LEARNED, VALIDATION))
     blocks = BlockTargets.load(folder.lessons) if job.needs_blocks else None
+    if blocks is not None and "closed_form" in job.recover.methods:
+        line = few_tokens(blocks, lessons, job.enough_tokens)
+        if line is not None:
+            tracker.message(line)
     material = Material(lessons, validation, blocks)
     stages: tuple[Stage, ...] = ()
     for _ in job.methods:

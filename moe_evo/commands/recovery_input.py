@@ -12,7 +12,7 @@ from moe_evo.commands.export import Winner, winner
 from moe_evo.commands.shared import require_one_process, require_stock
 from moe_evo.config.check import require
 from moe_evo.config.model import ModelConfig
-from moe_evo.config.recover import RecoverConfig, RecoveryConfig
+from moe_evo.config.recover import RecoverConfig, RecoveryConfig, enough_tokens
 from moe_evo.config.run import RunConfig, ScoringConfig, TrackingConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import ConfigError, RunError
@@ -71,6 +71,21 @@ class RecoveryJob(RecoveryInput):
     def recover(self) -> RecoverConfig:
         return self.config.recover
 
+    @property
+    def enough_tokens(self) -> int:
+        """How many tokens a fit of the pruned model's layers should rest on."""
+        from moe_evo.models.source import ModelSource
+
+        if self.winner is not None:
+            genome, full = self.winner.genome, self.full
+            return enough_tokens(
+                max(genome.num_kept), min(genome.top_k), full.family.expert_width(full.transformers_config)
+            )
+        small = ModelSource(small_model(self.config.model, Path(self.pruned)))
+        return enough_tokens(
+            max(small.shape.num_experts), min(small.shape.top_k), small.family.expert_width(small.transformers_config)
+        )
+
 
 def of_winner(config: RunConfig, recover: RecoverConfig) -> tuple[RecoveryConfig, Path]:
     """The config with which the winner of a search is to learn, and the folder of its checkpoint.
@@ -120,7 +135,9 @@ def planned_recovery(config: RecoveryConfig, size: ModelSize, num_kept: Sequence
         name: sum(len(one.tokens) + (recover.answer_tokens if one.lacks_answer else len(one.answer)) for one in found)
         for name, found in prompts.items()
     }
-    blocks = min(recover.block_tokens, longest[LEARNED]) * size.activations.hidden * size.itemsize * len(num_kept)
+    width = given.full.family.expert_width(given.full.transformers_config)
+    most = recover.most_block_tokens(enough_tokens(max(num_kept), min(size.shape.top_k), width))
+    blocks = min(most, longest[LEARNED]) * size.activations.hidden * size.itemsize * len(num_kept)
     return RecoveryPlan(
         prompts=len(prompts[LEARNED]),
         positions=sum(longest.values()),

@@ -1,4 +1,4 @@
-"""What is asked of the full model before a pruned one learns from it: its score, its answers, and what it expects.
+"""What is asked of the full model before a pruned one learns from it: its score, and what it has to teach.
 
 It is written to files, so that the full model need not be in memory while the pruned one learns.
 """
@@ -6,10 +6,7 @@ It is written to files, so that the full model need not be in memory while the p
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_evo.commands.recovery_input import (
@@ -20,18 +17,16 @@ from moe_evo.commands.recovery_input import (
     in_one_piece,
     prompts_of,
 )
-from moe_evo.config.recover import RecoverConfig
 from moe_evo.errors import GenomeError
 from moe_evo.genomes.population import Evaluation, EvaluationFailure
 from moe_evo.records.recovery_folder import RecoveryFolder
-from moe_evo.recovery.prompts import Prompt
 from moe_evo.runs.open_pool import load_evaluator
+from moe_evo.runs.teaching import keep_blocks, teach
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is about to be loaded, not before
     from moe_evo.evaluation.evaluator import Evaluator
     from moe_evo.models.view import MoEModel
-    from moe_evo.recovery.lessons import Reading
 
 
 def ask_full_model(job: RecoveryJob, folder: RecoveryFolder, tracker: Tracker) -> None:
@@ -57,9 +52,9 @@ def ask_full_model(job: RecoveryJob, folder: RecoveryFolder, tracker: Tracker) -
     formats = [PromptFormat(one.config, one, evaluator.model.tokenizer) for one in job.data]
     for name, prompts in prompts_of(job, formats).items():
         if not has_lessons(folder.lessons, name):
-            _write_lessons(evaluator, prompts, folder.lessons, name, job.recover, tracker)
+            teach(evaluator, prompts, folder.lessons, name, job.recover, tracker)
     if not has_all:
-        _write_blocks(evaluator, folder.lessons, job.recover, tracker)
+        keep_blocks(evaluator, folder.lessons, LEARNED, job.recover.most_block_tokens(job.enough_tokens), tracker)
     del evaluator
     gc.collect()  # the pruned model may need the memory
 
@@ -81,81 +76,3 @@ def scored_alone(evaluator: Evaluator, name: str) -> Evaluation:
     if isinstance(outcome, EvaluationFailure):
         raise GenomeError(f"the {name} model has no score on the test split ({outcome.reason})")
     return outcome
-
-
-def _write_lessons(
-    evaluator: Evaluator, prompts: Sequence[Prompt], folder: Path, name: str, recover: RecoverConfig, tracker: Tracker
-) -> None:
-    """Let the full model write answers, then read everything once more for its distributions."""
-    from moe_evo.recovery.lessons import write_lessons
-
-    model = evaluator.model
-    readings = _readings(evaluator, prompts, name, recover.answer_tokens, tracker)
-
-    def write() -> None:
-        tracker.stage(f"reading {name} prompts", len(readings), unit="prompt")
-        write_lessons(
-            folder, name, readings, model.language_model, model.device,
-            top_k=recover.top_k, batch_tokens=evaluator.batch_tokens, done=tracker.advanced,
-        )  # fmt: skip
-
-    evaluator.within_memory(write)
-
-
-def _write_blocks(evaluator: Evaluator, folder: Path, recover: RecoverConfig, tracker: Tracker) -> None:
-    """Keep what the full model's layers put out, at some of the tokens of its lessons."""
-    from moe_evo.recovery.blocks import write_blocks
-    from moe_evo.recovery.lessons import read_lessons
-
-    tracker.message(f"keeping the outputs of {len(evaluator.model.layers)} MoE layers")
-    lessons = read_lessons(folder, LEARNED)
-
-    def write() -> None:
-        write_blocks(
-            folder, lessons, evaluator.model, most_tokens=recover.block_tokens, batch_tokens=evaluator.batch_tokens
-        )
-
-    evaluator.within_memory(write)
-
-
-def _readings(
-    evaluator: Evaluator, prompts: Sequence[Prompt], name: str, answer_tokens: int, tracker: Tracker
-) -> list[Reading]:
-    """What is read for each prompt: with its right answer, or with the one that the model writes."""
-    from moe_evo.recovery.lessons import Reading
-
-    asked = {number: one for number, one in enumerate(prompts) if one.lacks_answer and answer_tokens}
-    written: dict[int, tuple[int, ...]] = {}
-    if asked:
-        tracker.stage(f"answering {name} prompts", len(asked), unit="prompt")
-        for stop in dict.fromkeys(one.stop for one in asked.values()):
-            chosen = {number: one.tokens for number, one in asked.items() if one.stop == stop}
-            answer = partial(_written, evaluator, chosen, answer_tokens, stop, tracker.advanced)
-            written |= evaluator.within_memory(answer)
-    readings = []
-    for number, one in enumerate(prompts):
-        answer_of = one.answer or written.get(number, ())
-        start = 0 if one.is_text else len(one.tokens) - 1
-        readings.append(Reading(one.tokens + answer_of[:-1], start, one.answer))
-    return readings
-
-
-def _written(
-    evaluator: Evaluator, prompts: dict[int, tuple[int, ...]], most: int, stop: str, done: Callable[[int], None]
-) -> dict[int, tuple[int, ...]]:
-    """The answers that the model writes, by the number of the prompt."""
-    from moe_evo.evaluation.engine.generate import generate_greedily
-    from moe_evo.tasks.batches import generate_batches
-    from moe_evo.tasks.rows import BatchLimits, Row
-
-    model = evaluator.model
-    rows = [Row(number, tokens, len(tokens) - 1) for number, tokens in prompts.items()]
-    limits = BatchLimits(evaluator.batch_tokens, len(model.tokenizer))
-    found = {}
-    for batch in generate_batches(rows, limits, most, stop):
-        generated = generate_greedily(model.language_model, model.tokenizer, batch.to(model.device))
-        lengths = generated.num_new.tolist()
-        for number, new, length in zip(batch.examples.tolist(), generated.new.tolist(), lengths, strict=True):
-            found[number] = tuple(new[:length])
-        done(len(lengths))
-    return found

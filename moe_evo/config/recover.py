@@ -17,6 +17,17 @@ Engine = Literal["torch", "deepspeed"]
 Stage = Literal[2, 3]
 
 _RATE_TIMES_WIDTH = 0.128
+_BLOCK_TOKENS = 32_768
+_TOKENS_A_NEURON = 4
+
+
+def enough_tokens(num_kept: int, top_k: int, width: int) -> int:
+    """With so many tokens, evenly routed, each expert of a layer meets four for each of its neurons.
+
+    num_kept, top_k: experts, and how many of them are active. width: neurons of an expert, each of which is an unknown
+    in every row of the down matrix.
+    """
+    return -(-_TOKENS_A_NEURON * num_kept * width // top_k)
 
 _GRADIENTS, _BY_LAYER = ("logits", "router", "labels"), ("layerwise", "closed_form")
 _READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -54,8 +65,9 @@ class RecoverConfig:
         top_k: Most probable tokens of the full model that are stored for each position; the rest is one number.
         prompt_weight: Weight of a position within a prompt, where those of an answer have 1.
         block_tokens: layerwise, closed_form: about how many tokens the layers' outputs are stored and compared at.
+            Default: 32,768, and so many at least that an expert meets four for each of its neurons.
         ridge: closed_form: how strongly weights are held where they were, as a share of the mean square of what enters
-            them.
+            them. Ten times as strongly, and so on, where that leaves smaller errors at prompts that are held out.
         label_weight: labels: weight of the right answer's cross entropy beside the divergence from the full model.
         steps: Most steps of the optimizer (AdamW); layerwise: in each layer.
         batch_size: Prompts a step.
@@ -85,7 +97,7 @@ class RecoverConfig:
     answer_tokens: int = 16
     top_k: int = 64
     prompt_weight: float = 0.1
-    block_tokens: int = 32_768
+    block_tokens: int | None = None
     ridge: float = 0.001
     label_weight: float = 1.0
     steps: int = 300
@@ -119,10 +131,11 @@ class RecoverConfig:
             "true, or a file recover.prompts: there is nothing to learn from",
         )  # fmt: skip
         for option, least in (("answer_tokens", 0), ("top_k", 1), ("steps", 1), ("batch_size", 1), ("batch_tokens", 1),
-                              ("checks", 1), ("patience", 1), ("rank", 1), ("seed", 0),
-                              ("block_tokens", 1)):  # fmt: skip
+                              ("checks", 1), ("patience", 1), ("rank", 1), ("seed", 0)):  # fmt: skip
             value = getattr(self, option)
             require(value >= least, f"recover.{option}", value, f"{least} or more")
+        blocks = self.block_tokens
+        require(blocks is None or blocks >= 1, "recover.block_tokens", blocks, "1 or more")
         for option in ("prompt_weight", "label_weight"):
             value = getattr(self, option)
             require(0 <= value < math.inf, f"recover.{option}", value, "0 or more")
@@ -155,6 +168,10 @@ class RecoverConfig:
         also = {"adapters": ("experts",), "all": ("experts", "router")}  # nothing is trained that adapters would save
         named = {part for one in self.train for part in also.get(one, (one,))}
         return frozenset(named & {"experts", "scales", "router"})
+
+    def most_block_tokens(self, enough: int) -> int:
+        """About how many tokens layers' outputs are stored at; enough: see `enough_tokens`."""
+        return max(_BLOCK_TOKENS, enough) if self.block_tokens is None else self.block_tokens
 
     def rate(self, hidden_size: int) -> float:
         """The highest learning rate, for a model of this hidden size."""

@@ -29,11 +29,19 @@ _INDEX = "blocks.json"
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What enters the experts of one layer at N tokens: hidden (N, H), chosen experts and gates (N, k)."""
+    """What enters the experts of one layer at N tokens: hidden (N, H), chosen experts and gates (N, k).
+
+    lessons: (N,) the number of the lesson that each token is of.
+    """
 
     hidden: Tensor
     index: Tensor
     gates: Tensor
+    lessons: Tensor
+
+    def at(self, chosen: Tensor) -> BlockInputs:
+        """The same at some tokens; chosen: (N,) which."""
+        return BlockInputs(self.hidden[chosen], self.index[chosen], self.gates[chosen], self.lessons[chosen])
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,18 @@ class BlockTargets:
             with safe_open(self.folder / _FILE.format(shard), framework="pt") as opened:
                 parts.append(opened.get_tensor(str(layer)))
         return torch.cat(parts)
+
+
+def few_tokens(blocks: BlockTargets, lessons: Lessons, enough: int) -> str | None:
+    """A line for people where a least-squares fit rests on fewer tokens than are enough; see `enough_tokens`."""
+    number = int(lessons.lengths[list(blocks.numbers)].sum())
+    if number >= enough:
+        return None
+    more = "give more prompts" if len(blocks.numbers) == len(lessons) else "raise recover.block_tokens"
+    return (
+        f"closed_form rests on {number:,} tokens, where {enough:,} would be four for each neuron of an expert: so it "
+        f"holds weights nearer to what they were, and brings back less; {more}"
+    )
 
 
 def has_blocks(folder: Path) -> bool:
@@ -108,7 +128,7 @@ def block_inputs(
         seen.append((hidden, index, gates))
         raise _Reached
 
-    parts: list[list[Tensor]] = [[], [], []]
+    parts: list[list[Tensor]] = [[], [], [], []]
     with experts_computed_by(model, keep):
         for batch in _batches(lessons, numbers, batch_tokens, model):
             rows = lessons.rows(batch)
@@ -116,11 +136,11 @@ def block_inputs(
                 logits_of(model.language_model, rows, model.device)
             except _Reached:
                 real = _real(rows)
-                for part, one in zip(parts, seen.pop(), strict=True):
+                for part, one in zip(parts, seen.pop(), strict=False):
                     part.append(one[real.to(one.device)].cpu())
+                parts[-1].append(torch.tensor(batch).repeat_interleave(torch.tensor(list(map(len, rows)))))
     with torch.inference_mode(mode=False):
-        hidden, index, gates = (torch.cat(part).clone() for part in parts)
-    return BlockInputs(hidden, index, gates)
+        return BlockInputs(*(torch.cat(part).clone() for part in parts))
 
 
 def _batches(lessons: Lessons, numbers: Sequence[int], batch_tokens: int, model: MoEModel) -> list[list[int]]:

@@ -55,7 +55,7 @@ def repaired_by_layers(
 
     def repaired(layer: MoELayer, targets: Tensor) -> int:
         """Repair a layer, from its first weights where memory had run out; returns the number of tokens."""
-        _put(layer, before[layer.number])
+        put_weights(layer, before[layer.number])
         inputs = block_inputs(model, material.lessons, numbers, layer.number, memory.batch_tokens)
         repair(layer, inputs, targets, config, memory)
         return len(inputs.hidden)
@@ -68,10 +68,10 @@ def repaired_by_layers(
     before = {layer.number: _load(layer, file) for layer in model.layers[: learned.steps]}
     for layer in model.layers[learned.steps :]:
         started = time.perf_counter()
-        before[layer.number] = _copied(layer)
+        before[layer.number] = copied_weights(layer)
         tokens = memory.within(partial(repaired, layer, material.blocks.of(layer.number)))
         with whole_file(_file_of(layer, file)) as temporary:
-            save_file(_copied(layer), temporary)
+            save_file(copied_weights(layer), temporary)
         learned = checked(
             replace(
                 learned,
@@ -83,7 +83,7 @@ def repaired_by_layers(
         before = {number: one for number, one in before.items() if number >= learned.best.step}
         done(learned)
     for layer in model.layers[learned.best.step :]:
-        _put(layer, before[layer.number])
+        put_weights(layer, before[layer.number])
     return learned
 
 
@@ -92,11 +92,13 @@ def _trained(layer: MoELayer) -> dict[str, nn.Parameter]:
     return {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
 
 
-def _copied(layer: MoELayer) -> dict[str, Tensor]:
+def copied_weights(layer: MoELayer) -> dict[str, Tensor]:
+    """The layer's parameters as they are now, on the CPU."""
     return {name: one.detach().to("cpu", copy=True) for name, one in _trained(layer).items()}
 
 
-def _put(layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+def put_weights(layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+    """Give the layer the parameters that `copied_weights` copied."""
     with torch.no_grad():
         for name, one in _trained(layer).items():
             one.copy_(tensors[name])
@@ -108,8 +110,8 @@ def _file_of(layer: MoELayer, file: Path) -> Path:
 
 def _load(layer: MoELayer, file: Path) -> dict[str, Tensor]:
     """Put a layer's repaired weights into the model; returns those that were there."""
-    before = _copied(layer)
-    _put(layer, load_file(_file_of(layer, file)))
+    before = copied_weights(layer)
+    put_weights(layer, load_file(_file_of(layer, file)))
     return before
 
 

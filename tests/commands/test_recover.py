@@ -137,6 +137,16 @@ def test_what_is_printed_says_what_it_gained_and_what_to_do_next(
     assert "recovering (logits): 12 steps" in progress and "answering learned prompts: 40/40" in progress
 
 
+def test_a_fit_that_rests_on_few_tokens_says_so_and_what_helps(pruned: Path, tmp_path: Path, capsys) -> None:
+    few = ("--recover.methods", "closed_form")
+    for words, advice in ((few, "give more prompts"), ((*few, "--recover.block_tokens", "50"), "raise recover.block")):
+        assert main(["recover", str(pruned), *OPTIONS, *words, "--to", str(tmp_path / advice.split()[0])]) == 0
+        progress = capsys.readouterr().err
+        (line,) = [one for one in progress.splitlines() if "closed_form rests on" in one]
+        # two experts, both active, of 208 neurons
+        assert "tokens, where 832 would be four for each neuron of an expert" in line and advice in line
+
+
 def test_prompts_of_a_file_are_learned_beside_or_in_place_of_the_search_split(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

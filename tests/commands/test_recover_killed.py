@@ -53,7 +53,7 @@ def test_killed_while_it_trains_it_goes_on_and_ends_with_the_same_checkpoint(
     assert not target.exists() and (tmp_path / "killed.recovery" / "state-1.safetensors").is_file()
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teaching, "_write_lessons", lambda *_: asked.append("the full model was asked again"))
+        patch.setattr(teaching, "teach", lambda *_: asked.append("the full model was asked again"))
         got = recover(pruned, target, "--recover.batch_tokens", "4095", capsys=capsys)
     assert not asked
     for key in ("scores", "gained", "missing", "prompts", "positions"):

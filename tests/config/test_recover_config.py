@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_evo.config.recover import RecoverConfig
+from moe_evo.config.recover import RecoverConfig, enough_tokens
 from moe_evo.errors import ConfigError
 
 
@@ -27,6 +27,16 @@ def test_adapters_beside_the_experts_that_they_stand_in_for_are_refused(whole: s
     assert RecoverConfig(train=["adapters", "router", "norms"], rank=2).rank == 2
     with pytest.raises(ConfigError, match=r"recover\.rank: got 0, expected 1 or more"):
         RecoverConfig(train=["adapters"], rank=0)
+
+
+def test_layers_are_compared_at_four_tokens_for_each_neuron_that_a_token_may_meet_or_32768_unless_it_is_said() -> None:
+    assert enough_tokens(num_kept=4, top_k=2, width=14336) == 4 * 14336 * 4 / 2
+    assert enough_tokens(num_kept=3, top_k=2, width=1) == 6 and enough_tokens(num_kept=5, top_k=3, width=1) == 7
+    assert RecoverConfig().most_block_tokens(832) == 32_768
+    assert RecoverConfig().most_block_tokens(114_688) == 114_688
+    assert RecoverConfig(block_tokens=50).most_block_tokens(114_688) == 50
+    with pytest.raises(ConfigError, match=r"recover\.block_tokens: got 0, expected 1 or more"):
+        RecoverConfig(block_tokens=0)
 
 
 def test_what_closed_form_refits_follows_from_what_is_trained() -> None:

@@ -38,12 +38,17 @@ def memory(batch_tokens: int = 100) -> PassMemory:
 
 
 def small_and_material(
-    model_type: str, folder: Path, *, batch_tokens: int = 100, full: MoEModel | None = None
+    model_type: str,
+    folder: Path,
+    *,
+    batch_tokens: int = 100,
+    full: MoEModel | None = None,
+    number: int = 60,
+    seed: int = 0,
 ) -> tuple[MoEModel, Material]:
-    """A pruned model, and what the full one has to teach."""
+    """A pruned model, and what the full one has to teach by so many sequences."""
     full = MoEModel(tiny_model(model_type)) if full is None else full
-    for name, seed in (("learned", 0), ("validation", 1)):
-        what = readings(60, seed=seed)
+    for name, what in (("learned", readings(number, seed=seed)), ("validation", readings(60, seed=1))):
         write_lessons(folder, name, what, full.language_model, CPU, top_k=96, batch_tokens=batch_tokens)
     lessons = read_lessons(folder, "learned")
     write_blocks(folder, lessons, full, most_tokens=10_000, batch_tokens=batch_tokens)
