@@ -27,6 +27,7 @@ from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan,
 from moe_evo.runs.checks import Inspection, inspect
 from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.runs.open_pool import open_pool
+from moe_evo.runs.recovery_cost import recipe, recovery_cost
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
 from moe_evo.searches.registry import build_space
@@ -77,7 +78,7 @@ def plan(
     return Plan(
         model=None if size is None else _model_plan(config, size),
         tasks=tuple(_task_plan(one) for one in data),
-        search=None if space is None else _search_plan(config, data, space),
+        search=None if space is None or size is None else _search_plan(config, data, space, size),
         memory=memory,
         checkpoint=None if size is None or space is None else _checkpoint(size, space),
         cluster=cluster,
@@ -204,18 +205,33 @@ def _sizes(data: Sequence[TaskData]) -> dict[str, list[int]]:
     return {split: [len(one.splits[split]) for one in data] or [1] for split in SPLITS}
 
 
-def _search_plan(config: RunConfig, data: Sequence[TaskData], space: SearchSpace) -> SearchPlan:
+def _search_plan(config: RunConfig, data: Sequence[TaskData], space: SearchSpace, size: ModelSize) -> SearchPlan:
+    recovered, sizes = config.selection.recover_finalists, _sizes(data)
     return SearchPlan(
         algorithm=config.search.algorithm,
         num_kept=space.num_kept,
         top_k=space.top_k,
         log10_prunings=math.log10(num_prunings(space)),  # the number itself can have thousands of digits
         merges=merges(config.search, can_prune=space.can_prune),
-        evaluations=evaluations_by_split(config, _sizes(data), can_prune=space.can_prune),
+        evaluations=evaluations_by_split(config, sizes, can_prune=space.can_prune),
         num_kept_range=_range(space.kept_bounds),
         top_k_range=_range(space.top_k_bounds),
         objectives=tuple(config.search.objectives),
+        recovered_finalists=recovered,
+        recovery_evaluations=recovery_cost(config, sizes["search"], space.shape.num_layers),
+        recovery_bytes=_finalist_bytes(config, size, space) if recovered else 0,
     )
+
+
+def _finalist_bytes(config: RunConfig, size: ModelSize, space: SearchSpace) -> int:
+    """Memory of a finalist that is recovered: its weights, and what is trained of them."""
+    from moe_evo.recovery.methods import RECOVERY_METHODS, Distillation
+    from moe_evo.recovery.training_size import training_bytes
+
+    recover = recipe(config.selection)
+    methods = [RECOVERY_METHODS.get(name, "selection.recover_finalists") for name in recover.methods]
+    parts = [method.trained(recover) for method in methods if isinstance(method, Distillation)]
+    return max(training_bytes(size, space.num_kept, one, recover.rank, checkpointing=False) for one in [(), *parts])
 
 
 def _recovery(

@@ -27,12 +27,13 @@ from moe_evo.records.folder import (
     revision_asked,
     with_absolute_paths,
 )
-from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.records.journal import MAIN, RANDOM, RECOVERY_COST, REFERENCE, Journal
 from moe_evo.records.make_result import run_result
 from moe_evo.records.result import RunResult, TableRow
 from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
 from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.runs.open_pool import open_pool
+from moe_evo.runs.recovery_cost import recovery_cost, without_recovery
 from moe_evo.runs.workload import merges
 from moe_evo.searches.registry import planned_phases
 from moe_evo.tasks.data import reported
@@ -76,7 +77,9 @@ def search(
             here = replace(config, cluster=cluster or config.cluster)
             chosen, front = _chosen(here, found, found.source, found.space, journal, folder, trackers, model)
             rows, split = chosen.rows, reported("search", found.data, is_fresh=config.evaluation.is_fresh)
-            result = run_result(config, found.source, journal, found.data, rows, chosen.expected, front)
+            result = run_result(
+                config, found.source, journal, found.data, rows, chosen.expected, front, chosen.finalists
+            )
             points = [row for row, _ in front]
             _save_winners(found.source, found.space, journal, folder, result, [*rows, *points], split)
             _draw(config, folder, journal, rows)
@@ -97,19 +100,40 @@ def _chosen(
 ) -> tuple[Chosen, list[FrontRow]]:
     """Make all evaluations that the journal does not have yet, and return the final table and the front."""
     from moe_evo.criteria.observer import Observer
+    from moe_evo.evaluation.local_pool import LocalPool
+    from moe_evo.runs.finalist_recovery import FinalistRecovery
     from moe_evo.runs.front import scored_front
     from moe_evo.runs.selection import run_search
 
-    phases = planned_phases(config.search, can_prune=space.can_prune)
+    cost = recovery_cost(config, [len(one.splits["search"]) for one in found.data], space.shape.num_layers)
+    searched = without_recovery(config.search, cost)
+    phases = planned_phases(searched, can_prune=space.can_prune)
     merging = next((phase for phase in phases if not phase.only_prunes), None)
-    if merging is not None and not merges(config.search, can_prune=space.can_prune):
+    if merging is not None and not merges(searched, can_prune=space.can_prune):
         planned = sum(phase.evaluations for phase in phases)
         tracker.message(f"this budget only prunes: {merging.name} would start after {planned} evaluations")
     with open_pool(config, source, found.data, tracker, space, model, found.tasks) as pool:
         names = observed_names(config.model, found.data)
         observer = Observer(pool.ask, names, source.hash, folder.observations, tracker.message)
+        recovery = None
+        if cost:
+            assert isinstance(pool, LocalPool), "the config was checked"
+            journal.set_meta({RECOVERY_COST: str(cost)})
+            tracker.message(
+                f"{cost} of {config.search.evaluations} evaluations go into recovering "
+                f"{config.selection.recover_finalists} finalists"
+            )
+            recovery = FinalistRecovery(config, pool.evaluator, found.data, folder, journal, tracker, cost)
         chosen = run_search(
-            config, space, journal, pool, tracker, data=found.data, observer=observer, wider=found.wider
+            config,
+            space,
+            journal,
+            pool,
+            tracker,
+            data=found.data,
+            observer=observer,
+            wider=found.wider,
+            recovery=recovery,
         )
         return chosen, scored_front(config, space, journal, pool, tracker, found.data)
 

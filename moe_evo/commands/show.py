@@ -52,11 +52,12 @@ def progress(folder: RunFolder) -> Progress:
         individuals = journal.individuals(MAIN)
         proposed = len(journal.candidates(MAIN))
         gangs = gang_facts(journal.gang_events())
+        cost = journal.recovery_cost
     population = Population().with_outcomes(individuals)
     best = population.best if len(population) else None
     return Progress(
         evaluations=len(individuals),
-        budget=config.search.evaluations,
+        budget=config.search.evaluations - cost,
         under_way=proposed - len(individuals),
         failed=failure_facts(one.outcome for one in individuals),
         gangs=gangs,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from moe_evo.commands.search import search as search_command
+from moe_evo.config.check import require
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
@@ -112,6 +113,11 @@ def sweep(config: SweepConfig, tracker: Tracker, *, use_tune: bool) -> SweepFold
     from moe_evo.models.source import ModelSource
     from moe_evo.runs.checks import check_model
 
+    recovered = config.selection.recover_finalists
+    require(
+        not (use_tune and recovered), "selection.recover_finalists", recovered,
+        "0, as runs share gangs on a cluster; or it with --no-tune and without cluster.address",
+    )  # fmt: skip
     folder = SweepFolder(Path(config.folder or _default_folder(config)).absolute())
     source = ModelSource(with_absolute_paths(config).model)
     runs = grid(config, source.shape, folder)

@@ -14,7 +14,7 @@ from moe_evo.config.check import require, require_name, require_once, require_pa
 from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
-from moe_evo.config.search import ACTIVE, TASKS, SearchConfig
+from moe_evo.config.search import ACTIVE, QUALITY, TASKS, SearchConfig
 from moe_evo.config.task import TaskConfig
 
 _MOST_OBJECTIVES = 6  # hypervolumes of more take long
@@ -29,6 +29,11 @@ class SelectionConfig:
     Args:
         finalists: So many of which most is expected after the search are scored on a quarter of the validation split,
             half of them on more of it, a quarter on all; the best there is scored on the test split.
+        recover_finalists: So many of the best finalists are recovered (moe-evo recover) from the full model before the
+            winner is chosen, and the one that scores best on the validation split then is the winner: what heals best
+            is not always what was best. In closed form, on prompts of the search split. It takes a part of
+            search.evaluations, which moe-evo plan tells. Not on a cluster.
+        recover_steps: Gradient steps after that (method logits of moe-evo recover).
         random_search: Also spend the same number of evaluations on random prunings (best of N).
         soup: Also average finalists that keep the same experts, for as long as it helps on the validation split;
             moe-evo export takes the winner, or this with --which soup.
@@ -37,6 +42,8 @@ class SelectionConfig:
     """
 
     finalists: int = 20
+    recover_finalists: int = 0
+    recover_steps: int = 0
     random_search: bool = False
     soup: bool = False
     baselines: list[str] = field(default_factory=lambda: ["frequency", "reap"])
@@ -44,6 +51,19 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         require(self.finalists >= 1, "selection.finalists", self.finalists, "1 or more")
         require_once("selection.baselines", self.baselines)
+        number, steps = self.recover_finalists, self.recover_steps
+        require(
+            0 <= number <= self.finalists, "selection.recover_finalists", number,
+            f"0 to selection.finalists ({self.finalists})",
+        )  # fmt: skip
+        require(
+            steps == 0 or (steps > 0 and number > 0), "selection.recover_steps", steps,
+            "0, as selection.recover_finalists is 0" if steps > 0 else "0 or more",
+        )  # fmt: skip
+        require(
+            not (number and self.soup), "selection.soup", self.soup,
+            "false, as selection.recover_finalists changes what finalists score, but not averages of them",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,8 @@ class RunConfig(ScoringConfig):
             not by_task or not self.evaluation.is_fresh, "evaluation.examples", self.evaluation.examples,
             "'fixed', as each task is an objective: only their common score is corrected for fresh examples",
         )  # fmt: skip
+        if self.selection.recover_finalists:
+            self._check_recovery()
         number = len(objectives) + by_task * (len(self.tasks) - 1)
         require(
             number <= _MOST_OBJECTIVES, "search.objectives", objectives,
@@ -163,6 +185,25 @@ class RunConfig(ScoringConfig):
                 value is None or ACTIVE not in objectives, f"model.{option}", value,
                 "none, as experts active a token are an objective: how many run is then known of no genome",
             )  # fmt: skip
+
+    def _check_recovery(self) -> None:
+        """Raise ConfigError where finalists cannot be recovered: only whole, stock models in this process can."""
+        option, number, model = "selection.recover_finalists", self.selection.recover_finalists, self.model
+        needed: dict[str, tuple[object, object]] = {
+            "cluster.address": (self.cluster.address, None),
+            "model.sharding": (model.sharding, "single"),
+            "model.router": (model.router, "exported"),
+            "model.experts": (model.experts, "own"),
+            "model.alignment": (model.alignment, None),
+            "model.dynamic_skipping": (model.dynamic_skipping, None),
+            "model.top_p": (model.top_p, None),
+            "search.objectives": (self.search.objectives, [QUALITY]),
+        }
+        for name, (value, wanted) in needed.items():
+            told = f"without {name} ({value})" if wanted is None else f"with {name} {wanted} (it is {value})"
+            require(value == wanted, option, number, f"it {told}; or 0, and moe-evo recover for the winner afterwards")
+        kept = self.search.num_kept
+        require(isinstance(kept, int), option, number, f"it with one search.num_kept for all layers, not {kept}; or 0")
 
 
 def difference(old: Any, new: Any, path: str = "") -> Sequence[str]:

@@ -25,13 +25,13 @@ class LocalPool:
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
-        self._evaluator = evaluator
+        self.evaluator = evaluator
         self._waiting: deque[Request] = deque()
         self.listener: Listener = lambda news: None
 
     @property
     def shape(self) -> ModelShape:
-        return self._evaluator.model.shape
+        return self.evaluator.model.shape
 
     @property
     def free_slots(self) -> int:
@@ -43,13 +43,13 @@ class LocalPool:
     def next_outcomes(self) -> list[tuple[Request, Outcome]]:
         assert self._waiting, "next_outcomes was called with no request under way"
         request = self._waiting.popleft()
-        return [(request, self._evaluator.evaluate([request.genome], request.split, rivals=[request.rival])[0])]
+        return [(request, self.evaluator.evaluate([request.genome], request.split, rivals=[request.rival])[0])]
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Observation[Any]]]:
-        return ((question, answer(question, self._evaluator)) for question in questions)
+        return ((question, answer(question, self.evaluator)) for question in questions)
 
     def answered(self, genome: Genome | None, split: str, first: int | None = None) -> tuple[Answered, ...]:
-        return self._evaluator.answered(genome, split, first)
+        return self.evaluator.answered(genome, split, first)
 
     def close(self) -> None:
         self._waiting.clear()

@@ -59,6 +59,7 @@ class RunFolder:
         self.best = path / "best.safetensors"
         self.best_pruning = path / "best_pruning.safetensors"
         self.observations = path / "observations.safetensors"
+        self.finalists = path / "finalists"
         self.result = path / "result.json"
         self.figure = path / "search.png"
         self.kept_figure = path / "kept_experts.png"

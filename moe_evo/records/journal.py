@@ -41,6 +41,12 @@ SCHEMA_VERSION = "3"
 MAIN, RANDOM, REFERENCE = "search", "random", "reference"
 """Names of searches in a journal. REFERENCE has the candidates that no search proposed, such as the full model."""
 
+RECOVERED = "recovered"
+"""In place of a split: outcomes on the validation split of finalists that learned from the full model before."""
+
+RECOVERY_COST = "recovered finalists/evaluations"
+"""The key under which a journal has how many evaluations of the budget go into recovering finalists."""
+
 _TOLD = "search = ? AND (split = 'search' OR split GLOB 'search/*')"
 _FEWEST_GAPS = 3
 
@@ -129,6 +135,12 @@ class Journal:
     def meta(self, key: str) -> str | None:
         rows = self._fetch("SELECT value FROM meta WHERE key = ?", (key,))
         return str(rows[0][0]) if rows else None
+
+    @property
+    def recovery_cost(self) -> int:
+        """The evaluations of the budget that go into recovering finalists."""
+        with self._readable():
+            return int(self.meta(RECOVERY_COST) or 0)
 
     def set_meta(self, values: Mapping[str, str]) -> None:
         if not values:

@@ -15,6 +15,7 @@ from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.records.paired import PairedByTask, paired_by_task
 from moe_evo.records.result import (
     FailureFacts,
+    FinalistRecoveries,
     FrontPoint,
     GangFacts,
     ModelFacts,
@@ -45,10 +46,11 @@ def run_result(
     rows: Sequence[TableRow],
     expected: float | None = None,
     front: Sequence[tuple[TableRow, Mapping[str, Mapping[str, float]]]] = (),
+    finalists: FinalistRecoveries | None = None,
 ) -> RunResult:
     """The result of a run whose evaluations are all in its journal.
 
-    rows: its final table. expected: see `RunResult`. front: as rows with their objectives by split and name.
+    rows: its final table. expected, finalists: see `RunResult`. front: as rows with their objectives by split and name.
     """
     from moe_evo.models.size.memory import exported_size
     from moe_evo.models.size.size import read_size
@@ -74,6 +76,7 @@ def run_result(
         front=tuple(
             FrontPoint(row.to_row(*exported_size(size, row.candidate.genome.num_kept)), values) for row, values in front
         ),
+        finalists=finalists,
     )
 
 

@@ -230,6 +230,37 @@ class SearchFacts:
 
 
 @dataclass(frozen=True)
+class RecoveredFinalist:
+    """A finalist's fitness on the validation split before and after it was recovered; None where it failed."""
+
+    candidate: int
+    pruned: float | None
+    recovered: float | None
+
+    def __str__(self) -> str:
+        before, after = ("failed" if one is None else f"{one:.3f}" for one in (self.pruned, self.recovered))
+        return f"#{self.candidate} {before} -> {after}"
+
+
+@dataclass(frozen=True)
+class FinalistRecoveries:
+    """The finalists that were recovered before the winner, the first of them, was chosen.
+
+    methods: of recovery. steps: gradient steps of each. evaluations: of the budget, that all of it is counted as.
+    """
+
+    methods: tuple[str, ...]
+    steps: int
+    evaluations: int
+    finalists: tuple[RecoveredFinalist, ...]
+
+    def __str__(self) -> str:
+        how = " + ".join(self.methods) + (f", {self.steps} steps" if self.steps else "")
+        told = ", ".join(map(str, self.finalists))
+        return f"recovered on the validation split ({how}; for {self.evaluations} evaluations): {told}"
+
+
+@dataclass(frozen=True)
 class GangFacts:
     """Events of the gangs of a run on a cluster. counts: number of events by kind. reasons: why gangs broke."""
 
@@ -259,7 +290,7 @@ class RunResult:
     results. against_full: the winner minus the full model on the same test examples; None where one of them has no
     score, and in older results. gangs: None for a run in one process. rows: the final table, the full model first and
     the winner last. front: of a search with several objectives. recovered: genomes whose model learned from the full
-    one afterwards.
+    one afterwards. finalists: those that did so before the winner was chosen; None where none did.
     """
 
     software: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -278,6 +309,7 @@ class RunResult:
     rows: tuple[Row, ...]
     front: tuple[FrontPoint, ...] = ()
     recovered: tuple[Row, ...] = ()
+    finalists: FinalistRecoveries | None = None
 
     @property
     def lines(self) -> tuple[Row, ...]:
@@ -335,7 +367,7 @@ class RunResult:
     def to_plain(self) -> Plain:
         """The content of result.json, without what not every result has where there is none of it."""
         told = plain_fields(self)
-        absent = {name for name in ("top_p", "expected", "front", "recovered") if told[name] in (None, [])}
+        absent = {name for name in ("top_p", "expected", "front", "recovered", "finalists") if told[name] in (None, [])}
         return {"version": RESULT_VERSION} | {name: value for name, value in told.items() if name not in absent}
 
     @classmethod

@@ -134,6 +134,16 @@ def _search(search: SearchPlan | None) -> list[str]:
         f"{_number_label(search.log10_prunings)} prunings to choose from",
         *_front(search),
         "evaluations at most " + ", ".join(f"{number} {split}" for split, number in search.evaluations.items()),
+        *_finalists(search),
+    ]
+
+
+def _finalists(search: SearchPlan) -> list[str]:
+    if not search.recovered_finalists:
+        return []
+    return [
+        f"finalists   {search.recovered_finalists} are recovered for {search.recovery_evaluations} of these search "
+        f"evaluations; each takes {size_label(search.recovery_bytes)} beside the model and activations"
     ]
 
 

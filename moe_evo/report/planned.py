@@ -47,7 +47,9 @@ class SearchPlan:
 
     num_kept, top_k: one number a MoE layer. num_kept_range: the fewest and the most experts that a layer may keep,
     where the search chooses; then `num_kept` is what each keeps where all keep as many. top_k_range: the same of top_k.
-    objectives: what is maximised.
+    objectives: what is maximised. recovered_finalists: how many are recovered before the winner is chosen.
+    recovery_evaluations: the part of the budget that this is counted as. recovery_bytes: memory that a finalist takes
+    meanwhile, beside the full model and activations.
     """
 
     algorithm: str
@@ -59,6 +61,9 @@ class SearchPlan:
     num_kept_range: tuple[int, int] | None = None
     top_k_range: tuple[int, int] | None = None
     objectives: tuple[str, ...] = ("quality",)
+    recovered_finalists: int = 0
+    recovery_evaluations: int = 0
+    recovery_bytes: int = 0
 
 
 @dataclass(frozen=True)

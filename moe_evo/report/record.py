@@ -6,7 +6,7 @@ Only the genomes that are shown are decoded, as a journal may have thousands of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Record:
     of the search, of the random search, of the search's finalists, and of its candidates in the final table.
     full: the full model on the search split. gang_events: as `Journal.gang_events`; gangs: their last status.
     genomes: by key of the final table, those that are more than a list of kept experts; of an unfinished run the
-    best so far, as 'best'.
+    best so far, as 'best'. recovery_cost: evaluations of the budget that go into recovering finalists.
     """
 
     folder: Path
@@ -77,6 +77,7 @@ class Record:
     gang_events: Sequence[tuple[float, int, str, str]] = ()
     gangs: tuple[GangNow, ...] = ()
     genomes: Mapping[str, Genome] = field(default_factory=dict)
+    recovery_cost: int = 0
 
     @property
     def search(self) -> SearchConfig:
@@ -105,9 +106,10 @@ class Record:
 
     def phases(self) -> list[tuple[Phase, int]]:
         """The phases of the search that have candidates, each with the number of its first candidate."""
-        phases = planned_phases(self.search, can_prune=True)  # operators show if it did not prune
+        searched = replace(self.search, evaluations=self.search.evaluations - self.recovery_cost)
+        phases = planned_phases(searched, can_prune=True)  # operators show if it did not prune
         starts = phase_starts(phases, {number: one.operator for number, one in self.ancestry.items()})
-        ends = [*starts[1:], self.search.evaluations]
+        ends = [*starts[1:], searched.evaluations]
         return [(phase, start) for phase, start, end in zip(phases, starts, ends, strict=True) if start < end]
 
     def ancestors(self) -> list[int]:
@@ -173,6 +175,7 @@ def _read(run: RunFolder, label: str) -> Record:
             gang_events=journal.gang_events(),
             gangs=_gangs(run, journal),
             genomes=genomes,
+            recovery_cost=journal.recovery_cost,
         )
 
 

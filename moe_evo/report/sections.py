@@ -126,7 +126,7 @@ def _headline(record: Record, lines: list[Line]) -> list[tuple[str, str, str]]:
     """The main figures, at the top of the page, as (name, value, remark)."""
     best, full = _line(lines, "best"), _line(lines, "full")
     if record.result is None:
-        done = f"{len(record.outcomes)} of {record.search.evaluations}"
+        done = f"{len(record.outcomes)} of {record.search.evaluations - record.recovery_cost}"
         shown = [("evaluations done", done, "this run is not finished")]
         found = None if record.best is None else record.outcomes[record.best]
         if isinstance(found, Evaluation):
@@ -206,11 +206,18 @@ def _facts(record: Record) -> Facts:
         ("experts to keep", kept),
         *([("objectives", ", ".join(search.objectives))] if search.has_front else []),
         ("budget", f"{search.evaluations} evaluations, seed {search.seed}"),
+        *_finalists(record),
         ("router", model.router),
         ("number format", model.dtype),
         ("folder", str(record.folder)),
     ]
     return facts
+
+
+def _finalists(record: Record) -> Facts:
+    """Which finalists were recovered, where any were."""
+    found = None if record.result is None else record.result.finalists
+    return [] if found is None else [("finalists", str(found))]
 
 
 def _versions(record: Record) -> Facts:

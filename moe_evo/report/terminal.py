@@ -68,7 +68,7 @@ def _print_result(folder: RunFolder, result: RunResult) -> None:
         f"{search.evaluations} evaluations ({search.failures} failed{stopped}), seed {search.seed}, "
         f"{search.evaluation_s:.0f} s of evaluation\n"
         f"{_examples(result)}{_reasons(search.failure_reasons)}{_gangs(result.gangs)}"
-        f"{_remarks(result)}{_expected(result)}{_soup(result)}{_front(folder, result)}"
+        f"{_remarks(result)}{_finalists(result)}{_expected(result)}{_soup(result)}{_front(folder, result)}"
         f"pictures {folder.figure}, {folder.kept_figure}\n"
         f"genome   {folder.best}\n"
         f"result   {folder.result}\n"
@@ -120,6 +120,11 @@ def _gangs(gangs: GangFacts | None) -> str:
 def _remarks(result: RunResult) -> str:
     """What the table means, in words."""
     return "".join(f"{name:<9}{sentence}\n" for name, sentence in remarks(result))
+
+
+def _finalists(result: RunResult) -> str:
+    """Which finalists were recovered before the winner was chosen."""
+    return "" if result.finalists is None else f"finalists {result.finalists}\n"
 
 
 def _expected(result: RunResult) -> str:

@@ -26,6 +26,7 @@ from moe_evo.records.folder import (
     with_absolute_paths,
 )
 from moe_evo.records.journal import MAIN
+from moe_evo.runs.recovery_cost import recovery_cost
 from moe_evo.searches.registry import build_space, check_search
 from moe_evo.tasks.data import TaskData, check_tasks, read_task, task_name
 
@@ -75,6 +76,8 @@ def inspect(config: RunConfig) -> Inspection:
     known_as = None if source is None else _hash(source, problems)
     space = None if size is None else _space(size.shape, config.search, problems)
     _add(problems, method_problems(config, space))
+    if space is not None and len(data) == len(config.tasks):
+        _check_recovery_cost(config, data, space, problems)
     if config.cluster.address is None:  # a cluster's devices are not those of this machine
         from moe_evo.models.load import resolve_device
 
@@ -113,6 +116,19 @@ def _check_samples(config: RunConfig, data: TaskData, problems: Problems) -> Non
             ConfigError(
                 f"evaluation.sample_size: got {size}, expected at most half of the {number} search examples of task "
                 f"{data.name}; give more examples, smaller samples, or evaluation.examples fixed"
+            )
+        )
+
+
+def _check_recovery_cost(config: RunConfig, data: Sequence[TaskData], space: SearchSpace, problems: Problems) -> None:
+    """Note a budget of which recovering finalists would leave nothing."""
+    cost = recovery_cost(config, [len(one.splits["search"]) for one in data], space.shape.num_layers)
+    if cost >= config.search.evaluations:
+        problems.add(
+            ConfigError(
+                f"selection.recover_finalists: got {config.selection.recover_finalists}, whose recovery counts as "
+                f"{cost} of {config.search.evaluations} evaluations; raise search.evaluations, recover fewer, or lower "
+                "selection.recover_steps"
             )
         )
 

@@ -46,9 +46,9 @@ def are_apart(one: Genome, other: Genome) -> bool:
     return swaps >= _FEWEST_SWAPS
 
 
-def better_half(ranked: Sequence[Individual]) -> list[Individual]:
-    """The first half and, where it has none that only prunes, the best that does."""
-    half = list(ranked[: (len(ranked) + 1) // 2])
+def better_half(ranked: Sequence[Individual], fewest: int = 1) -> list[Individual]:
+    """The first half, `fewest` at least, and, where it has none that only prunes, the best that does."""
+    half = list(ranked[: max((len(ranked) + 1) // 2, fewest)])
     prunings = [one for one in ranked if one.genome.is_pruning]
     return half if any(one.genome.is_pruning for one in half) else half + prunings[:1]
 

@@ -20,15 +20,16 @@ def num_parts(num_finalists: int, num_examples: Sequence[int]) -> int:
     return 2
 
 
-def cost(num_finalists: int, num_examples: Sequence[int], *, merges: bool) -> int:
+def cost(num_finalists: int, num_examples: Sequence[int], *, merges: bool, fewest: int = 1) -> int:
     """How many evaluations on the whole validation split the choice among finalists takes, at most.
 
-    merges: whether there are merged genomes, so that the best pruning may stay beside the better half.
+    merges: whether there are merged genomes, so that the best pruning may stay beside the better half. fewest: how many
+    stay at least.
     """
     seen, left = 0.0, num_finalists
     for _ in range(num_parts(num_finalists, num_examples)):
         seen += left / _PART
-        left = (left + 1) // 2 + merges
+        left = min(left, max((left + 1) // 2, fewest) + merges)
     return math.ceil(seen) + left
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig
@@ -17,10 +17,12 @@ from moe_evo.genomes.population import Candidate, Evaluation, EvaluationFailure,
 from moe_evo.genomes.soup import alike, greedy_soup
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
-from moe_evo.records.result import Score, TableRow
+from moe_evo.records.result import FinalistRecoveries, Score, TableRow
 from moe_evo.runs.early_warnings import full_model_warnings
+from moe_evo.runs.finalist_recovery import FinalistRecovery
 from moe_evo.runs.finalists import Judged
 from moe_evo.runs.loop import FULL, Run
+from moe_evo.runs.recovery_cost import without_recovery
 from moe_evo.runs.validation import Validation
 from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
@@ -42,10 +44,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Chosen:
-    """rows: the final table, the winner last. expected: what the winner can be expected to score on new examples."""
+    """rows: the final table, the winner last. expected: what the winner can be expected to score on new examples.
+
+    finalists: that were recovered before the winner was chosen.
+    """
 
     rows: list[TableRow]
     expected: float
+    finalists: FinalistRecoveries | None = None
 
 
 def run_search(
@@ -58,11 +64,12 @@ def run_search(
     data: Sequence[TaskData],
     observer: Observer,
     wider: Sequence[Genome] = (),
+    recovery: FinalistRecovery | None = None,
 ) -> Chosen:
     """Search, choose on the validation split, report on the test split.
 
     data: of the pool's tasks. observer: computes what one-shot methods need to know of the pool's model on them.
-    wider: see `build_search`.
+    wider: see `build_search`. recovery: of finalists before the winner is chosen, which takes a part of the budget.
     """
     assert pool.shape == space.shape, "the pool serves another model than the space was built for"
     run = Run(journal, pool, tracker, races=config.evaluation.race is not None)
@@ -78,8 +85,9 @@ def run_search(
         assert space.genome(space.genes(genome)) == genome, f"{name} makes no genome of this search"
     criteria = criteria_of("search.surrogate.priors", config.search.priors if space.can_prune else [])
     priors = {name: one.scores(observer) for name, one in criteria.items()}
-    search = build_search(space, config.search, wider, genomes, priors)
-    population = run.evolve(MAIN, f"search ({config.search.algorithm})", search, config.search.evaluations)
+    searched = without_recovery(config.search, 0 if recovery is None else recovery.cost)
+    search = build_search(space, searched, wider, genomes, priors)
+    population = run.evolve(MAIN, f"search ({searched.algorithm})", search, searched.evaluations)
     contenders = [
         Contender(REFERENCE, name, "full model" if name == FULL else METHODS[name].title, references[name])
         for name in (FULL, *baselines)
@@ -93,10 +101,14 @@ def run_search(
         title = drawn.row_title(len(random))
         best = validation.judged(RANDOM, title, random)[0]
         contenders.append(Contender(RANDOM, "random_search", title, best.individual.candidate, len(random)))
-    phases = planned_phases(config.search, can_prune=space.can_prune)
+    phases = planned_phases(searched, can_prune=space.can_prune)
     judged = validation.judged(MAIN, phases[-1].row_title(len(population)), population)
-    contenders += _winners(run, config, population, judged, phases)
-    return Chosen(_rows(run, contenders, data, config.evaluation), judged[0].score)
+    if recovery is not None:
+        judged = recovery.chosen(judged)
+    finalists, cost = (None, 0) if recovery is None else (recovery.facts(judged), recovery.cost)
+    winners = _winners(run, config, population, judged, phases)
+    contenders += [replace(one, evaluations=one.evaluations + cost) for one in winners]
+    return Chosen(_rows(run, contenders, data, config.evaluation), judged[0].score, finalists)
 
 
 def _fresh_examples(config: RunConfig, data: Sequence[TaskData], full: Individual) -> FreshExamples | None:

@@ -28,6 +28,7 @@ class Validation:
         self._run = run
         self._rule = config.evaluation.fitness
         self._num_finalists = config.selection.finalists
+        self._num_recovered = config.selection.recover_finalists
         self._space = space
         self._sizes = [len(task.splits["validation"]) for task in data]
 
@@ -43,7 +44,8 @@ class Validation:
             scored = self._scored(search, f"validation, part {part + 1}: {title}", left, str(sample))
             for one in scored:
                 seen[one.number].append(one.evaluation)
-            left = better_half([one.individual for one in self._judged(scored, expected, seen)])
+            ranked = [one.individual for one in self._judged(scored, expected, seen)]
+            left = better_half(ranked, max(self._num_recovered, 1))
         scored = self._scored(search, f"validation: {title}", left, "validation")
         if not scored:
             raise RunError(f"{title}: no finalist could be scored on the validation split")

@@ -20,7 +20,8 @@ def evaluations_by_split(
 ) -> dict[str, int]:
     """The most evaluations that a run makes on each split; equal genomes are not evaluated twice.
 
-    examples: by split, how many each task has. An evaluation on some of them counts as that part of one.
+    examples: by split, how many each task has. An evaluation on some of them counts as that part of one. Recovering
+    finalists counts as the part of the budget that it takes.
     """
     budget, finalists = config.search.evaluations, config.selection.finalists
     compares_random = config.selection.random_search and config.search.algorithm != "random"
@@ -41,10 +42,14 @@ def evaluations_by_split(
     differs = config.evaluation.is_fresh or any(task.sets_search_metric for task in config.tasks)
     front = min(MOST_ON_FRONT, budget) if config.search.has_front else 0
     reported = rows + front + 1 if differs else references + soups
-    own, of_random = (cost(min(finalists, budget), examples["validation"], merges=one) for one in (is_merged, False))
+    recovered = config.selection.recover_finalists
+    own, of_random = (
+        cost(min(finalists, budget), examples["validation"], merges=one, fewest=max(recovered, 1))
+        for one in (is_merged, False)
+    )
     return {
         "search": math.ceil(budget * searches * _share_seen(config, examples["search"])) + observes + reported,
-        "validation": own + of_random * compares_random + references + averages + front,
+        "validation": own + recovered + of_random * compares_random + references + averages + front,
         "test": rows + front,
     }
 

@@ -18,7 +18,7 @@ from moe_evo.genomes.population import Individual
 from moe_evo.genomes.space import SearchSpace
 from moe_evo.plain import Plain, plain_fields
 from moe_evo.records.folder import RunFolder
-from moe_evo.records.journal import MAIN, RANDOM, REFERENCE, Journal
+from moe_evo.records.journal import MAIN, RANDOM, RECOVERED, REFERENCE, Journal
 from moe_evo.records.make_result import software_versions
 from moe_evo.searches.registry import search_parameters
 from moe_evo.tasks.data import SCORINGS, task_name
@@ -128,7 +128,7 @@ def _history(journal: Journal) -> Iterator[tuple[str, str, Individual]]:
     candidates = {
         search: {one.number: one for one in journal.candidates(search)} for search in (REFERENCE, MAIN, RANDOM)
     }
-    for split in SCORINGS:
+    for split in (*SCORINGS, RECOVERED):
         for search, known in candidates.items():
             outcomes = journal.told(search) if split == "search" else journal.outcomes(search, split)
             for number, outcome in outcomes.items():
@@ -190,6 +190,8 @@ def _settings(
         "seed": search.seed,
         "budget": search.evaluations,
         "finalists": selection.finalists,
+        "recover_finalists": selection.recover_finalists,
+        "recover_steps": selection.recover_steps,
         "random_search": selection.random_search,
         **search_parameters(search),
         "software": software_versions(),
