@@ -147,11 +147,7 @@ def run_cell(cell: Cell) -> dict[str, Found]:
 def _searched(cell: Cell) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for method in SEARCHES:
-        folder = RunFolder(cell.path / method)
-        if not folder.result.is_file():
-            config = cell.config(method, best_criterion(cell) if method == "around" else "reap")
-            with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                search(config, TerminalTracker(Console(file=nowhere)), loaded_model(cell.model))
+        folder = searched_by(cell, method)
         result = folder.read_result()
         (examples,) = (task.examples for task in result.tasks)
         observed = examples["search"]
@@ -166,9 +162,19 @@ def _searched(cell: Cell) -> dict[str, Found]:
     return found
 
 
+def searched_by(cell: Cell, method: str) -> RunFolder:
+    """The finished run of one search; one that is there is taken, or goes on."""
+    folder = RunFolder(cell.path / method)
+    if not folder.result.is_file():
+        config = cell.config(method, best_criterion(cell) if method == "around" else "reap")
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            search(config, TerminalTracker(Console(file=nowhere)), loaded_model(cell.model))
+    return folder
+
+
 def best_criterion(cell: Cell) -> str:
     """By the validation split."""
-    result = RunFolder(cell.path / "random").read_result()
+    result = searched_by(cell, "random").read_result()
     rows = [row for row in result.rows if row.key in CRITERIA]
     return max(rows, key=lambda row: row.scores["validation"].fitness).key
 

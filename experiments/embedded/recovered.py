@@ -1,13 +1,14 @@
 """What does recovery bring back, with few and with many prompts, and does the search still matter after it?
 
-    python experiments/embedded/comparison.py --seeds 0 --jobs 2
     python experiments/embedded/build_tasks.py --cache build/packages --out build/tasks
-    python experiments/embedded/recovered.py --data build/tasks --seeds 0 --jobs 2
+    python experiments/embedded/recovered.py --data build/tasks --jobs 2
+    python experiments/embedded/recovered.py --data build/tasks --model embedded-fine --jobs 2
 
-Takes what comparison.py found on its redrawn splits: the surrogate's winner, and the pruning by the criterion that is
-best on the validation split. Each is recovered with the 300 prompts of the search split, and with 4,000 unlabelled ones
-of the training data beside them. Every recovery is kept in a folder of its own, so the script can be stopped and
-started again. Prints tables as Markdown; --readme writes them into a README.
+Takes what comparison.py found on its redrawn splits, or makes the two runs that it lacks: the surrogate's winner, and
+the pruning by the criterion that is best on the validation split. Each is recovered with the 300 prompts of the search
+split, and with 4,000 unlabelled ones of the training data beside them. The figures of every recovery are kept, so the
+script can be stopped and started again; --most 5 makes five more and stops, --most 0 only prints what is there. Prints
+tables as Markdown; --readme writes them into a README.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before torch is imported
 
 import numpy as np
-from comparison import SIZES, Cell, Scores, best_criterion, run_all, write_between_marks
+from comparison import SIZES, Cell, Scores, best_criterion, run_all, searched_by, write_between_marks
 from rich.console import Console
 
 from moe_evo.commands.prune import PruneOptions, prune
@@ -34,7 +36,6 @@ from moe_evo.config.recover import RecoverConfig, RecoveryConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.files.write import write_whole
-from moe_evo.records.folder import RunFolder
 from moe_evo.tasks.data import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
@@ -56,15 +57,9 @@ class Way:
 
 
 BOTH = ("closed_form", "logits")
+METHODS = (("router",), ("labels",), ("logits",), ("layerwise",), ("closed_form",), BOTH)
 WAYS = (
-    Way(SEARCH, ("router",)),
-    Way(SEARCH, ("labels",)),
-    Way(SEARCH, ("logits",)),
-    Way(SEARCH, ("layerwise",)),
-    Way(SEARCH, ("closed_form",)),
-    Way(SEARCH, BOTH),
-    Way(SEARCH, ("closed_form",), is_many=True),
-    Way(SEARCH, BOTH, is_many=True),
+    *(Way(SEARCH, methods, is_many) for is_many in (False, True) for methods in METHODS),
     Way(CRITERION, BOTH),
     Way(CRITERION, BOTH, is_many=True),
 )
@@ -85,6 +80,11 @@ class Job:
         name = f"{self.way.pruned.split()[0]}-{'-'.join(self.way.methods)}-{MANY if self.way.is_many else 0}"
         return Path(self.folder) / cell.model / f"{cell.task}-keep{cell.num_kept}-seed{cell.seed}" / name
 
+    @property
+    def figures(self) -> Path:
+        """Where its scores are kept."""
+        return self.path.with_suffix(".json")
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -97,8 +97,8 @@ class Recovered:
 
 
 def run_job(job: Job) -> Recovered:
-    """One recovery; a finished one is read back."""
-    kept = job.path.with_suffix(".json")
+    """One recovery, of which the scores are kept and no checkpoint; a finished one is read back."""
+    kept = job.figures
     if not kept.is_file():
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             tracker = TerminalTracker(Console(file=nowhere))
@@ -107,6 +107,7 @@ def run_job(job: Job) -> Recovered:
             )
         told = json.loads((recovered.folder / IN_CHECKPOINT).read_text("utf-8"))
         write_whole(kept, json.dumps(told) + "\n")
+        shutil.rmtree(job.path)
     told = json.loads(kept.read_text("utf-8"))
     full, pruned, after = (tuple(told["examples"][name][job.cell.task]) for name in ("full", "pruned", "recovered"))
     return Recovered(full, pruned, after, sum(stage["learned"]["duration_s"] for stage in told["stages"]))
@@ -139,7 +140,7 @@ def _pruned(job: Job, tracker: TerminalTracker) -> Path:
     """The run of the search, or a checkpoint that the best criterion made."""
     cell = job.cell
     if job.way.pruned == SEARCH:
-        return RunFolder.existing(cell.path / SEARCH).path
+        return searched_by(cell, SEARCH).path
     target = job.path.with_name("criterion-pruned")
     if not target.is_dir():
         options = PruneOptions(best_criterion(cell), cell.num_kept)
@@ -148,7 +149,7 @@ def _pruned(job: Job, tracker: TerminalTracker) -> Path:
 
 
 def table(results: Mapping[Job, Recovered]) -> str:
-    """Markdown: a block a number of kept experts, a line a task, mean test accuracy over seeds."""
+    """Markdown: a block a number of kept experts, a line a task, mean test accuracy over seeds that are finished."""
     lines = []
     for num_kept in sorted({job.cell.num_kept for job in results}, reverse=True):
         of_size = {job: one for job, one in results.items() if job.cell.num_kept == num_kept}
@@ -161,34 +162,42 @@ def table(results: Mapping[Job, Recovered]) -> str:
         rows = []
         for task in sorted({job.cell.task for job in of_size}):
             rows.append(_row(of_size, ways, task))
-            lines.append(f"| {task} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |")
-        lines += ["| **mean** | " + " | ".join(f"**{value:.3f}**" for value in np.mean(rows, axis=0)) + " |", ""]
+            lines.append(f"| {task} | " + " | ".join(map(_shown, rows[-1])) + " |")
+        lines += ["| **mean** | " + " | ".join(f"**{_shown(value)}**" for value in np.mean(rows, axis=0)) + " |", ""]
     return "\n".join([*lines, *_gains(results)])
 
 
-def _row(results: Mapping[Job, Recovered], ways: Sequence[Way], task: str) -> list[float]:
-    def mean(way: Way, which: str) -> float:
-        found = [getattr(one, which) for job, one in results.items() if (job.cell.task, job.way) == (task, way)]
-        return float(np.mean(found))
+def _shown(value: float) -> str:
+    """A mean, or a dash where nothing is finished that it would be of."""
+    return "–" if np.isnan(value) else f"{value:.3f}"
 
-    row = [mean(ways[0], "full")]
+
+def _row(results: Mapping[Job, Recovered], ways: Sequence[Way], task: str) -> list[float]:
+    own = {job: one for job, one in results.items() if job.cell.task == task}
+
+    def mean(which: str, chosen: Sequence[Way]) -> float:
+        """Over the seeds, of each of which the models that are not recovered are the same in all ways."""
+        found = {job.cell.seed: getattr(one, which) for job, one in own.items() if job.way in chosen}
+        return float(np.mean(list(found.values()))) if found else float("nan")
+
+    row = [mean("full", ways)]
     for pruned in (SEARCH, CRITERION):
-        own = [way for way in ways if way.pruned == pruned]
-        row += [mean(own[0], "pruned"), *(mean(way, "recovered") for way in own)]
+        of_model = [way for way in ways if way.pruned == pruned]
+        row += [mean("pruned", of_model), *(mean("recovered", [way]) for way in of_model)]
     return row
 
 
 def _gains(results: Mapping[Job, Recovered]) -> list[str]:
     """Differences on the same test examples, with a bootstrap over tasks and examples."""
     lines = [
-        "| recovered | less as it was [95 %] | less the full model [95 %] | seconds |",
-        "| --- | ---: | ---: | ---: |",
+        "| recovered | less as it was [95 %] | less the full model [95 %] | seconds | recoveries |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for way in (way for way in WAYS if any(job.way == way for job in results)):
         own = {job: one for job, one in results.items() if job.way == way}
         seconds = np.mean([one.seconds for one in own.values()])
         told = [_difference(own, other) for other in ("pruned", "full")]
-        lines.append(f"| {way.pruned}: {way.title} | {told[0]} | {told[1]} | {seconds:.0f} |")
+        lines.append(f"| {way.pruned}: {way.title} | {told[0]} | {told[1]} | {seconds:.0f} | {len(own)} |")
     return lines
 
 
@@ -223,8 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=200, help="budget of the searches of comparison.py")
     parser.add_argument("--jobs", type=int, default=1, help="recoveries at a time, one thread each")
+    parser.add_argument("--most", type=int, help="make so many recoveries that are not there yet; default: all")
     parser.add_argument("--default_only", action="store_true", help="leave out methods that are not used by default")
-    parser.add_argument("--runs", default="runs/comparison", help="folder of comparison.py's runs")
+    parser.add_argument(
+        "--runs", default="runs/comparison", help="folder of comparison.py's runs; what it lacks is made"
+    )
     parser.add_argument("--folder", default="runs/recovery")
     parser.add_argument("--readme", type=Path, help="also write the tables between the marks in this file")
     options = parser.parse_args(argv)
@@ -237,7 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # those of a cell one after the other, as they share a pruned checkpoint
     ways = [way for way in WAYS if way.methods[0] == BOTH[0]] if options.default_only else WAYS
     jobs = [Job(cell, way, options.data, options.folder) for cell in cells for way in ways]
-    of_cells = [tuple(job for job in jobs if job.cell == cell) for cell in cells]
+    if options.most is not None:
+        missing = [job for job in jobs if not job.figures.is_file()][options.most :]
+        jobs = [job for job in jobs if job not in missing]
+    found_cells = (tuple(job for job in jobs if job.cell == cell) for cell in cells)
+    of_cells = [one for one in found_cells if one]
     results = run_all(run_jobs, of_cells, options.jobs, _told)
     text = table({job: one for found in results.values() for job, one in found.items()})
     print(text)
