@@ -40,7 +40,8 @@ from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, REFERENCE
 from moe_evo.records.result import Row
-from moe_evo.tasks.data import REPORTED, embedded_task_names
+from moe_evo.tasks.data import REPORTED
+from moe_evo.tasks.sources import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:

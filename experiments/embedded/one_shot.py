@@ -41,7 +41,8 @@ from moe_evo.models.source import ModelSource
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.statistics import paired_difference
 from moe_evo.runs.open_pool import load_evaluator
-from moe_evo.tasks.data import check_tasks, embedded_task_names
+from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.sources import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 NUM_KEPT = (4, 2)

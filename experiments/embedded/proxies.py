@@ -35,7 +35,8 @@ from moe_evo.models.source import ModelSource
 from moe_evo.records.statistics import RankCorrelation, rank_correlation
 from moe_evo.runs.open_pool import load_evaluator
 from moe_evo.searches.random_search import RandomSearch
-from moe_evo.tasks.data import check_tasks, embedded_task_names
+from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.sources import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 NUM_KEPT, NUM_PRUNINGS, NUM_SEARCH, NUM_FEW = 4, 60, 200, 40

@@ -36,7 +36,7 @@ from moe_evo.config.recover import RecoverConfig, RecoveryConfig
 from moe_evo.config.run import ScoringConfig
 from moe_evo.config.task import TaskConfig
 from moe_evo.files.write import write_whole
-from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tasks.sources import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 MANY = 4000

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_evo.commands.shared import base_model_name
 from moe_evo.config.model import ModelConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.errors import RunError
 from moe_evo.genomes.file import load_genome
 from moe_evo.genomes.genome import Genome
@@ -15,7 +16,6 @@ from moe_evo.plain import Plain
 from moe_evo.records.folder import RunFolder, resumed_config
 from moe_evo.records.result import Row, RunResult, TaskFacts
 from moe_evo.report.answers import ExportedRun
-from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.base import Tracker
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before

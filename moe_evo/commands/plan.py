@@ -17,6 +17,7 @@ from moe_evo.commands.memory import planned_memory
 from moe_evo.config.model import MOST_GIB
 from moe_evo.config.recover import RecoverConfig
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.errors import ClusterError, ConfigError, Problem, Problems
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.genomes.bounds import Bounds
@@ -31,7 +32,7 @@ from moe_evo.runs.recovery_cost import recipe, recovery_cost
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
 from moe_evo.searches.enumeration import num_prunings
 from moe_evo.searches.registry import build_space
-from moe_evo.tasks.data import SPLITS, TaskData, check_tasks
+from moe_evo.tasks.data import TaskData, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before

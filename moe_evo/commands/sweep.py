@@ -35,7 +35,8 @@ from moe_evo.records.sweep import SweepFolder
 from moe_evo.runs.checks import check_methods_of
 from moe_evo.runs.early_warnings import split_warnings
 from moe_evo.searches.registry import SEARCHES, begins_from, build_space
-from moe_evo.tasks.data import TaskData, check_tasks, task_name
+from moe_evo.tasks.data import TaskData, check_tasks
+from moe_evo.tasks.sources import task_name
 from moe_evo.tracking.base import Tracker
 from moe_evo.tracking.terminal import TerminalTracker
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_evo.config.check import require, require_name, require_path, require_text
 from moe_evo.shown import cut
@@ -14,7 +14,23 @@ AUTO, DEFAULT = "auto", "default"
 DEFAULT as `search_metric`: the same as `metric`.
 """
 
+SPLITS = ("search", "validation", "test")
+
+HUB = "hf:"
+"""What stands before the name or folder of a dataset that the library `datasets` reads."""
+
+FIELDS = ("prompt", "choices", "label", "answers", "text", "messages", "system")
+"""What a task reads of a row."""
+
+Column = str | list[str]
+"""A column by name, a Jinja template, or several of them that make a list."""
+
 _MOST_TOKENS = 2**30
+
+
+def is_template(column: str) -> bool:
+    """Whether a text is a Jinja template, rather than the name of a column."""
+    return "{{" in column or "{%" in column
 
 
 @dataclass(frozen=True)
@@ -25,9 +41,17 @@ class TaskConfig:
         name: Name in results; default: the data's file or folder name.
         kind: 'choice', 'generation', 'perplexity', 'distillation', or 'auto' by the examples' fields; or the kind of
             another package, by its name or as package.module:name.
-        data: A JSONL file, a folder of them, or the name of an embedded task (arith, city, gloss, infl,
-            langid, nli, sarcasm, sentiment, syll). A folder holds
-            search.jsonl, validation.jsonl and test.jsonl; other files are split by a hash of the prompt.
+        data: A file (JSONL, JSON, CSV, TSV, Parquet or Arrow, perhaps packed as .gz or .zst), a folder of them, or the
+            name of an embedded task (arith, city, gloss, infl, langid, nli, sarcasm, sentiment, syll). A folder holds
+            search.jsonl (or train.jsonl), validation.jsonl and test.jsonl, or the same in another format; a single
+            file is split by a hash of the prompt. hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:FOLDER is a dataset of
+            the library `datasets`.
+        subset: A Hugging Face dataset's configuration, such as ARC-Easy.
+        splits: Which of the folder's or dataset's splits is taken as which, as in '{search: train, validation: dev,
+            test: test}'. Two that take the same one divide it by a hash of the prompt, in their split_shares.
+        fields: Which columns are prompt, choices, label, answers, text, messages and system: names, or Jinja templates
+            over the row, as in '{prompt: "{{ question }}?", choices: [a, b], label: right}'. Default: the columns that
+            are called so.
         metric: What is reported, and chooses the winner: accuracy, accuracy_norm, log_likelihood, probability or
             probability_norm (choice); exact_match, contains, f1, first_option, number_match, log_likelihood, or that
             of another package, as its name or package.module:name (generation); log_likelihood (perplexity);
@@ -38,8 +62,9 @@ class TaskConfig:
         num_search: Most examples of the search split that are used; 0 means all.
         num_validation: The same for the validation split.
         num_test: The same for the test split.
+        system: Text of the system turn; needs chat_template.
         prefix: Text that is put before every prompt.
-        few_shot: JSONL file whose examples, with answers, are put before every prompt.
+        few_shot: A file with the same columns as the data, whose examples, with answers, are put before every prompt.
         chat_template: Wrap the prompt as a user's turn with the tokenizer's chat template.
         max_new_tokens: Longest answer that is generated.
         stop: A generated answer ends before this text; default: the end of the line (a model that begins
@@ -50,12 +75,16 @@ class TaskConfig:
     name: str = ""
     kind: str = AUTO
     data: str = ""
+    subset: str = ""
+    splits: dict[str, str] = field(default_factory=dict, hash=False)
+    fields: dict[str, Column] = field(default_factory=dict, hash=False)
     metric: str = DEFAULT
     search_metric: str = DEFAULT
     split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
     num_search: int = 0
     num_validation: int = 0
     num_test: int = 0
+    system: str = ""
     prefix: str = ""
     few_shot: str | None = None
     chat_template: bool = False
@@ -69,8 +98,24 @@ class TaskConfig:
         require_name(f"{where}.name", self.name)
         for option, path in (("data", self.data), ("few_shot", self.few_shot)):
             require_path(f"{where}.{option}", path)
-        for option, text in (("prefix", self.prefix), ("stop", self.stop)):
-            require_text(f"{where}.{option}", text)
+        for option in ("prefix", "stop", "system", "subset"):
+            require_text(f"{where}.{option}", getattr(self, option))
+        for option, allowed in (("splits", SPLITS), ("fields", FIELDS)):
+            wrong = [name for name in getattr(self, option) if name not in allowed]
+            require(not wrong, f"{where}.{option}", wrong, f"names among {', '.join(allowed)}")
+        columns = [
+            one for of_field in self.fields.values() for one in ([of_field] if isinstance(of_field, str) else of_field)
+        ]
+        is_named = all(self.splits.values()) and all(columns) and all(self.fields.values())
+        require(is_named, f"{where}.fields", self.fields, "names of columns, or templates, none empty")
+        require(
+            not self.system or self.chat_template, f"{where}.system", self.system,
+            "none without chat_template; use prefix for a text before every prompt",
+        )  # fmt: skip
+        require(
+            not self.subset or self.data.startswith(HUB), f"{where}.subset", self.subset,
+            "none, as data is no Hugging Face dataset (hf:OWNER/NAME)",
+        )  # fmt: skip
         shares_ok = min(self.split_shares) > 0 and abs(sum(self.split_shares) - 1) < 1e-6
         require(shares_ok, f"{where}.split_shares", self.split_shares, "three positive shares with sum 1")
         for option in ("num_search", "num_validation", "num_test"):

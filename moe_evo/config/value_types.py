@@ -23,6 +23,7 @@ _WORDS: dict[Any, str] = {
     list[str]: "a list of names",
     dict: "names with values, as in '{NAME: VALUE}'",
     dict[str, int]: "names with whole numbers, as in '{NAME: 2}'",
+    dict[str, str]: "names with names, as in '{NAME: NAME}'",
     dict[str, float]: "names with numbers, as in '{NAME: 2}'",
 }
 

@@ -10,3 +10,6 @@ LARGEST = 2**63 - 1
 
 MOST_UNPACKED = 2**29
 """Bytes of one stored genome or one evaluation's scores, uncompressed: 100 layers of 800 experts."""
+
+MOST_UNPACKED_FILE = 2**31
+"""Bytes of one file of rows, uncompressed."""

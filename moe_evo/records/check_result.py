@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_evo.config.task import SPLITS
 from moe_evo.plain import PlainError
 from moe_evo.records.result import FrontPoint, ModelFacts, Row, RunResult, Score
 from moe_evo.shown import shown
-from moe_evo.tasks.data import SPLITS
 
 _ROUNDING = 1e-9
 

@@ -16,6 +16,7 @@ import yaml
 from moe_evo.config.evaluation import SPEED_ONLY
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, ScoringConfig, difference
+from moe_evo.config.task import HUB
 from moe_evo.errors import MoeEvoError, RunError
 from moe_evo.files.json_text import read_json
 from moe_evo.files.write import write_whole
@@ -23,7 +24,8 @@ from moe_evo.plain import Plain, PlainError, plain, value_of
 from moe_evo.records.check_result import check_result
 from moe_evo.records.journal import Journal
 from moe_evo.records.result import RunResult, VersionError
-from moe_evo.tasks.data import TaskData, embedded_task_names, task_name
+from moe_evo.tasks.data import TaskData
+from moe_evo.tasks.sources import embedded_task_names, task_name
 
 _NAME_LENGTH = 200
 
@@ -257,8 +259,11 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _absolute(path: str, names: Sequence[str]) -> str:
     """The path made absolute if it exists; anything else, such as a Hugging Face name, is returned unchanged."""
-    local = Path(path).expanduser()
-    return path if path in names or len(local.name) > _NAME_LENGTH or not local.exists() else str(local.absolute())
+    prefix = HUB if path.startswith(HUB) else ""
+    local = Path(path.removeprefix(prefix)).expanduser()
+    if path in names or len(local.name) > _NAME_LENGTH or not local.exists():
+        return path
+    return f"{prefix}{local.absolute()}"
 
 
 def task_hashes(data: Sequence[TaskData]) -> dict[str, str]:

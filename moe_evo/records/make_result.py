@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, ExampleScores, Outcome
 from moe_evo.records.journal import MAIN, REFERENCE, Journal
 from moe_evo.records.paired import PairedByTask, paired_by_task
@@ -26,7 +27,7 @@ from moe_evo.records.result import (
 )
 from moe_evo.records.statistics import WinnersCurse
 from moe_evo.tasks.chance import chance_level
-from moe_evo.tasks.data import SPLITS, TaskData, reported
+from moe_evo.tasks.data import TaskData, reported
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.source import ModelSource

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_evo.errors import TaskError
-from moe_evo.tasks.data import DataFile, TaskData, json_rows, read_file, read_task, text_rows
+from moe_evo.files.tables import is_table
+from moe_evo.tasks.data import TaskData, read_task
 from moe_evo.tasks.examples import Example, parse_input
 from moe_evo.tasks.prompt import PromptFormat, Tokens, following_answer
+from moe_evo.tasks.sources import Source, read_source, text_rows
 
 _HELD_OUT = ("validation", "test")
 
@@ -50,15 +52,14 @@ class FilePrompts:
 def read_prompts(path: str, tasks: Sequence[TaskData], option: str = "recover.prompts") -> FilePrompts:
     """Read a file of prompts; raises TaskError for what is no prompt, or is held out.
 
-    path: JSONL (by its suffix .jsonl or .json) or plain text. tasks: whose validation and test splits are held out.
-    option: by which the file was given.
+    path: a file of rows by its ending, such as .jsonl, or plain text. tasks: whose validation and test splits are held
+    out. option: by which the file was given.
     """
     local = Path(path).expanduser()
     if not local.is_file():
         raise TaskError(f"{option}: got {path!r}, expected a file with one prompt or text a line")
-    file = read_file(local, path)
-    is_json = local.suffix in (".jsonl", ".json")
-    lines = tuple(_json_lines(file, tasks) if is_json else _text_lines(file))
+    file = read_source(local, path)
+    lines = tuple(_rows(file, tasks) if is_table(path) else _text_lines(file))
     if not lines:
         raise TaskError(f"{path}: is empty, expected one prompt or text a line")
     # whole splits, also where this run is judged by some of their examples
@@ -74,18 +75,19 @@ def read_prompts(path: str, tasks: Sequence[TaskData], option: str = "recover.pr
             raise TaskError(
                 f"{example.where}: is in {held_out[example.digest]}, by which the result is judged; leave it out"
             )
-    return FilePrompts(lines, hashlib.sha256(file.content).hexdigest())
+    return FilePrompts(lines, hashlib.sha256(file.content or b"").hexdigest())
 
 
-def _json_lines(file: DataFile, tasks: Sequence[TaskData]) -> Iterator[tuple[int | None, Example]]:
+def _rows(file: Source, tasks: Sequence[TaskData]) -> Iterator[tuple[int | None, Example]]:
     names = [task.name for task in tasks]
-    for where, row in json_rows(file):
+    for where, row in file.rows():
         example = parse_input(row, "", where)
         yield None if example.text else _task_number(row, names, where), example
 
 
-def _text_lines(file: DataFile) -> Iterator[tuple[None, Example]]:
-    for where, text in text_rows(file):
+def _text_lines(file: Source) -> Iterator[tuple[None, Example]]:
+    assert file.content is not None, "it is a file"
+    for where, text in text_rows(file.shown, file.content):
         yield None, Example(where, text=text)
 
 

@@ -25,7 +25,7 @@ from moe_evo.records.result import GangFacts, RunResult
 from moe_evo.searches.base import Phase, phase_starts
 from moe_evo.searches.registry import planned_phases
 from moe_evo.shown import line_of, shown
-from moe_evo.tasks.data import task_name
+from moe_evo.tasks.sources import task_name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import yaml
 
-from moe_evo.config.task import fitness_label
+from moe_evo.config.task import SPLITS, fitness_label
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.folder import asdict_plain
 from moe_evo.report.front import FrontTable, export_line, front_cells, front_picture
@@ -20,7 +20,6 @@ from moe_evo.report.record import GangNow, Record
 from moe_evo.report.table import experts_label
 from moe_evo.report.task_scores import Cell, task_score, unit_of
 from moe_evo.report.verdict import Remark, remarks, word_for
-from moe_evo.tasks.data import SPLITS
 
 _MOST_EVENTS = 100
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_evo.config.task import fitness_label
+from moe_evo.config.task import SPLITS, fitness_label
 from moe_evo.genomes.file import load_genome
 from moe_evo.records.folder import RunFolder
 from moe_evo.records.paired import Paired
@@ -30,7 +30,6 @@ from moe_evo.report.screen import screen
 from moe_evo.report.table import experts_label, final_table, kept_picture, loader_label, print_whole
 from moe_evo.report.task_scores import interval_label, tasks_table
 from moe_evo.report.verdict import compared, remarks
-from moe_evo.tasks.data import SPLITS
 
 
 def print_run(folder: RunFolder, told: RunResult | Progress) -> None:

@@ -28,7 +28,8 @@ from moe_evo.records.folder import (
 from moe_evo.records.journal import MAIN
 from moe_evo.runs.recovery_cost import recovery_cost
 from moe_evo.searches.registry import build_space, check_search
-from moe_evo.tasks.data import TaskData, check_tasks, read_task, task_name
+from moe_evo.tasks.data import TaskData, check_tasks, read_task
+from moe_evo.tasks.sources import task_name
 
 if TYPE_CHECKING:  # torch is imported when a model is looked at, not before
     from moe_evo.models.size.size import ModelSize

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 from moe_evo.config.evaluation import FitnessRule
+from moe_evo.config.task import SPLITS
 from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import Z_95
 from moe_evo.tasks.chance import chance_level
-from moe_evo.tasks.data import SPLITS, TaskData, is_share
+from moe_evo.tasks.data import TaskData, is_share
 from moe_evo.tasks.kinds import KINDS, SHARE
 
 _FEW = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.population import Evaluation, Population
 from moe_evo.genomes.space import SearchSpace
@@ -15,7 +16,7 @@ from moe_evo.runs.workload import MOST_ON_FRONT
 from moe_evo.searches.fronts import front_of, spread
 from moe_evo.searches.objectives import Objectives
 from moe_evo.searches.scored import expected_points
-from moe_evo.tasks.data import SPLITS, TaskData, is_share, reported
+from moe_evo.tasks.data import TaskData, is_share, reported
 from moe_evo.tracking.base import Tracker
 
 FrontRow = tuple[TableRow, Mapping[str, Mapping[str, float]]]

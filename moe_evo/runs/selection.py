@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.criteria.observer import Observer
 from moe_evo.criteria.registry import METHODS, criteria_of
 from moe_evo.errors import ModelError
@@ -27,7 +28,7 @@ from moe_evo.runs.validation import Validation
 from moe_evo.searches.base import Phase
 from moe_evo.searches.random_search import RandomSearch
 from moe_evo.searches.registry import build_search, planned_phases
-from moe_evo.tasks.data import SPLITS, TaskData, is_share, reported
+from moe_evo.tasks.data import TaskData, is_share, reported
 from moe_evo.tracking.base import Tracker
 
 

@@ -1,4 +1,4 @@
-"""A task's data: which files, which split each example stands in, and a hash of what was read.
+"""A task's data: its examples, which split each stands in, and a hash of what was read.
 
 `check_tasks` reads and checks everything before a model is loaded; nothing here imports torch.
 """
@@ -6,23 +6,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from moe_evo.config.check import require_unset
-from moe_evo.config.task import AUTO, DEFAULT, TaskConfig
+from moe_evo.config.task import AUTO, DEFAULT, SPLITS, TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.files.json_text import JsonError, json_of
-from moe_evo.shown import shown
 from moe_evo.tasks.examples import Example, kind_of
+from moe_evo.tasks.fields import FieldMapping
 from moe_evo.tasks.kinds import KINDS, SHARE
+from moe_evo.tasks.sources import Source, few_shot_sources, sources_of, split_shares, task_name
 
-SPLITS = ("search", "validation", "test")
 REPORTED = "search_reported"
 """All examples of the search split scored by `metric`, for the report of a search that saw something else."""
 SCORINGS = (*SPLITS, REPORTED)
@@ -34,7 +31,7 @@ MIN_EXAMPLES = 2  # a standard error needs two
 class TaskData:
     """The checked examples of one task.
 
-    kind and metrics are resolved, never 'auto' or 'default'. hash: sha256 of the bytes read.
+    kind and metrics are resolved, never 'auto' or 'default'. hash: sha256 of what was read.
     """
 
     config: TaskConfig
@@ -45,17 +42,6 @@ class TaskData:
     splits: Mapping[str, tuple[Example, ...]]
     few_shot: tuple[Example, ...]
     hash: str
-
-
-def embedded_task_names() -> list[str]:
-    """The tasks that come with this package."""
-    folder = _embedded_folder()
-    return sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
-
-
-def task_name(config: TaskConfig) -> str:
-    """The name given, or that of the data's file or folder."""
-    return config.name or Path(config.data).expanduser().absolute().name.removesuffix(".jsonl")
 
 
 def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
@@ -91,125 +77,82 @@ def reported(split: str, tasks: Sequence[TaskData], *, is_fresh: bool = False) -
 def read_task(config: TaskConfig) -> TaskData:
     """Read, check and split one task's data; raises TaskError or ConfigError."""
     _check_metric(config)
-    files, few_shot_files = _split_files(config), _few_shot_files(config)
-    kind = config.kind if config.kind != AUTO else _kind(next(iter(files.values())))
+    mapping = FieldMapping(config.fields, f"tasks ({task_name(config)}).fields")
+    sources, taken = sources_of(config)
+    tables = {name: Table.read(source, mapping) for name, source in sources.items()}
+    shot_tables = [Table.read(source, mapping) for source in few_shot_sources(config)]
+    kind = config.kind if config.kind != AUTO else next(iter(tables.values())).kind
     metric, search_metric = _metrics(config, kind)
-    if "" not in files:
-        reason = "as there is a file for each split"
+    if len(set(taken.values())) == len(SPLITS):
+        reason = "as each split has data of its own"
         require_unset(config, f"tasks ({task_name(config)})", ["split_shares"], reason)
-    parts = {name: tuple(_examples(file, kind, [metric, search_metric])) for name, file in files.items()}
-    few_shot = tuple(example for file in few_shot_files for example in _shots(file, kind))
-    _check_options(config, kind, [*few_shot, *(example for part in parts.values() for example in part)])
-    splits = parts if "" not in parts else _split_by_hash(parts[""], config.split_shares)
+    parts = {name: tuple(table.examples(kind, [metric, search_metric])) for name, table in tables.items()}
+    few_shot = tuple(example for table in shot_tables for example in table.shots(kind))
+    _check_options(config, kind, [example for part in parts.values() for example in part], few_shot)
+    splits = _split(parts, taken, dict(zip(SPLITS, config.split_shares, strict=True)))
     _check_disjoint(config, splits, few_shot)
     for split in SPLITS:
         _check_size(config, splits, split)
     limited = {split: _limit(splits[split], config.num_examples(split)) for split in SPLITS}
-    hashed = _hash([file.content for file in (*files.values(), *few_shot_files)])
+    hashed = _hash([table.hash for table in (*tables.values(), *shot_tables)])
     name = task_name(config)
     return TaskData(config, name, kind, metric, search_metric, MappingProxyType(limited), few_shot, hashed)
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """A file of examples as it was read. shown: its name for error messages."""
+class Table:
+    """The rows of a source with the fields that tasks read. rows: (place, row) each. hash: sha256 of what was read."""
 
-    shown: str
-    content: bytes
+    source: Source
+    rows: tuple[tuple[str, Any], ...]
+    mapping: FieldMapping
+    hash: bytes
 
+    @classmethod
+    def read(cls, source: Source, mapping: FieldMapping) -> Table:
+        """Raises TaskError."""
+        rows = tuple((where, mapping(row, where)) for where, row in source.rows())
+        if not rows:
+            raise TaskError(f"{source.shown}: is empty, expected rows with a prompt, or with what fields names")
+        if source.has_only_texts:
+            rows = tuple((where, _with_index(row)) for where, row in rows)
+        if source.content is not None:
+            return cls(source, rows, mapping, hashlib.sha256(source.content).digest())
+        content = json.dumps([row for _, row in rows], sort_keys=True, default=str)
+        return cls(source, rows, mapping, hashlib.sha256(content.encode()).digest())
 
-def _embedded_folder() -> Traversable:
-    return resources.files("moe_evo").joinpath("data", "tasks")
-
-
-def _split_files(config: TaskConfig) -> dict[str, DataFile]:
-    """The files by split; one file that is still to be split stands under ''."""
-    where = f"task {task_name(config)}"
-    # a bare name is an embedded task even where a folder of that name lies about: write ./name for that
-    if config.data in embedded_task_names():
-        folder: Traversable = _embedded_folder().joinpath(config.data)
-    else:
-        folder = Path(config.data).expanduser()
-    if folder.is_file():
-        return {"": read_file(folder, config.data)}
-    if not folder.is_dir():
-        raise TaskError(
-            f"{where}: data: got {shown(config.data)}, which is no file, no folder and no embedded task; "
-            f"embedded tasks are {', '.join(embedded_task_names()) or 'none'}"
-        )
-    missing = [f"{split}.jsonl" for split in SPLITS if not folder.joinpath(f"{split}.jsonl").is_file()]
-    if missing:
-        raise TaskError(
-            f"{where}: data: folder {config.data!r} has no {' and no '.join(missing)}; give all of "
-            "search.jsonl, validation.jsonl and test.jsonl, or one file that is split by hash"
-        )
-    names = {split: f"{split}.jsonl" for split in SPLITS}
-    return {split: read_file(folder.joinpath(name), f"{config.data}/{name}") for split, name in names.items()}
-
-
-def _few_shot_files(config: TaskConfig) -> list[DataFile]:
-    if config.few_shot is None:
-        return []
-    path = Path(config.few_shot).expanduser()
-    if not path.is_file():
-        raise TaskError(f"task {task_name(config)}: few_shot: no file {shown(config.few_shot)}")
-    return [read_file(path, config.few_shot)]
-
-
-def read_file(file: Traversable, shown: str) -> DataFile:
-    """Raises TaskError where it cannot be read."""
-    try:
-        return DataFile(shown, file.read_bytes())
-    except OSError as error:
-        raise TaskError(f"{shown}: cannot be read: {error.strerror}") from error
-
-
-def json_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of each line that is not blank."""
-    for where, text in text_rows(file):
-        try:
-            yield where, json_of(text)
-        except JsonError as error:
-            raise TaskError(f"{where}: {error}; expected one object a line") from error
-
-
-def text_rows(file: DataFile) -> Iterator[tuple[str, str]]:
-    """(file:line, text without outer spaces) of each line that is not blank."""
-    for number, line in enumerate(file.content.split(b"\n"), start=1):
-        where = f"{file.shown}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-        if text:
-            yield where, text
-
-
-def _examples(file: DataFile, kind: str, metrics: Sequence[str]) -> Iterator[Example]:
-    """The examples, each of which suits all `metrics`."""
-    empty, parse = True, KINDS[kind].parse
-    for where, row in json_rows(file):
-        empty = False
-        example, *_ = [parse(row, metric, where) for metric in dict.fromkeys(metrics)]
-        yield example
-    if empty:
-        raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
-
-
-def _shots(file: DataFile, kind: str) -> Iterator[Example]:
-    """Few-shot examples: as the task's own, or, where those have no answers, any that have one."""
-    shot_kind = _kind(file) if kind == "distillation" else kind
-    if shot_kind == "perplexity":
-        raise TaskError(f"{file.shown}: few-shot examples have texts, expected prompts with answers")
-    return _examples(file, shot_kind, [DEFAULT])
-
-
-def _kind(file: DataFile) -> str:
-    for where, row in json_rows(file):
+    @property
+    def kind(self) -> str:
+        """The kind of task that its first row speaks of."""
+        where, row = self.rows[0]
         if not isinstance(row, dict):
             raise TaskError(f"{where}: got {type(row).__name__}, expected a JSON object")
         return kind_of(row, where)
-    raise TaskError(f"{file.shown}: is empty, expected one JSON object a line")
+
+    def examples(self, kind: str, metrics: Sequence[str]) -> Iterator[Example]:
+        """The examples, each of which suits all `metrics`."""
+        parse = KINDS[kind].parse
+        for where, row in self.rows:
+            try:
+                example, *_ = [parse(row, metric, where) for metric in dict.fromkeys(metrics)]
+            except TaskError as error:
+                raise self.mapping.explained(error, where) from error
+            yield example
+
+    def shots(self, kind: str) -> Iterator[Example]:
+        """Few-shot examples: as the task's own, or, where those have no answers, any that have one."""
+        shot_kind = self.kind if kind == "distillation" else kind
+        if shot_kind == "perplexity":
+            raise TaskError(f"{self.source.shown}: few-shot examples have texts, expected prompts with answers")
+        return self.examples(shot_kind, [DEFAULT])
+
+
+def _with_index(row: Any) -> Any:
+    """A row of texts whose label, where it is digits and no choice's text, is a number."""
+    label, choices = row.get("label"), row.get("choices", [])
+    if isinstance(label, str) and label.strip().isdecimal() and label.strip() not in choices:
+        return {**row, "label": int(label)}
+    return row
 
 
 def _check_metric(config: TaskConfig) -> None:
@@ -230,24 +173,50 @@ def _metrics(config: TaskConfig, kind: str) -> tuple[str, str]:
     return metric, named(config.search_metric, "search_metric", metric)
 
 
-def _check_options(config: TaskConfig, kind: str, examples: Sequence[Example]) -> None:
-    """Refuse options of the prompt where there are texts and no prompts."""
+def _check_options(config: TaskConfig, kind: str, own: Sequence[Example], few_shot: Sequence[Example]) -> None:
+    """Refuse options of the prompt where there are texts and no prompts, and chats without a chat template."""
+    where, examples = f"tasks ({task_name(config)})", (*few_shot, *own)
     for option in ("prefix", "few_shot", "chat_template"):
         if getattr(config, option) and any(example.text for example in examples):
             raise ConfigError(
-                f"tasks ({task_name(config)}).{option}: got {getattr(config, option)!r}, expected none, as the "
-                f"task's examples are texts without prompts (kind {kind})"
+                f"{where}.{option}: got {getattr(config, option)!r}, expected none, as the task's examples are texts "
+                f"without prompts (kind {kind})"
             )
+    chat = next((one for one in examples if one.turns or one.system), None)
+    if chat is not None and not config.chat_template:
+        raise ConfigError(
+            f"{where}.chat_template: got false, expected true, as {chat.where} has several turns or a system text"
+        )
+    if (shot := next((one for one in few_shot if one.system), None)) is not None:
+        raise ConfigError(
+            f"{where}.few_shot: {shot.where} has a system text, expected none; set system for all prompts"
+        )
+    if config.system and (other := next((one for one in own if one.system), None)) is not None:
+        raise ConfigError(f"{where}.system: got {config.system!r}, expected none, as {other.where} has its own")
 
 
-def _split_by_hash(examples: Sequence[Example], shares: tuple[float, float, float]) -> dict[str, tuple[Example, ...]]:
-    """The same prompt always lands in the same split, in any file and on any machine."""
+def _split(
+    parts: Mapping[str, Sequence[Example]], taken: Mapping[str, str], shares: Mapping[str, float]
+) -> dict[str, tuple[Example, ...]]:
+    """The examples by split. parts: by source. taken: the source that each split takes.
+
+    Splits that share a source divide it by a hash: the same prompt always lands in the same split, in any file and on
+    any machine.
+    """
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for example in examples:
-        position = int(example.digest[:13], 16) / 16**13
-        search_end, validation_end = shares[0], shares[0] + shares[1]
-        split = "search" if position < search_end else "validation" if position < validation_end else "test"
-        splits[split].append(example)
+    for source, examples in parts.items():
+        own = split_shares(shares, taken, source)
+        *first, last = own
+        for example in examples:
+            position = int(example.digest[:13], 16) / 16**13
+            end = 0.0
+            for split in first:
+                end += own[split]
+                if position < end:
+                    splits[split].append(example)
+                    break
+            else:
+                splits[last].append(example)
     return {split: tuple(part) for split, part in splits.items()}
 
 
@@ -301,6 +270,5 @@ def _limit(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:
     return tuple(examples[index] for index in sorted(order[:limit]))
 
 
-def _hash(contents: Sequence[bytes]) -> str:
-    parts = b"".join(hashlib.sha256(content).digest() for content in contents)
-    return hashlib.sha256(parts).hexdigest()
+def _hash(hashes: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(hashes)).hexdigest()

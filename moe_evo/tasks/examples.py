@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from moe_evo.errors import TaskError
@@ -22,11 +22,19 @@ _NUMBER = re.compile(
 )
 
 
+Turn = tuple[str, str]
+"""Who speaks in a chat, and what: (role, text)."""
+
+_ROLES = ("system", "user", "assistant")
+_LETTER = re.compile(r"[A-Z]")
+
+
 @dataclass(frozen=True)
 class Example:
     """One example; fields that its kind of task does not use are empty.
 
-    label: index of the right choice. answers: all right answers. where: `file:line`.
+    label: index of the right choice. answers: all right answers. where: `file:line`. prompt: of a chat the last turn.
+    turns: of a chat the turns before it, each (role, text). system: of a chat the system's text.
     """
 
     where: str
@@ -35,16 +43,24 @@ class Example:
     label: int | None = None
     answers: tuple[str, ...] = ()
     text: str = ""
+    turns: tuple[Turn, ...] = ()
+    system: str = ""
+
+    @property
+    def input(self) -> str:
+        """All that is asked: the prompt or text, behind what was said before it."""
+        before = [self.system, *(content for _, content in self.turns)]
+        return "\n".join([*filter(None, before), self.prompt or self.text])
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
         """The input itself: equal for two rows that ask the same with the same choices in any order."""
-        return ((self.prompt or self.text).strip(), tuple(sorted(choice.strip() for choice in self.choices)))
+        return (self.input.strip(), tuple(sorted(choice.strip() for choice in self.choices)))
 
     @property
     def digest(self) -> str:
-        """sha256 of the prompt (or text), blind to case, width and spacing."""
-        folded = unicodedata.normalize("NFKC", self.prompt or self.text).casefold()
+        """sha256 of the input, blind to case, width and spacing."""
+        folded = unicodedata.normalize("NFKC", self.input).casefold()
         return hashlib.sha256(" ".join(folded.split()).encode()).hexdigest()
 
 
@@ -57,21 +73,21 @@ def kind_of(row: dict[str, Any], where: str) -> str:
     """The kind of task that a row's fields speak of."""
     if "choices" in row and ("label" in row or "answers" not in row):
         return "choice"
-    if "answers" in row:
+    if "answers" in row or "messages" in row:
         return "generation"
     if "text" in row:
         return "perplexity"
     raise TaskError(
         f"{where}: got the fields {shown(sorted(row))}, expected 'prompt' with 'choices' and 'label', "
-        "'prompt' with 'answers', or 'text'; name them so, or set the task's kind"
+        "'prompt' with 'answers', 'messages', or 'text'; name them so, map them with fields, or set the task's kind"
     )
 
 
 def parse_choice(row: Any, metric: str, where: str) -> Example:
-    """A prompt with choices, and the index of the right one."""
+    """A prompt with choices, and which of them is right."""
     row = _object(row, where)
     choices = _choices(row, where)
-    return Example(where, _string(row, "prompt", where), choices, _label(row, len(choices), where))
+    return replace(_asked(row, where), choices=choices, label=_label(row, choices, where))
 
 
 def parse_text(row: Any, metric: str, where: str) -> Example:
@@ -82,23 +98,67 @@ def parse_text(row: Any, metric: str, where: str) -> Example:
 def parse_input(row: Any, metric: str, where: str) -> Example:
     """A text, or a prompt whose answer nobody needs to know."""
     row = _object(row, where)
-    return parse_text(row, metric, where) if "text" in row else Example(where, _string(row, "prompt", where))
+    return parse_text(row, metric, where) if "text" in row else _asked(row, where)
 
 
 def parse_answers(row: Any, metric: str, where: str) -> Example:
     """A prompt with its right answers, and choices where the metric is about them."""
     row = _object(row, where)
-    prompt = _string(row, "prompt", where)
+    asked = _asked(row, where)
     choices = _choices(row, where) if "choices" in row or metric == "first_option" else ()
     if "answers" not in row and choices and "label" in row:
-        answers: tuple[str, ...] = (choices[_label(row, len(choices), where)],)
+        answers: tuple[str, ...] = (choices[_label(row, choices, where)],)
+    elif "answers" not in row and "messages" in row:
+        answers = (_last_answer(row, where),)
     else:
         answers = _answers(row, where)
     if metric == "number_match" and not any(map(numbers_in, answers)):
         _refuse(where, "answers", list(answers), "a number in them, as the metric is number_match")
     if metric == "first_option" and not {a.strip() for a in answers} & {c.strip() for c in choices}:
         _refuse(where, "answers", list(answers), "one of the choices, as the metric is first_option")
-    return Example(where, prompt, choices, answers=answers)
+    return replace(asked, choices=choices, answers=answers)
+
+
+def _asked(row: dict[str, Any], where: str) -> Example:
+    """The question: a prompt, or a chat up to the last turn of the user."""
+    system = _string(row, "system", where) if row.get("system") else ""
+    if "messages" not in row:
+        return Example(where, _string(row, "prompt", where), system=system)
+    if "prompt" in row:
+        _refuse(where, "messages", row["messages"], "no messages beside a prompt")
+    turns = _turns(row, where)
+    if turns[0][0] == "system":
+        if system:
+            _refuse(where, "system", system, "none, as the messages begin with a system turn")
+        (_, system), *turns = turns
+    if turns and turns[-1][0] == "assistant":
+        turns = turns[:-1]  # the answer
+    if not turns or turns[-1][0] != "user":
+        _refuse(where, "messages", row["messages"], "a user's turn at the end, or before the assistant's last one")
+    return Example(where, turns[-1][1], turns=tuple(turns[:-1]), system=system)
+
+
+def _turns(row: dict[str, Any], where: str) -> list[Turn]:
+    value = _field(row, "messages", where)
+    turns = []
+    for number, one in enumerate(value if isinstance(value, list) else []):
+        role, content = (one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None)
+        if role not in _ROLES or not isinstance(content, str) or not content.strip():
+            _refuse(where, f"messages[{number}]", one, "a 'role' (system, user or assistant) and a 'content' of text")
+        if role == "system" and number:
+            _refuse(where, f"messages[{number}]", one, "a system turn only at the beginning")
+        turns.append((role, content))
+    if not turns:
+        _refuse(where, "messages", value, "a list of at least 1 turn, each with 'role' and 'content'")
+    return turns
+
+
+def _last_answer(row: dict[str, Any], where: str) -> str:
+    """What the assistant says at the end of a chat."""
+    role, content = _turns(row, where)[-1]
+    if role != "assistant":
+        _refuse(where, "messages", row["messages"], "a turn of the assistant at the end, which is the answer")
+    return content
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -136,12 +196,22 @@ def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _label(row: dict[str, Any], num_choices: int, where: str) -> int:
-    value = _field(row, "label", where)
+def _label(row: dict[str, Any], choices: tuple[str, ...], where: str) -> int:
+    """The index of the right choice, which is told by its index from 0, its text or its letter, A for the first."""
+    value, last = _field(row, "label", where), len(choices) - 1
     # a bool is an int to Python, but true is no index
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < num_choices:
-        _refuse(where, "label", value, f"an integer from 0 to {num_choices - 1}, the index of the right choice")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= last:
+        return value
+    if isinstance(value, str):
+        alike = [index for index, choice in enumerate(choices) if choice.strip() == value.strip()]
+        if len(alike) == 1:
+            return alike[0]
+        if _LETTER.fullmatch(value.strip()) and not alike and ord(value.strip()) - ord("A") <= last:
+            return ord(value.strip()) - ord("A")
+    _refuse(
+        where, "label", value,
+        f"an integer from 0 to {last}, the index of the right choice, or its letter or text",
+    )  # fmt: skip
 
 
 def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:

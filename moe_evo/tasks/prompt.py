@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import TaskError
 from moe_evo.tasks.data import TaskData
-from moe_evo.tasks.examples import Example
+from moe_evo.tasks.examples import Example, Turn
 from moe_evo.tasks.frozen_clock import with_frozen_clock
 
 SHOT_SEPARATOR = "\n\n"
@@ -62,21 +62,27 @@ class PromptFormat:
                     example.prompt,
                 ]
             )
-        turns = [(shot.prompt, answer_text(shot).strip()) for shot in shots]
-        contents = [text for turn in turns for text in turn] + [example.prompt]
-        contents[0] = self.config.prefix + contents[0]
-        messages = [
-            {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
-        ]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **self._template
+                    self._messages(example), tokenize=False, add_generation_prompt=True, **self._template
                 )
             )
         except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise TaskError(f"{example.where}: the chat template refuses it ({reason})") from error
+
+    def _messages(self, example: Example) -> list[dict[str, str]]:
+        """The chat: a system's turn where there is one, few-shot examples, what was said before, and the prompt."""
+        turns: list[Turn] = []
+        for shot in self.data.few_shot:
+            turns += [*shot.turns, ("user", shot.prompt), ("assistant", answer_text(shot).strip())]
+        turns += [*example.turns, ("user", example.prompt)]
+        first = next(place for place, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", self.config.prefix + turns[first][1])
+        if system := self.config.system or example.system:
+            turns.insert(0, ("system", system))
+        return [{"role": role, "content": content} for role, content in turns]
 
     def prompt_tokens(self, example: Example, reserved_tokens: int = 0) -> Tokens:
         """Tokens of the prompt, cut from the left so that `reserved_tokens` more fit into max_length."""

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from moe_evo.config.task import SPLITS
 from moe_evo.tasks.answered import Answered
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_log_probs
 from moe_evo.tasks.batches import forward_batches
-from moe_evo.tasks.data import REPORTED, SPLITS, TaskData
+from moe_evo.tasks.data import REPORTED, TaskData
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 from moe_evo.tasks.samples import Sample, scoring_of

@@ -21,7 +21,8 @@ from moe_evo.records.folder import RunFolder
 from moe_evo.records.journal import MAIN, RANDOM, RECOVERED, REFERENCE, Journal
 from moe_evo.records.make_result import software_versions
 from moe_evo.searches.registry import search_parameters
-from moe_evo.tasks.data import SCORINGS, task_name
+from moe_evo.tasks.data import SCORINGS
+from moe_evo.tasks.sources import task_name
 from moe_evo.tracking.base import Tracker, Trackers
 from moe_evo.tracking.wandb_run import Mode, WandbRun, wandb_mode
 from moe_evo.tracking.wandb_tracker import wandb_tracker

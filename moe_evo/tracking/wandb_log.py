@@ -21,13 +21,14 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from wandb.sdk import wandb_setup
 
+from moe_evo.config.task import SPLITS
 from moe_evo.evaluation.pool import PoolStatus
 from moe_evo.genomes.population import Evaluation, EvaluationFailure, Individual
 from moe_evo.plain import plain
 from moe_evo.records.journal import MAIN, RANDOM
 from moe_evo.records.result import RunResult
 from moe_evo.report.front import names_of
-from moe_evo.tasks.data import REPORTED, SPLITS
+from moe_evo.tasks.data import REPORTED
 from moe_evo.tracking.curves import SearchStatistics
 from moe_evo.versions import ADVICE
 

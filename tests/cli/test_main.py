@@ -22,7 +22,7 @@ from moe_evo.genomes.file import save_individual
 from moe_evo.genomes.genome import Genome, LayerGenome
 from moe_evo.genomes.population import Candidate, Evaluation, Individual
 from moe_evo.genomes.space import ModelShape, SearchSpace
-from moe_evo.tasks.data import embedded_task_names
+from moe_evo.tasks.sources import embedded_task_names
 
 FAST = [
     "--search.algorithm", "eep", "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',

@@ -183,3 +183,16 @@ def test_a_start_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert start(propose) == run
     folder.journal.unlink()
     assert start() == run, "an earlier start left a config to go on with"
+
+
+def test_fields_and_splits_of_a_task_come_from_files_and_flags(tmp_path: Path) -> None:
+    fields = {"prompt": "{{ question }}?", "choices": ["a", "b"], "label": "right"}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"tasks": [{"data": "quiz", "fields": fields, "splits": {"search": "train"}}]}))
+    read = read_config(file).tasks[0]
+    assert (read.fields, read.splits) == (fields, {"search": "train"})
+    words = ["--tasks", "[quiz]", "--tasks.fields", json.dumps(fields), "--tasks.splits", "{search: train}"]
+    assert run_config(*words).tasks == [read]
+    for wrong in ({"prompt": 3}, {"prompt": [["a"]]}):
+        with pytest.raises(ConfigError, match=r"tasks\.fields: got "):
+            run_config(*words, "--tasks.fields", json.dumps(wrong))

@@ -17,12 +17,13 @@ from moe_evo.config.file import config_parser, parse_config, read_config
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig
 from moe_evo.config.sweep import SweepConfig
-from moe_evo.config.task import TaskConfig
+from moe_evo.config.task import SPLITS, TaskConfig
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
 from moe_evo.models.source import ModelSource
 from moe_evo.runs.open_pool import load_evaluator
-from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names
+from moe_evo.tasks.data import check_tasks
+from moe_evo.tasks.sources import embedded_task_names
 from moe_evo.tracking.terminal import TerminalTracker
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import time
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nonsense import damaged, inputs
 
 from moe_evo.files.json_text import JsonError, json_of
+from moe_evo.files.tables import TableError, rows_of
 from moe_evo.files.yaml_text import YamlError, yaml_of
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -152,3 +156,35 @@ def test_what_is_referred_to_twice_is_two_values() -> None:
 
 def test_a_date_is_a_text() -> None:
     assert yaml_of("2001-02-03") == "2001-02-03"
+
+
+def _tables() -> dict[str, bytes]:
+    """The same rows in every format, with all that Arrow holds and a task cannot read."""
+    rows = [{"prompt": f"é {n}", "choices": ["a", "b"], "label": n, "x": {"y": [1.5, None]}} for n in range(5)]
+    table, stream, file = pa.Table.from_pylist(rows), pa.BufferOutputStream(), pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    pyarrow.parquet.write_table(table, file)
+    text = "\n".join(map(json.dumps, rows)).encode()
+    return {
+        "a.jsonl": text,
+        "a.csv": 'prompt,label\n"a ""b""\n",0\né,1\n'.encode(),
+        "a.arrow": stream.getvalue().to_pybytes(),
+        "a.parquet": file.getvalue().to_pybytes(),
+        "a.jsonl.gz": gzip.compress(text),
+        "a.jsonl.zst": pa.Codec("zstd").compress(text, asbytes=True),
+    }
+
+
+@pytest.mark.parametrize(("name", "content"), _tables().items(), ids=_tables())
+def test_damaged_tables_are_rows_or_one_line(name: str, content: bytes) -> None:
+    @inputs(300)
+    @given(damaged(content))
+    def check(nonsense: bytes) -> None:
+        try:
+            for place, _ in rows_of(name, nonsense):
+                assert place.startswith((":", ", row "))
+        except TableError as error:
+            assert str(error).startswith((":", ", row ")) and "\n" not in str(error) and len(str(error)) < 400
+
+    check()

@@ -21,13 +21,14 @@ from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.evaluation.local_pool import LocalPool
 from moe_evo.evaluation.pool import Pool
 from moe_evo.models.source import ModelSource
 from moe_evo.records.journal import Journal
 from moe_evo.runs import open_pool
-from moe_evo.tasks.data import SPLITS, check_tasks
+from moe_evo.tasks.data import check_tasks
 from moe_evo.testing.methods import evaluator_of
 from moe_evo.testing.pools import PoolContract, numbers
 from moe_evo.tracking.terminal import TerminalTracker

@@ -28,6 +28,7 @@ from moe_evo.config.cluster import ClusterConfig
 from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig, SurrogateConfig
+from moe_evo.config.task import SPLITS
 from moe_evo.errors import ClusterError, JournalError, ModelError
 from moe_evo.evaluation.pool import PoolNews, PoolStatus
 from moe_evo.gangs import ray_pool
@@ -36,7 +37,6 @@ from moe_evo.genomes.population import Evaluation, EvaluationFailure
 from moe_evo.records.folder import RunFolder, asdict_plain
 from moe_evo.records.journal import MAIN, Journal
 from moe_evo.report.terminal import print_run
-from moe_evo.tasks.data import SPLITS
 from moe_evo.tracking.terminal import TerminalTracker
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -20,7 +20,7 @@ from moe_evo.config.evaluation import EvaluationConfig
 from moe_evo.config.model import ModelConfig
 from moe_evo.config.run import RunConfig, SelectionConfig
 from moe_evo.config.search import SearchConfig
-from moe_evo.config.task import TaskConfig, fitness_label
+from moe_evo.config.task import SPLITS, TaskConfig, fitness_label
 from moe_evo.errors import RunError
 from moe_evo.evaluation.evaluator import Evaluator
 from moe_evo.genomes.population import Evaluation
@@ -31,7 +31,7 @@ from moe_evo.records.result import Row
 from moe_evo.records.statistics import winners_curse
 from moe_evo.report.record import read_records
 from moe_evo.runs import open_pool
-from moe_evo.tasks.data import REPORTED, SPLITS, check_tasks
+from moe_evo.tasks.data import REPORTED, check_tasks
 from moe_evo.tracking.terminal import TerminalTracker
 
 TASK = TaskConfig(data="syll", num_search=24, num_validation=8, num_test=16, search_metric="probability")

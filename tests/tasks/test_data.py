@@ -9,9 +9,10 @@ import sys
 import pytest
 import tiny_tasks as tiny
 
-from moe_evo.config.task import TaskConfig
+from moe_evo.config.task import SPLITS, TaskConfig
 from moe_evo.errors import ConfigError, TaskError
-from moe_evo.tasks.data import SPLITS, check_tasks, embedded_task_names, is_share, read_task, reported, task_name
+from moe_evo.tasks.data import check_tasks, is_share, read_task, reported
+from moe_evo.tasks.sources import embedded_task_names, task_name
 
 CHOICE = {"prompt": "p", "choices": ["a", "b"], "label": 0}
 CHOICE_METRICS = "accuracy, accuracy_norm, log_likelihood, probability, probability_norm"
@@ -109,7 +110,7 @@ def test_data_that_do_not_exist_are_refused_with_the_embedded_names(tmp_path):
 
 def test_a_folder_without_all_splits_is_refused(tmp_path):
     tiny.write_rows(tmp_path / "search.jsonl", [CHOICE])
-    with pytest.raises(TaskError, match=r"has no validation\.jsonl and no test\.jsonl"):
+    with pytest.raises(TaskError, match=r"has no split for validation and test, .* it has search;"):
         read_task(config(tmp_path))
 
 
