@@ -22,6 +22,7 @@ from moe_evo.cli.checkpoint_actions import (
     recover_action,
 )
 from moe_evo.cli.starting import start, tell_imports
+from moe_evo.cli.task_command import tasks_action
 from moe_evo.errors import ConfigError
 from moe_evo.plain import plain
 from moe_evo.shown import printable
@@ -269,6 +270,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "search": _search,
     "sweep": _sweep,
     "plan": _plan,
+    "tasks": tasks_action,
     "evaluate": _evaluate,
     "prune": prune_action,
     "recover": recover_action,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_evo.cli.task_command import tasks_parser
 from moe_evo.config.file import config_parser, plain_parser
 from moe_evo.config.parser import CommandParser
 from moe_evo.config.recover import RecoverConfig, RecoveryConfig
@@ -384,6 +385,7 @@ PARSERS = {
     "search": search_parser,
     "sweep": sweep_parser,
     "plan": plan_parser,
+    "tasks": tasks_parser,
     "evaluate": evaluate_parser,
     "prune": prune_parser,
     "recover": recover_parser,

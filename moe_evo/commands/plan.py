@@ -168,15 +168,16 @@ def _device_bytes(config: RunConfig, memory_gib: float | None) -> int | None:
 
 
 def _notes(config: RunConfig, found: Inspection) -> list[str]:
-    """What the search would do if its folder holds the run already, and which files it lacks."""
+    """What the search would do if its folder holds the run already, what its prompts are, and which files it lacks."""
     folder = config.folder or default_folder(config)
     notes = {
         "new": [],
         "begun": [f"{folder}: holds this run; the search goes on where it stands"],
         "finished": [f"{folder}: this run is finished; the search would only show it"],
     }
+    prompts = [note for task in found.tasks for note in task.notes]
     absent = [f"{one}; this plan does without, a search does not" for one in found.absent]
-    return [*notes[found.state], *absent]
+    return [*notes[found.state], *prompts, *absent]
 
 
 def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:

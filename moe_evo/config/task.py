@@ -14,6 +14,13 @@ AUTO, DEFAULT = "auto", "default"
 DEFAULT as `search_metric`: the same as `metric`.
 """
 
+_OF_CHATS = {
+    "system": "use prefix for a text before every prompt",
+    "chat_template_kwargs": "set chat_template: true",
+    "generation_prefix": "use answer_prefix for a text before every answer",
+}
+"""Options that mean nothing without a chat template, and what to do then."""
+
 SPLITS = ("search", "validation", "test")
 
 HUB = "hf:"
@@ -66,6 +73,11 @@ class TaskConfig:
         prefix: Text that is put before every prompt.
         few_shot: A file with the same columns as the data, whose examples, with answers, are put before every prompt.
         chat_template: Wrap the prompt as a user's turn with the tokenizer's chat template.
+        chat_template_kwargs: Arguments of the chat template, as in '{enable_thinking: false}'.
+        generation_prefix: Text behind the chat template's opening of the assistant's turn. Default: what ends or skips
+            a block of thinking, where the template opens one or lets the model do so; '' lets the model think.
+        answer_prefix: Text before every answer, also of few-shot examples, such as ' Answer:'; the answer that is
+            scored or generated begins behind it.
         max_new_tokens: Longest answer that is generated.
         stop: A generated answer ends before this text; default: the end of the line (a model that begins
             its answer with one then answers nothing).
@@ -88,6 +100,9 @@ class TaskConfig:
     prefix: str = ""
     few_shot: str | None = None
     chat_template: bool = False
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)
+    generation_prefix: str | None = None
+    answer_prefix: str = ""
     max_new_tokens: int = 32
     stop: str = "\n"
     max_length: int = 2048
@@ -98,8 +113,8 @@ class TaskConfig:
         require_name(f"{where}.name", self.name)
         for option, path in (("data", self.data), ("few_shot", self.few_shot)):
             require_path(f"{where}.{option}", path)
-        for option in ("prefix", "stop", "system", "subset"):
-            require_text(f"{where}.{option}", getattr(self, option))
+        for option in ("prefix", "stop", "system", "subset", "generation_prefix", "answer_prefix"):
+            require_text(f"{where}.{option}", getattr(self, option) or "")
         for option, allowed in (("splits", SPLITS), ("fields", FIELDS)):
             wrong = [name for name in getattr(self, option) if name not in allowed]
             require(not wrong, f"{where}.{option}", wrong, f"names among {', '.join(allowed)}")
@@ -108,10 +123,11 @@ class TaskConfig:
         ]
         is_named = all(self.splits.values()) and all(columns) and all(self.fields.values())
         require(is_named, f"{where}.fields", self.fields, "names of columns, or templates, none empty")
-        require(
-            not self.system or self.chat_template, f"{where}.system", self.system,
-            "none without chat_template; use prefix for a text before every prompt",
-        )  # fmt: skip
+        for option, advice in _OF_CHATS.items():
+            value = getattr(self, option)
+            require(
+                not value or self.chat_template, f"{where}.{option}", value, f"none without chat_template; {advice}"
+            )
         require(
             not self.subset or self.data.startswith(HUB), f"{where}.subset", self.subset,
             "none, as data is no Hugging Face dataset (hf:OWNER/NAME)",

@@ -98,8 +98,9 @@ class Evaluator:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user: packages newer than the tested ones, and kinds of sharing that are not used."""
-        return (*filter(None, [newer_than_tested()]), *map(str, self.switched_off))
+        """Lines for the user: packages newer than the tested ones, sharing that is not used, and tasks' prompts."""
+        of_tasks = (note for task in self.tasks for note in task.notes)
+        return (*filter(None, [newer_than_tested()]), *map(str, self.switched_off), *of_tasks)
 
     @property
     def shares_layers(self) -> bool:

@@ -16,7 +16,7 @@ from moe_evo.errors import TaskError
 from moe_evo.files.tables import is_table
 from moe_evo.tasks.data import TaskData, read_task
 from moe_evo.tasks.examples import Example, parse_input
-from moe_evo.tasks.prompt import PromptFormat, Tokens, following_answer
+from moe_evo.tasks.prompt import PromptFormat, Tokens
 from moe_evo.tasks.sources import Source, read_source, text_rows
 
 _HELD_OUT = ("validation", "test")
@@ -130,6 +130,6 @@ def _prompt(format: PromptFormat, example: Example, answer_tokens: int, *, label
             raise TaskError(f"{example.where}: got a text of {len(tokens)} tokens, expected at least 2")
         return Prompt(tokens, is_text=True)
     if labelled and (example.label is not None or example.answers):
-        context, (answer,) = format.pair_tokens(example, (following_answer(example),))
+        context, (answer,) = format.pair_tokens(example, (format.following_answer(example),))
         return Prompt(context, answer)
     return Prompt(format.bare_tokens(example, answer_tokens), stop=format.config.stop)

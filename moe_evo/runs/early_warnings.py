@@ -58,7 +58,10 @@ def full_model_warnings(data: Sequence[TaskData], full: Evaluation, genome: Geno
     answered = pool.answered(genome, "search", _SHOWN)
     lines = []
     for name, told in found.items():
-        lines.append(f"warning: {told}; pruned models can hardly do better. Is the prompt as the model expects it?")
+        lines.append(
+            f"warning: {told}; pruned models can hardly do better. Is the prompt as the model expects it? "
+            "moe-evo tasks preview shows it"
+        )
         lines += [f"  it answered: {one}" for one in answered if one.task == name and one.given is not None]
     return lines
 

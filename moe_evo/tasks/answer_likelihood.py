@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_evo.tasks.base import Batch, ForwardBatch, Scores, target_log_probs
 from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.examples import Example
-from moe_evo.tasks.prompt import PromptFormat, following_answer
+from moe_evo.tasks.prompt import PromptFormat
 from moe_evo.tasks.rows import Row
 
 
@@ -29,7 +29,7 @@ class AnswerLikelihoodScorer:
     batches = staticmethod(forward_batches)
 
     def rows(self, number: int, example: Example) -> list[Row]:
-        context, (answer,) = self.format.pair_tokens(example, (following_answer(example),))
+        context, (answer,) = self.format.pair_tokens(example, (self.format.following_answer(example),))
         return [Row(number, context + answer[:-1], len(context) - 1, ((0, answer),), len(context))]
 
     def score(self, batch: Batch, output: Tensor, reference: Tensor | None) -> Tensor:

@@ -176,7 +176,7 @@ def _metrics(config: TaskConfig, kind: str) -> tuple[str, str]:
 def _check_options(config: TaskConfig, kind: str, own: Sequence[Example], few_shot: Sequence[Example]) -> None:
     """Refuse options of the prompt where there are texts and no prompts, and chats without a chat template."""
     where, examples = f"tasks ({task_name(config)})", (*few_shot, *own)
-    for option in ("prefix", "few_shot", "chat_template"):
+    for option in ("prefix", "few_shot", "chat_template", "answer_prefix"):
         if getattr(config, option) and any(example.text for example in examples):
             raise ConfigError(
                 f"{where}.{option}: got {getattr(config, option)!r}, expected none, as the task's examples are texts "

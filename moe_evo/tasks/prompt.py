@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
-
 from moe_evo.config.task import TaskConfig
 from moe_evo.errors import TaskError
+from moe_evo.tasks.chat import ChatFormat
 from moe_evo.tasks.data import TaskData
 from moe_evo.tasks.examples import Example, Turn
-from moe_evo.tasks.frozen_clock import with_frozen_clock
 
 SHOT_SEPARATOR = "\n\n"
 
@@ -27,15 +25,11 @@ def answer_text(example: Example) -> str:
     return example.choices[example.label] if example.label is not None else example.answers[0]
 
 
-def following_answer(example: Example) -> str:
-    """The right answer as it follows the prompt: a choice as it is written, others at least a space apart."""
-    prompt, answer = example.prompt, answer_text(example)
-    apart = example.label is not None or prompt[-1:].isspace() or answer[:1].isspace()
-    return answer if apart else f" {answer}"
-
-
 class PromptFormat:
-    """How one task's prompts look to the model, and the tokens they become."""
+    """How one task's prompts look to the model, and the tokens they become.
+
+    shortened: of the inputs that were too long for `max_length`, by `Example.where`, how many tokens each had.
+    """
 
     def __init__(self, config: TaskConfig, data: TaskData, tokenizer: Any) -> None:
         self.config = config
@@ -44,39 +38,40 @@ class PromptFormat:
         limit = getattr(tokenizer, "model_max_length", None) or config.max_length
         self.max_length = min(config.max_length, int(limit))
         self._num_behind = _num_added_behind(tokenizer)
-        if config.chat_template and not getattr(tokenizer, "chat_template", None):
-            raise TaskError(
-                f"task {data.name}: chat_template: got true, but the model's tokenizer has no chat template; "
-                "set chat_template to false or use a model tuned for chat"
-            )
-        self._template = _template_option(tokenizer) if config.chat_template else {}
+        self._chat = ChatFormat(config, data.name, tokenizer) if config.chat_template else None
+        self.shortened: dict[str, int] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user on what the prompts are made of, and on those that were too long so far."""
+        thinking = None if self._chat is None else self._chat.note
+        return tuple(filter(None, [thinking, self._shortened_note]))
 
     def prompt(self, example: Example) -> str:
         """The whole text before the answer."""
-        shots = self.data.few_shot
-        if not self.config.chat_template:
-            return "".join(
-                [
-                    self.config.prefix,
-                    *(shot.prompt + following_answer(shot) + SHOT_SEPARATOR for shot in shots),
-                    example.prompt,
-                ]
-            )
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    self._messages(example), tokenize=False, add_generation_prompt=True, **self._template
-                )
-            )
-        except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise TaskError(f"{example.where}: the chat template refuses it ({reason})") from error
+        if self._chat is not None:
+            return self._chat.rendered(self._messages(example), example.where) + self.config.answer_prefix
+        shots = (shot.prompt + self._answered(shot) + SHOT_SEPARATOR for shot in self.data.few_shot)
+        return "".join([self.config.prefix, *shots, example.prompt, self.config.answer_prefix])
+
+    def following_answer(self, example: Example) -> str:
+        """The right answer as it follows the prompt: a choice as it is written, others at least a space apart."""
+        before, answer = example.prompt + self.config.answer_prefix, answer_text(example)
+        apart = example.label is not None or before[-1:].isspace() or answer[:1].isspace()
+        return answer if apart else f" {answer}"
+
+    def _answered(self, shot: Example) -> str:
+        """What stands behind the prompt of a few-shot example."""
+        begins = self.config.answer_prefix
+        if self._chat is not None:
+            return (begins + self.following_answer(shot) if begins else answer_text(shot)).strip()
+        return begins + self.following_answer(shot)
 
     def _messages(self, example: Example) -> list[dict[str, str]]:
         """The chat: a system's turn where there is one, few-shot examples, what was said before, and the prompt."""
         turns: list[Turn] = []
         for shot in self.data.few_shot:
-            turns += [*shot.turns, ("user", shot.prompt), ("assistant", answer_text(shot).strip())]
+            turns += [*shot.turns, ("user", shot.prompt), ("assistant", self._answered(shot))]
         turns += [*example.turns, ("user", example.prompt)]
         first = next(place for place, (role, _) in enumerate(turns) if role == "user")
         turns[first] = ("user", self.config.prefix + turns[first][1])
@@ -98,22 +93,30 @@ class PromptFormat:
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
         context = self._encode(bare)
-        # the assistant's turn begins afresh, so a space that parts prompt and answer is out of place
-        texts = [answer.lstrip() if self.config.chat_template else answer for answer in answers]
+        # where the assistant's turn begins afresh, a space that parts prompt and answer is out of place
+        is_fresh = self._chat is not None and not self.config.answer_prefix
+        texts = [answer.lstrip() if is_fresh else answer for answer in answers]
         tokens = [self._after(bare, context, spaces + text, example) for text in texts]
         return self._shortened(context, max(map(len, tokens)), example), tokens
 
     def text_tokens(self, example: Example) -> Tokens:
         """Tokens of a text, cut at the right."""
-        return self._encode(example.text)[: self.max_length]
+        tokens = self._encode(example.text)
+        if len(tokens) > self.max_length:
+            self.shortened[example.where] = len(tokens)
+        return tokens[: self.max_length]
 
     def decode(self, tokens: Any) -> list[str]:
         """The text of each row of tokens."""
         return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
+    def token_text(self, token: int) -> str:
+        """The text of one token, also of a special one."""
+        return str(self._tokenizer.decode([token]))
+
     def _encode(self, text: str) -> Tokens:
         """The tokens of a text that goes on: without those that the tokenizer puts behind every text."""
-        adds = not self.config.chat_template  # a chat template writes its own special tokens
+        adds = self._chat is None  # a chat template writes its own special tokens
         tokens = self._tokenizer(text, add_special_tokens=adds)["input_ids"]
         if adds:
             tokens = tokens[: len(tokens) - self._num_behind]
@@ -143,14 +146,23 @@ class PromptFormat:
             )
         if len(context) <= keep:
             return context
+        whole = len(context) + reserved_tokens
+        self.shortened[example.where] = max(whole, self.shortened.get(example.where, 0))
         return begins + context[len(context) - keep + len(begins) :]
 
-
-def _template_option(tokenizer: Any) -> dict[str, str]:
-    """The argument for `apply_chat_template` where the tokenizer's own template reads a clock."""
-    template = tokenizer.get_chat_template() if hasattr(tokenizer, "get_chat_template") else ""
-    frozen = with_frozen_clock(template)
-    return {} if frozen == template else {"chat_template": frozen}
+    @property
+    def _shortened_note(self) -> str | None:
+        number = len(self.shortened)
+        if not number:
+            return None
+        is_text = any(one.text for part in self.data.splits.values() for one in part)
+        what, end = ("texts", "end") if is_text else ("prompts with their answers", "beginning")
+        of = sum(map(len, self.data.splits.values()))
+        limit = "max_length" if self.max_length == self.config.max_length else "what the tokenizer takes"
+        return (
+            f"task {self.data.name}: {number} of {of} {what} are longer than {self.max_length} tokens ({limit}), and "
+            f"lose their {end}; the longest has {max(self.shortened.values()):,}"
+        )
 
 
 def _num_added_behind(tokenizer: Any) -> int:

@@ -31,4 +31,4 @@ def build_task(data: TaskData, tokenizer: Any, batch_tokens: int) -> Task:
         problem = lacking(scorer, _MEMBERS, "moe_evo.tasks.task.Scorer")
         if problem is not None:
             raise ConfigError(f"{option}: {data.kind!r} makes no scorer: {problem}")
-    return Task(data, scorers, BatchLimits(batch_tokens, len(tokenizer)))
+    return Task(data, scorers, BatchLimits(batch_tokens, len(tokenizer)), format)

@@ -19,6 +19,7 @@ from moe_evo.tasks.base import Batch, ForwardBatch, Scores, TaskScores, scored_l
 from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.data import REPORTED, TaskData
 from moe_evo.tasks.examples import Example
+from moe_evo.tasks.prompt import PromptFormat
 from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 from moe_evo.tasks.samples import Sample, scoring_of
 
@@ -104,9 +105,12 @@ class Task:
     scorers: by metric; one scorer may compute both metrics of the data. Where an argument is called `split`, it is
     one of `SCORINGS`, or the name of a `Sample` of it: the search split is scored by `search_metric`, unless it is
     asked for as REPORTED. scorer: that of what is reported. needs_reference: scores compare with the untouched model.
+    notes: lines for the user on its prompts, such as how many are too long.
     """
 
-    def __init__(self, data: TaskData, scorers: Mapping[str, Scorer], limits: BatchLimits) -> None:
+    def __init__(
+        self, data: TaskData, scorers: Mapping[str, Scorer], limits: BatchLimits, format: PromptFormat | None = None
+    ) -> None:
         self.name = data.name
         self.max_length = data.config.max_length  # of a prompt with its answer, in tokens
         self.scorer = scorers[data.metric]
@@ -114,6 +118,7 @@ class Task:
         self._splits = data.splits
         self._limits = limits
         self._scorings = _scorings(data, scorers)
+        self.notes = () if format is None else format.notes  # all examples are tokens by now
 
     @cached_property
     def digest(self) -> str:
