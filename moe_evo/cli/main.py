@@ -25,6 +25,7 @@ _DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model 
   moe-evo search CONFIG.yaml --search.num_kept 4
   moe-evo sweep CONFIG.yaml --sweep.num_kept 2,4,6 --sweep.seeds 0,1,2
   moe-evo plan CONFIG.yaml                    memory, gangs and time of a search, and what is wrong with it
+  moe-evo tasks check CONFIG.yaml             what tasks hold, and what gain they can tell from chance
   moe-evo tasks preview CONFIG.yaml           examples as the model reads them, and what it answers
   moe-evo show RUN                            what a run found, as table and picture
   moe-evo compare RUN...                      the tables of several runs as one, also as CSV or JSON

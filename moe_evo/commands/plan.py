@@ -26,7 +26,7 @@ from moe_evo.genomes.space import SearchSpace
 from moe_evo.records.folder import default_folder
 from moe_evo.report.planned import CheckpointPlan, ClusterPlan, ModelPlan, Plan, RecoveryPlan, SearchPlan, TaskPlan
 from moe_evo.runs.checks import Inspection, inspect
-from moe_evo.runs.early_warnings import split_warnings
+from moe_evo.runs.early_warnings import resolution_of, split_warnings
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.recovery_cost import recipe, recovery_cost
 from moe_evo.runs.workload import estimate, evaluations_by_split, merges
@@ -199,7 +199,7 @@ def _model_plan(config: RunConfig, size: ModelSize) -> ModelPlan:
 
 def _task_plan(data: TaskData) -> TaskPlan:
     examples = {split: len(data.splits[split]) for split in SPLITS}
-    return TaskPlan(data.name, data.kind, data.metric, data.search_metric, examples)
+    return TaskPlan(data.name, data.kind, data.metric, data.search_metric, examples, resolution_of(data))
 
 
 def _sizes(data: Sequence[TaskData]) -> dict[str, list[int]]:

@@ -31,7 +31,7 @@ from moe_evo.records.journal import MAIN, RANDOM, RECOVERY_COST, REFERENCE, Jour
 from moe_evo.records.make_result import run_result
 from moe_evo.records.result import RunResult, TableRow
 from moe_evo.runs.checks import Inspection, inspect, warm_start_hash
-from moe_evo.runs.early_warnings import split_warnings
+from moe_evo.runs.early_warnings import split_lines, split_warnings
 from moe_evo.runs.open_pool import open_pool
 from moe_evo.runs.recovery_cost import recovery_cost, without_recovery
 from moe_evo.runs.workload import merges
@@ -71,7 +71,7 @@ def search(
             tracker.message(f"{folder.path}: this run is finished")
             return folder
         journal.set_meta(new | check_inputs(journal, warm_start_hash(found.wider)))
-        for line in split_warnings(found.data, config.evaluation.fitness):
+        for line in (*split_lines(found.data), *split_warnings(found.data, config.evaluation.fitness)):
             tracker.message(line)
         with tracked(config, found.space, journal, folder, tracker) as trackers:
             here = replace(config, cluster=cluster or config.cluster)

@@ -66,6 +66,8 @@ class TaskConfig:
         search_metric: What the search maximises on the search split: another metric of the same kind, such as
             probability (choice) or log_likelihood (generation), which are smoother. 'default' is the same as metric.
         split_shares: Shares of search, validation and test where one file is split by hash.
+        drop_repeated: Leave out examples that stand in two splits, or among the few-shot examples, too: what is in test
+            stays there, else what is in validation. By default a task with such examples is refused.
         num_search: Most examples of the search split that are used; 0 means all.
         num_validation: The same for the validation split.
         num_test: The same for the test split.
@@ -93,6 +95,7 @@ class TaskConfig:
     metric: str = DEFAULT
     search_metric: str = DEFAULT
     split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
+    drop_repeated: bool = False
     num_search: int = 0
     num_validation: int = 0
     num_test: int = 0

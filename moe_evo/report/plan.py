@@ -117,6 +117,7 @@ def _tasks(tasks: Sequence[TaskPlan]) -> list[str]:
     return [
         f"task        {task.name} ({task.kind}, {task.metric}{_searched(task)}): "
         + ", ".join(f"{number} {split}" for split, number in task.examples.items())
+        + task.resolution
         for task in tasks
     ]
 

@@ -31,7 +31,8 @@ class ModelPlan:
 class TaskPlan:
     """A task whose data are valid.
 
-    metric: what is reported. search_metric: what the search maximises. examples: how many, by split.
+    metric: what is reported. search_metric: what the search maximises. examples: how many, by split. resolution: in
+    words, what the test split can tell.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TaskPlan:
     metric: str
     search_metric: str
     examples: Mapping[str, int] = field(hash=False)
+    resolution: str
 
 
 @dataclass(frozen=True)

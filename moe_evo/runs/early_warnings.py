@@ -10,6 +10,7 @@ from moe_evo.config.task import SPLITS
 from moe_evo.evaluation.pool import Pool
 from moe_evo.genomes.genome import Genome
 from moe_evo.genomes.population import Evaluation
+from moe_evo.records.resolution import margin, smallest_gain
 from moe_evo.records.result import Score
 from moe_evo.records.statistics import Z_95
 from moe_evo.tasks.chance import chance_level
@@ -34,17 +35,35 @@ def split_warnings(data: Sequence[TaskData], rule: FitnessRule) -> list[str]:
         number = (min if rule == "worst" else sum)(len(task.splits[split]) for task in data)
         if number < _FEW:
             each = "a task " if rule == "worst" and len(data) > 1 else ""
-            margin = _margin(number) if split == "test" and is_share(data) else ""
+            exactly = _margin(number) if split == "test" and is_share(data) else ""
             lines.append(
-                f"warning: only {number} {split} examples {each}({_MEANS[split]}){margin}; give {_FEW} or more"
+                f"warning: only {number} {split} examples {each}({_MEANS[split]}){exactly}; give {_FEW} or more"
             )
     return lines
+
+
+def split_lines(data: Sequence[TaskData]) -> list[str]:
+    """A line for each task: how many examples its splits have, and what its test split can tell."""
+    return [f"task {task.name}: {sizes_of(task)} examples{resolution_of(task)}" for task in data]
+
+
+def sizes_of(task: TaskData) -> str:
+    """How many examples each split of a task has, in words."""
+    return ", ".join(f"{len(task.splits[split])} {split}" for split in SPLITS)
+
+
+def resolution_of(task: TaskData) -> str:
+    """In words, what the test split of a task can tell; '' where its scores are no shares."""
+    if not is_share([task]):
+        return ""
+    number = len(task.splits["test"])
+    return f"; a test score is told to ±{margin(number):.3f}, a gain of {smallest_gain(number):.3f} from chance"
 
 
 def _margin(number: int) -> str:
     """How exactly so many answers tell a share of right ones, at worst."""
     enough = math.ceil((Z_95 / 2 / _MARGIN) ** 2 / 10) * 10
-    return f": they tell a score to ±{Z_95 / 2 / math.sqrt(number):.2f}, {enough} tell it to ±{_MARGIN:g}"
+    return f": they tell a score to ±{margin(number):.2f}, {enough} tell it to ±{_MARGIN:g}"
 
 
 def full_model_warnings(data: Sequence[TaskData], full: Evaluation, genome: Genome, pool: Pool) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,7 @@ class TaskData:
     splits: Mapping[str, tuple[Example, ...]]
     few_shot: tuple[Example, ...]
     hash: str
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_tasks(configs: Sequence[TaskConfig]) -> tuple[TaskData, ...]:
@@ -90,13 +91,13 @@ def read_task(config: TaskConfig) -> TaskData:
     few_shot = tuple(example for table in shot_tables for example in table.shots(kind))
     _check_options(config, kind, [example for part in parts.values() for example in part], few_shot)
     splits = _split(parts, taken, dict(zip(SPLITS, config.split_shares, strict=True)))
-    _check_disjoint(config, splits, few_shot)
+    splits, dropped = _disjoint(config, splits, few_shot)
     for split in SPLITS:
         _check_size(config, splits, split)
     limited = {split: _limit(splits[split], config.num_examples(split)) for split in SPLITS}
     hashed = _hash([table.hash for table in (*tables.values(), *shot_tables)])
     name = task_name(config)
-    return TaskData(config, name, kind, metric, search_metric, MappingProxyType(limited), few_shot, hashed)
+    return TaskData(config, name, kind, metric, search_metric, MappingProxyType(limited), few_shot, hashed, dropped)
 
 
 @dataclass(frozen=True)
@@ -220,17 +221,30 @@ def _split(
     return {split: tuple(part) for split, part in splits.items()}
 
 
-def _check_disjoint(config: TaskConfig, splits: Mapping[str, Sequence[Example]], few_shot: Sequence[Example]) -> None:
-    """No input stands in two splits, or both in a split and among the few-shot examples."""
-    seen: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
-    for split, examples in (("few_shot", few_shot), *splits.items()):
-        for example in examples:
-            other, where = seen.setdefault(example.key, (split, example.where))
-            if other != split:
-                raise TaskError(
-                    f"task {task_name(config)}: {example.where} ({split}) repeats the input of {where} "
-                    f"({other}); expected each input in one of them only; remove one of the two lines"
-                )
+def _disjoint(
+    config: TaskConfig, splits: Mapping[str, Sequence[Example]], few_shot: Sequence[Example]
+) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
+    """The splits without inputs that another one has, and how many were left out; else raises TaskError.
+
+    The few-shot examples keep an input, else test, else validation.
+    """
+    owner: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
+    for split in ("few_shot", *reversed(SPLITS)):
+        for example in few_shot if split == "few_shot" else splits[split]:
+            owner.setdefault(example.key, (split, example.where))
+    repeated = [
+        (split, example) for split in SPLITS for example in splits[split] if owner[example.key][0] != split
+    ]  # fmt: skip
+    if repeated and not config.drop_repeated:
+        (split, example), number = repeated[0], len(repeated)
+        other, where = owner[example.key]
+        more = f" (and {number - 1} more such)" if number > 1 else ""
+        raise TaskError(
+            f"task {task_name(config)}: {example.where} ({split}) repeats the input of {where} ({other}){more}; "
+            "expected each input in one of them only; remove one of the two, or set drop_repeated"
+        )
+    kept = {split: tuple(one for one in splits[split] if owner[one.key][0] == split) for split in SPLITS}
+    return kept, {split: len(splits[split]) - len(kept[split]) for split in SPLITS}
 
 
 def _check_size(config: TaskConfig, splits: Mapping[str, Sequence[Example]], split: str) -> None:

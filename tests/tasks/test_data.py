@@ -123,8 +123,26 @@ def test_the_same_input_in_two_splits_is_refused_with_both_places(tmp_path):
     rows = [{**CHOICE, "prompt": f"p{n}"} for n in range(3)]
     folder = tiny.write_splits(tmp_path / "t", rows)
     tiny.write_rows(tmp_path / "t" / "test.jsonl", [{**CHOICE, "prompt": "new"}, {**rows[1], "choices": ["b", "a"]}])
-    with pytest.raises(TaskError, match=r"test\.jsonl:2 \(test\) repeats the input of .*search\.jsonl:2 \(search\)"):
+    with pytest.raises(TaskError, match=r"search\.jsonl:2 \(search\) repeats the input of .*test\.jsonl:2 \(test\);"):
         read_task(config(folder))
+
+
+def test_what_stands_in_two_splits_is_dropped_where_that_is_asked(tmp_path):
+    """Test keeps it, else validation; few-shot examples keep what is in any split."""
+    rows = [{**CHOICE, "prompt": f"p{n}"} for n in range(12)]
+    folder = tmp_path / "t"
+    for split, own in (("search", rows[:8]), ("validation", rows[5:10]), ("test", [*rows[7:], rows[2], rows[4]])):
+        tiny.write_rows(folder / f"{split}.jsonl", own)
+    shots = tiny.write_rows(tmp_path / "shots.jsonl", rows[4:5])
+    with pytest.raises(TaskError, match=r"repeats the input of .* \(and \d+ more such\); .* or set drop_repeated"):
+        read_task(config(folder))
+    read = read_task(config(folder, drop_repeated=True, few_shot=shots))
+    assert {split: [one.prompt for one in part] for split, part in read.splits.items()} == {
+        "search": ["p0", "p1", "p3"],
+        "validation": ["p5", "p6"],
+        "test": ["p7", "p8", "p9", "p10", "p11", "p2"],
+    }
+    assert read.dropped == {"search": 5, "validation": 3, "test": 1}
 
 
 def test_the_same_prompt_with_other_choices_may_stand_in_two_splits(tmp_path):
