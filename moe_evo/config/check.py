@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -69,6 +70,15 @@ def require_unset(values: object, section: str, options: Iterable[str], reason: 
         require(
             one.name not in options or given == default, f"{section}.{one.name}", given, f"{shown_default} {reason}"
         )
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def is_usable(number: int | float) -> bool:

@@ -29,6 +29,7 @@ def enough_tokens(num_kept: int, top_k: int, width: int) -> int:
     """
     return -(-_TOKENS_A_NEURON * num_kept * width // top_k)
 
+
 _GRADIENTS, _BY_LAYER = ("logits", "router", "labels"), ("layerwise", "closed_form")
 _READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
     ("batch_size", "checks", "patience", "gradient_checkpointing"): _GRADIENTS,

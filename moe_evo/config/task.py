@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moe_evo.config.check import require, require_name, require_path, require_text
+from moe_evo.config.check import is_pattern, require, require_name, require_path, require_text
 from moe_evo.shown import cut
 
 AUTO, DEFAULT = "auto", "default"
@@ -60,9 +60,11 @@ class TaskConfig:
             over the row, as in '{prompt: "{{ question }}?", choices: [a, b], label: right}'. Default: the columns that
             are called so.
         metric: What is reported, and chooses the winner: accuracy, accuracy_norm, log_likelihood, probability or
-            probability_norm (choice); exact_match, contains, f1, first_option, number_match, log_likelihood, or that
-            of another package, as its name or package.module:name (generation); log_likelihood (perplexity);
-            negative_kl (distillation). 'default' is the first of them.
+            probability_norm (choice); exact_match, contains, f1, first_option, number_match, rouge_l, sentence_bleu,
+            sentence_chrf, log_likelihood, or that of another package, as its name or package.module:name
+            (generation); log_likelihood (perplexity); negative_kl (distillation). 'default' is the first of them.
+            Several count with weights that add up to 1, as in '0.7 f1 + 0.3 rouge_l'.
+        extract: A regular expression: of a generated text, only its last match is compared, or of that its first group.
         search_metric: What the search maximises on the search split: another metric of the same kind, such as
             probability (choice) or log_likelihood (generation), which are smoother. 'default' is the same as metric.
         split_shares: Shares of search, validation and test where one file is split by hash.
@@ -93,6 +95,7 @@ class TaskConfig:
     splits: dict[str, str] = field(default_factory=dict, hash=False)
     fields: dict[str, Column] = field(default_factory=dict, hash=False)
     metric: str = DEFAULT
+    extract: str = ""
     search_metric: str = DEFAULT
     split_shares: tuple[float, float, float] = (0.3, 0.2, 0.5)
     drop_repeated: bool = False
@@ -118,6 +121,7 @@ class TaskConfig:
             require_path(f"{where}.{option}", path)
         for option in ("prefix", "stop", "system", "subset", "generation_prefix", "answer_prefix"):
             require_text(f"{where}.{option}", getattr(self, option) or "")
+        require(is_pattern(self.extract), f"{where}.extract", self.extract, "a regular expression")
         for option, allowed in (("splits", SPLITS), ("fields", FIELDS)):
             wrong = [name for name in getattr(self, option) if name not in allowed]
             require(not wrong, f"{where}.{option}", wrong, f"names among {', '.join(allowed)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_evo.plugins import Registry
 from moe_evo.tasks.examples import Example, numbers_in
+from moe_evo.tasks.overlap_metrics import SentenceScore, rouge_l
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_ENGLISH_WORD = (
@@ -82,9 +83,15 @@ ANSWER_METRICS: Registry[AnswerMetric] = Registry(
         "f1": f1,
         "first_option": first_option,
         "number_match": number_match,
+        "rouge_l": rouge_l,
+        "sentence_bleu": SentenceScore("sentence_bleu"),
+        "sentence_chrf": SentenceScore("sentence_chrf"),
     },
     _problem,
 )
+
+BESIDE = ("exact_match", "contains", "f1", "first_option", "number_match")
+"""The metrics that are told beside the one that counts, wherever they mean something."""
 
 
 def _first_named(text: str, choices: Sequence[str], *, ignore_case: bool) -> str | None:

@@ -22,6 +22,7 @@ from moe_evo.tasks.batches import forward_batches
 from moe_evo.tasks.examples import Example
 from moe_evo.tasks.prompt import PromptFormat, Tokens
 from moe_evo.tasks.rows import Row
+from moe_evo.tasks.weighted_metric import parts_of
 
 
 def choice_rows(number: int, context: Tokens, choices: Sequence[Tokens]) -> list[Row]:
@@ -87,7 +88,7 @@ class ChoiceScorer:
     def answers(self, examples: Sequence[Example], partials: Sequence[Sequence[Tensor]]) -> list[Given]:
         """The choice that counts as each example's answer, and the log-likelihoods of all of them."""
         likelihoods = _likelihoods(examples, partials)
-        is_normed = self.format.data.metric.endswith("_norm")
+        is_normed = parts_of(self.format.data.metric)[0][1].endswith("_norm")
         chosen = (likelihoods / _lengths(examples) if is_normed else likelihoods).argmax(axis=1)
         return [
             Given(one.choices[choice], tuple(row[: len(one.choices)].tolist()))

@@ -19,6 +19,7 @@ from moe_evo.tasks.examples import Example, kind_of
 from moe_evo.tasks.fields import FieldMapping
 from moe_evo.tasks.kinds import KINDS, SHARE
 from moe_evo.tasks.sources import Source, few_shot_sources, sources_of, split_shares, task_name
+from moe_evo.tasks.weighted_metric import parts_of
 
 REPORTED = "search_reported"
 """All examples of the search split scored by `metric`, for the report of a search that saw something else."""
@@ -87,7 +88,8 @@ def read_task(config: TaskConfig) -> TaskData:
     if len(set(taken.values())) == len(SPLITS):
         reason = "as each split has data of its own"
         require_unset(config, f"tasks ({task_name(config)})", ["split_shares"], reason)
-    parts = {name: tuple(table.examples(kind, [metric, search_metric])) for name, table in tables.items()}
+    counted = [name for one in (metric, search_metric) for _, name in parts_of(one)]
+    parts = {name: tuple(table.examples(kind, counted)) for name, table in tables.items()}
     few_shot = tuple(example for table in shot_tables for example in table.shots(kind))
     _check_options(config, kind, [example for part in parts.values() for example in part], few_shot)
     splits = _split(parts, taken, dict(zip(SPLITS, config.split_shares, strict=True)))
@@ -183,6 +185,8 @@ def _check_options(config: TaskConfig, kind: str, own: Sequence[Example], few_sh
                 f"{where}.{option}: got {getattr(config, option)!r}, expected none, as the task's examples are texts "
                 f"without prompts (kind {kind})"
             )
+    if config.extract and not KINDS[kind].compares_answers:
+        raise ConfigError(f"{where}.extract: got {config.extract!r}, expected none for a task of kind {kind}")
     chat = next((one for one in examples if one.turns or one.system), None)
     if chat is not None and not config.chat_template:
         raise ConfigError(

@@ -13,8 +13,10 @@ from typing import Any
 from moe_evo.config.task import DEFAULT
 from moe_evo.errors import ConfigError
 from moe_evo.plugins import Registry
-from moe_evo.tasks.answer_metrics import ANSWER_METRICS
+from moe_evo.tasks.answer_metrics import ANSWER_METRICS, BESIDE
 from moe_evo.tasks.examples import Example, parse_answers, parse_choice, parse_input, parse_text
+from moe_evo.tasks.overlap_metrics import SentenceScore
+from moe_evo.tasks.weighted_metric import canonical, checked_parts, parts_of
 
 SHARE = "a share from 0 to 1"
 NATS = "in nats"
@@ -49,22 +51,35 @@ class Kind:
     scorers: Mapping[str, ScorerMaker] = field(default_factory=dict)
 
     def metric(self, name: str, option: str, kind: str) -> str:
-        """The metric of this name, checked; raises ConfigError. option, kind: for the complaint."""
+        """The metric of this name, or several with weights, checked; raises ConfigError.
+
+        option, kind: for the complaint.
+        """
+        parts = checked_parts(name, option)
+        for _, part in parts:
+            self._check(part, option, kind)
+        makers = {self.scorers.get(part, self.scorer) for _, part in parts}
+        if len({self.unit(part) for _, part in parts}) > 1 or len(makers) > 1:
+            raise ConfigError(f"{option}: got {name!r}, expected metrics of one unit, which are computed together")
+        return canonical(name)
+
+    def _check(self, name: str, option: str, kind: str) -> None:
         if name in self.metrics:
-            return name
-        if self.compares_answers:
-            ANSWER_METRICS.get(name, option, [DEFAULT, *self.metrics])
-            return name
-        allowed = ", ".join(self.metrics)
-        raise ConfigError(f"{option}: got {name!r}, expected {allowed} or {DEFAULT} for a task of kind {kind}")
+            return
+        if not self.compares_answers:
+            allowed = ", ".join(self.metrics)
+            raise ConfigError(f"{option}: got {name!r}, expected {allowed} or {DEFAULT} for a task of kind {kind}")
+        metric = ANSWER_METRICS.get(name, option, [DEFAULT, *self.metrics])
+        if isinstance(metric, SentenceScore):
+            metric.require(option)
 
     def unit(self, metric: str) -> str:
         """Of a score; answers are compared from 0 to 1."""
-        return self.metrics.get(metric, SHARE)
+        return self.metrics.get(parts_of(metric)[0][1], SHARE)
 
     def build_scorers(self, metrics: Iterable[str], format: Any) -> dict[str, Any]:
         """The `Scorer` of each metric, for a `PromptFormat`; one for all metrics that it computes."""
-        makers = {metric: self.scorers.get(metric, self.scorer) for metric in metrics}
+        makers = {metric: self.scorers.get(parts_of(metric)[0][1], self.scorer) for metric in metrics}
         made = {maker: _scorer(maker, format) for maker in dict.fromkeys(makers.values())}
         return {metric: made[maker] for metric, maker in makers.items()}
 
@@ -92,8 +107,7 @@ KINDS: Registry[Kind] = Registry(
             "moe_evo.tasks.choice:ChoiceScorer",
         ),
         "generation": Kind(
-            dict.fromkeys(("exact_match", "contains", "f1", "first_option", "number_match"), SHARE)
-            | {"log_likelihood": NATS},
+            dict.fromkeys(BESIDE, SHARE) | {"log_likelihood": NATS},
             parse_answers,
             "moe_evo.tasks.generation:GenerationScorer",
             compares_answers=True,

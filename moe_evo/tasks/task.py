@@ -22,6 +22,7 @@ from moe_evo.tasks.examples import Example
 from moe_evo.tasks.prompt import PromptFormat
 from moe_evo.tasks.rows import BatchLimits, Row, TokenisedSplits
 from moe_evo.tasks.samples import Sample, scoring_of
+from moe_evo.tasks.weighted_metric import with_weighted
 
 
 class Scorer(Protocol):
@@ -183,7 +184,7 @@ class Task:
         """Partial results of this split put together; parts: (B,) examples and (B, anything) results of a batch."""
         numbers, examples, partials = self._by_example(split, parts)
         scoring = self._scoring(split)
-        found = scoring.scorer.combine(examples, partials)
+        found = with_weighted(scoring.scorer.combine(examples, partials), scoring.metric)
         metrics = {name: float(values.mean()) for name, values in found.items()}
         return TaskScores(np.array(numbers), found[scoring.metric], found.get("log_likelihood"), metrics)
 
@@ -191,7 +192,8 @@ class Task:
         """The examples of `parts`, which are as for `combine`, each with what was answered and its score."""
         numbers, examples, partials = self._by_example(split, parts)
         scoring = self._scoring(split)
-        scores = scoring.scorer.combine(examples, partials)[scoring.metric].tolist()
+        found = with_weighted(scoring.scorer.combine(examples, partials), scoring.metric)
+        scores = found[scoring.metric].tolist()
         tell = getattr(scoring.scorer, "answers", None)
         given = [None] * len(numbers) if tell is None else tell(examples, partials)
         return [

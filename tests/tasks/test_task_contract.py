@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import MappingProxyType
 
 import pytest
@@ -14,6 +15,10 @@ from moe_evo.tasks.kinds import KINDS
 from moe_evo.tasks.registry import build_task
 from moe_evo.testing import tiny_tasks as tiny
 from moe_evo.testing.tasks import PROMPTS, MetricContract, TaskContract
+
+needs_sacrebleu = pytest.mark.skipif(
+    importlib.util.find_spec("sacrebleu") is None, reason="the extra `sacrebleu` is not installed"
+)
 
 
 class TestChoice(TaskContract):
@@ -70,6 +75,23 @@ class TestFirstOption(MetricContract):
 class TestNumberMatch(MetricContract):
     name = "number_match"
     cases = (("it is 1,000", ["1000"], 1.0), ("3 or 4", ["3"], 0.0))
+
+
+class TestRougeL(MetricContract):
+    name = "rouge_l"
+    cases = (("the cat sat", ["a dog", "the cat, sitting"], 2 / 3), ("no", ["yes"], 0.0))
+
+
+@needs_sacrebleu
+class TestSentenceBleu(MetricContract):
+    name = "sentence_bleu"
+    cases = (("the cat sat on the mat", ["a dog", "the cat sat on the mat"], 1.0), ("no", ["yes"], 0.0))
+
+
+@needs_sacrebleu
+class TestSentenceChrf(MetricContract):
+    name = "sentence_chrf"
+    cases = (("the cat sat on the mat", ["a dog", "the cat sat on the mat"], 1.0), ("no", ["yes"], 0.0))
 
 
 def test_everything_is_in_this_suite():
