@@ -59,8 +59,8 @@ class RecoverConfig:
             what it can of this: experts (also for adapters), scales and router. Default: experts.
         rank: Rank of adapters.
         search_split: Whether the prompts of the tasks' search split are learned from.
-        prompts: File with more prompts, which need no answers: JSONL with 'prompt' (formatted as the task's prompts
-            are) or 'text' in each line, or plain text with one text a line.
+        prompts: File with more prompts, which need no answers: rows (JSONL, CSV, Parquet ... by its ending) with
+            'prompt' or 'messages' (formatted as the task's prompts are) or 'text', or plain text with one text a line.
         answer_tokens: Most tokens of its own answer that the full model writes behind each prompt, to be learned with
             it; 0 learns prompts alone.
         top_k: Most probable tokens of the full model that are stored for each position; the rest is one number.

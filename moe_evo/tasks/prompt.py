@@ -48,9 +48,14 @@ class PromptFormat:
         return tuple(filter(None, [thinking, self._shortened_note]))
 
     def prompt(self, example: Example) -> str:
-        """The whole text before the answer."""
+        """The whole text before the answer; raises TaskError for a chat without a chat template, or one it refuses."""
         if self._chat is not None:
             return self._chat.rendered(self._messages(example), example.where) + self.config.answer_prefix
+        if example.turns or example.system:
+            raise TaskError(
+                f"{example.where}: has several turns or a system text, expected a prompt alone, as the task has no "
+                "chat_template"
+            )
         shots = (shot.prompt + self._answered(shot) + SHOT_SEPARATOR for shot in self.data.few_shot)
         return "".join([self.config.prefix, *shots, example.prompt, self.config.answer_prefix])
 
@@ -75,7 +80,7 @@ class PromptFormat:
         turns += [*example.turns, ("user", example.prompt)]
         first = next(place for place, (role, _) in enumerate(turns) if role == "user")
         turns[first] = ("user", self.config.prefix + turns[first][1])
-        if system := self.config.system or example.system:
+        if system := example.system or self.config.system:
             turns.insert(0, ("system", system))
         return [{"role": role, "content": content} for role, content in turns]
 

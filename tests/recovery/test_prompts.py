@@ -84,6 +84,15 @@ def test_a_file_has_prompts_in_json_or_texts_line_by_line(data: TaskData, tmp_pa
     assert plain.hash != found.hash
 
 
+def test_rows_of_any_format_are_prompts_and_chats_need_a_chat_template(data: TaskData, tmp_path: Path) -> None:
+    found = read_prompts(write(tmp_path / "more.csv", "prompt,label", '"one, more",7', "two,8"), [data])
+    assert [text_of(one.tokens) for one in file_prompts(found, formats(data), 8)] == ["so: one, more", "so: two"]
+    chat = '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "one more"}]}'
+    found = read_prompts(write(tmp_path / "m.jsonl", chat), [data])
+    with pytest.raises(TaskError, match=r"m\.jsonl:1: has several turns or a system text, expected a prompt alone"):
+        file_prompts(found, formats(data), 8)
+
+
 def test_with_several_tasks_a_prompt_says_as_whose_it_is_formatted(data: TaskData, tmp_path: Path) -> None:
     tiny.write_splits(tmp_path / "other", [{**one, "prompt": f"other {one['prompt']}"} for one in CHOICES])
     other = read_task(TaskConfig(data=str(tmp_path / "other"), prefix="or: "))
