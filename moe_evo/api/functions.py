@@ -32,7 +32,7 @@ def search(
 ) -> Run:
     """Search which experts of a model to keep, or continue an unfinished call with the same config.
 
-    model: checkpoint folder or Hugging Face name; default: the small model of this package. tasks: JSONL files,
+    model: checkpoint folder or Hugging Face name; default: the small model of this package. tasks: data files,
     folders or names of embedded tasks, or dicts with a task's options. config: a YAML file, a run's folder or a
     config, which the other arguments change. options: any flag of `moe-evo search` by its last part.
 

@@ -94,9 +94,7 @@ def evaluate_parser() -> CommandParser:
     parser.add_argument("--top_k", type=int | None, help="experts active a token, in place of the genome's own")
     splits = ("search", "validation", "test")
     parser.add_argument("--split", choices=splits, default="validation", help="which examples")
-    parser.add_argument(
-        "--baseline", type=str | None, metavar="GENOME", help="another genome to compare with, such as 'full'"
-    )
+    parser.add_argument("--baseline", type=str | None, metavar="GENOME", help="one to compare with, such as 'full'")
     parser.add_argument(
         "--samples",
         is_path=True,
