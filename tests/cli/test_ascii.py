@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "search": (*SCORED, *SEARCHED, "--folder", "ünder/run"),
     "sweep": (*SCORED, *SEARCHED, "--sweep.seeds", "0,1", "--folder", "ünder/sweep", "--no-tune"),
     "plan": (*SCORED, "--folder", "ünder/planned"),
+    "tasks": ("check", *SCORED[:2]),
+    "tasks preview": ("preview", *SCORED[:2]),
     "evaluate": ("ünder/run", "--baseline", "full", "--samples", "ünder/samples.jsonl"),
     "prune": (*SCORED, "--method", "reap", "--num_kept", "4", "--to", "ünder/pruned"),
     "recover": ("ünder/pruned", *SCORED, *SHORT, "--to", "ünder/recovered"),

@@ -25,8 +25,8 @@ from moe_evo.genomes.space import ModelShape, SearchSpace
 from moe_evo.tasks.sources import embedded_task_names
 
 FAST = [
-    "--search.algorithm", "eep", "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',
-    "--search.evaluations", "6", "--selection.finalists", "2", "--evaluation.threads", "1",
+    "--tasks", '[{"data": "syll", "num_search": 12, "num_validation": 8, "num_test": 8}]',
+    "--search.algorithm", "eep", "--search.evaluations", "6", "--selection.finalists", "2", "--evaluation.threads", "1",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ UNREAD = [
     ("cluster.service", ["--cluster.service", "shared"]),
     ("tasks (syll).split_shares", ["--tasks", TASK % "split_shares: [0.2, 0.2, 0.6]"]),
     ("search.eep", ["--search.algorithm", "random", "--search.eep.sigma", "0.1"]),
-    ("search.surrogate", ["--search.surrogate.pool", "100"]),
+    ("search.surrogate", ["--search.algorithm", "eep", "--search.surrogate.pool", "100"]),
     ("search.init", ["--search.algorithm", "random", "--search.init", "reap"]),
     ("search.warm_start", ["--search.algorithm", "random", "--search.warm_start", "x"]),
     ("--recover.steps", ["--recover.steps", "5"]),
