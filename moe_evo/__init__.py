@@ -1,4 +1,4 @@
-"""Find by evolution which experts of a Mixture-of-Experts model a task needs.
+"""Find which experts of a Mixture-of-Experts model a task needs.
 
     run = moe_evo.search("allenai/OLMoE-1B-7B-0125-Instruct", tasks=["support.jsonl"], num_kept=32)
     print(run.result.best.test)

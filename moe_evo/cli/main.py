@@ -19,7 +19,7 @@ from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 from moe_evo.shown import line_of, shown
 
 _USAGE = "moe-evo COMMAND ...  (--help after each command tells its options)"
-_DESCRIPTION = """Find by evolution which experts of a Mixture-of-Experts model a task needs; export the smaller model.
+_DESCRIPTION = """Find which experts of a Mixture-of-Experts model a task needs; export the smaller model.
 
   moe-evo search                              try it on the embedded model and task
   moe-evo search CONFIG.yaml --search.num_kept 4
