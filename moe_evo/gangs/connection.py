@@ -19,6 +19,7 @@ from moe_evo.config.model import ModelConfig
 from moe_evo.errors import ClusterError, ConfigError, MoeEvoError
 from moe_evo.gangs.capacity import ClusterCapacity, NodeCapacity
 from moe_evo.gangs.gang import remove_groups
+from moe_evo.gangs.head import answer_of
 from moe_evo.gangs.ray_border import (
     LOOPBACK,
     ActorHandle,
@@ -212,7 +213,7 @@ def start_service(spec: ServiceSpec) -> ActorHandle:
         options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     service = ray.remote(GangService).options(**options).remote(spec)
     try:
-        found = ray.get(service.spec.remote(), timeout=_START_S)
+        found = answer_of(service.spec.remote(), _START_S)
     except RayTaskError:
         raise
     except RayError as error:  # it died or hangs, or was ended because memory ran out

@@ -23,6 +23,7 @@ from moe_evo.evaluation.pool import Listener, Request
 from moe_evo.gangs.capacity import ClusterCapacity, gangs_that_fit
 from moe_evo.gangs.connection import cluster_capacity, connected, end_service, rank_bundle, reason, start_service
 from moe_evo.gangs.dispatcher import Answer, Job
+from moe_evo.gangs.head import answer_of, head_answers
 from moe_evo.gangs.rank import Rank, Work
 from moe_evo.gangs.ray_border import ActorHandle, ray
 from moe_evo.gangs.service_spec import News, ServiceSpec
@@ -62,9 +63,10 @@ def ray_pool(
         try:
             yield pool
         finally:
-            pool.close()
-            if config.cluster.service is None:
-                end_service(pool.service, spec)
+            if head_answers():  # without a head, these would wait until Ray ends this process
+                pool.close()
+                if config.cluster.service is None:
+                    end_service(pool.service, spec)
 
 
 def work_of(
@@ -194,10 +196,10 @@ class RayPool:
     def _exchange(self) -> News:
         """Send new requests and fetch news."""
         if not self._joined:
-            ray.get(self.service.join.remote(self._name, self._work), timeout=_SILENCE_S)
+            answer_of(self.service.join.remote(self._name, self._work), _SILENCE_S)
             self._joined, self._unsent = True, list(self._jobs)
         jobs = [(number, self._jobs[number]) for number in self._unsent]
-        news: News = ray.get(self.service.exchange.remote(self._name, jobs, _NEWS_S), timeout=_SILENCE_S)
+        news: News = answer_of(self.service.exchange.remote(self._name, jobs, _NEWS_S), _SILENCE_S)
         self._unsent.clear()
         return news
 

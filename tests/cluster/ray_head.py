@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,16 @@ SCRIPTS = Path(sys.executable).parent  # where `ray` and `python` of this enviro
 class RayHead:
     """Where a head answers, and what its users need in their environment."""
 
+    address: str
     dashboard: str
     environment: dict[str, str]
+    folder: Path
+
+    def kill(self) -> None:
+        """End the head and all that it started at once, as when its machine is lost."""
+        for pid in processes_of(self.folder):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -48,18 +56,18 @@ def own_environment(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def ray_head(home: Path, *, num_cpus: int) -> Iterator[RayHead]:
-    """A head with token authentication that listens on loopback only."""
+def ray_head(home: Path, *, num_cpus: int, token: str | None = None) -> Iterator[RayHead]:
+    """A head with token authentication that listens on loopback only; token: a new one, unless it is given."""
     environment = {
         **own_environment(home),
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": token or secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # it listens on loopback only
     }
-    dashboard = free_port()
+    port, dashboard = free_port(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: names of its sockets end at 107 bytes
     command = [
-        str(SCRIPTS / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}",
+        str(SCRIPTS / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
         f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=80000000",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
         f"--dashboard-agent-listen-port={free_port()}",
@@ -71,7 +79,7 @@ def ray_head(home: Path, *, num_cpus: int) -> Iterator[RayHead]:
         try:
             url = f"http://127.0.0.1:{dashboard}"
             _wait_until_it_answers(url, environment["RAY_AUTH_TOKEN"], process, home / "head.log")
-            yield RayHead(url, environment)
+            yield RayHead(f"127.0.0.1:{port}", url, environment, folder)
         finally:
             _end(process, folder)
             shutil.rmtree(folder, ignore_errors=True)
