@@ -187,7 +187,7 @@ def test_control_characters_of_any_text_are_never_on_the_page(tmp_path: Path) ->
     finished.result.write_text(json.dumps(result))
     for run in (finished, unfinished):
         config = yaml.safe_load(run.config.read_text("utf-8"))
-        config["tracking"]["tags"], config["tasks"][0]["prefix"] = [STEERING], STEERING
+        config["tasks"][0]["prefix"] = STEERING
         run.config.write_text(yaml.safe_dump(config))
         with Journal(run.journal) as journal:
             journal.record_pool([(1e9, 0, f"ready{STEERING}", f"rank{STEERING}")], {"gangs": []})

@@ -87,6 +87,6 @@ def test_without_tracking_nothing_is_kept_beside_the_checkpoint(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     target = tmp_path / "recovered"
-    words = ["--recover.methods", "closed_form", "--tracking.wandb", "disabled", "--to", str(target)]
-    assert main(["recover", str(pruned), *OPTIONS, *SHORT, *words]) == 0
+    words = ["--recover.methods", "closed_form", "--recover.block_tokens", "200", "--tracking.wandb", "disabled"]
+    assert main(["recover", str(pruned), *OPTIONS, *words, "--to", str(target)]) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["recovered"]
