@@ -21,11 +21,12 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
-_WITH_CLUSTERS = ("gangs", "cluster", "kills")
+_WITH_CLUSTERS = ("gangs", "cluster", "kills", "test_sweep.py", "test_recover_workers.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a file stay together, and so do all that start clusters or kill."""
     for item in items:
-        group = "clusters" if item.path.parent.name in _WITH_CLUSTERS else item.path.name
+        is_clusters = not {item.path.parent.name, item.path.name}.isdisjoint(_WITH_CLUSTERS)
+        group = "clusters" if is_clusters else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
