@@ -97,5 +97,8 @@ def test_a_ray_that_does_not_start_in_time_is_a_fault_of_the_cluster() -> None:
 
 
 def test_an_actor_that_ray_ends_for_its_memory_is_a_fault_of_the_cluster() -> None:
-    (one,) = connect("local", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")
+    for _ in range(4):  # on a busy machine Ray's monitor may come too late, once
+        (one,) = connect("local", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")
+        if one.error != "NoneType":
+            break
     assert one.error == "ClusterError" and "memory" in one.message
