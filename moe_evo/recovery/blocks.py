@@ -136,9 +136,10 @@ def block_inputs(
                 logits_of(model.language_model, rows, model.device)
             except _Reached:
                 real = _real(rows)
-                for part, one in zip(parts, seen.pop(), strict=False):
-                    part.append(one[real.to(one.device)].cpu())
-                parts[-1].append(torch.tensor(batch).repeat_interleave(torch.tensor(list(map(len, rows)))))
+                lessons_of = torch.tensor(batch).repeat_interleave(torch.tensor(list(map(len, rows))))
+                read = [one[real.to(one.device)].cpu() for one in seen.pop()]
+                for part, one in zip(parts, [*read, lessons_of], strict=True):
+                    part.append(one)
     with torch.inference_mode(mode=False):
         return BlockInputs(*(torch.cat(part).clone() for part in parts))
 
